@@ -1,0 +1,457 @@
+"""The four operators: schemas, argument checks, fake kernels, autograd, and the choice of what runs them on a GPU.
+
+`torch.ops.fa3_dist.{forward, forward_into, delta, backward}` are defined here and nowhere else; the functions of this
+module of the same names are how the rest of the package calls them (keywords, defaults). Which kernel runs is decided by
+the device of the inputs: `reference` on the CPU; on CUDA the compiled sm_90a library where it has the variant, else
+PyTorch's kernels through `reference`, with one warning a variant (`FA3_DIST_STRICT=1` makes that an error).
+
+Shapes: dense q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), lse and delta (B, Hq, Sq); packed q (Tq, Hq, D),
+k (Tk, Hkv, D), v (Tk, Hkv, Dv), lse and delta (Hq, Tq), with int32 (n,) starts and lengths of the n ranges.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa3_dist import reference
+from fa3_dist.algebra import accumulator_dtype
+from fa3_dist.reference import FIRST, LAST
+
+__all__ = ["FIRST", "LAST", "backward", "delta", "forward", "forward_into", "library_info"]
+
+NAMESPACE = "fa3_dist"
+LIBRARY_PATH = Path(__file__).parent / "lib" / "libfa3_dist.so"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_RANGES = "Tensor? q_start, Tensor? q_len, Tensor? k_start, Tensor? k_len, Tensor? offsets, SymInt? offset"
+_VISITS = "Tensor q_start, Tensor q_len, Tensor k_start, Tensor k_len, Tensor offsets, Tensor flags"
+_SCORES = "float softmax_scale, SymInt? window_left, SymInt? window_right, float softcap"
+SCHEMAS = {
+    "forward": f"(Tensor q, Tensor k, Tensor v, {_RANGES}, {_SCORES}, ScalarType? out_dtype, bool deterministic, "
+    "int sm_margin) -> (Tensor, Tensor)",
+    "forward_into": "(Tensor q, Tensor k, Tensor v, Tensor(a!) out_acc, Tensor(b!) lse, Tensor(c!)? out, "
+    f"{_VISITS}, {_SCORES}, int sm_margin) -> ()",
+    "delta": "(Tensor dout, Tensor out, Tensor? dlse) -> Tensor",
+    "backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor(a!) dq, Tensor(b!) dk, "
+    f"Tensor(c!) dv, {_RANGES}, {_SCORES}, bool accumulate, bool deterministic, int sm_margin) -> ()",
+}
+COMPILED = ("delta",)  # operators with an `<op>_sm90` implementation in the compiled library
+
+
+# ---- public wrappers -------------------------------------------------------------------------------------------------
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, q_start: Tensor | None = None, q_len: Tensor | None = None,
+    k_start: Tensor | None = None, k_len: Tensor | None = None, offsets: Tensor | None = None, offset: int | None = None,
+    softmax_scale: float | None = None, window_left: int | None = None, window_right: int | None = None,
+    softcap: float = 0.0, out_dtype: torch.dtype | None = None, deterministic: bool = False, sm_margin: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attention; differentiable in q, k and v through both results.
+
+    Row i of a range of queries sees column j of its keys when i + offset - window_left <= j <= i + offset + window_right;
+    None is no bound, causal is window_right=0. The offset defaults to seqlen_k - seqlen_q of each sequence.
+
+    Args:
+        q, k, v: dense or packed (module docstring), all fp32, bf16, fp16 or fp64; Hq a multiple of Hkv; any strides.
+        q_start, q_len, k_start, k_len: int32 (n,), the packed form only.
+        offsets: int32 (n,) or (B,), one offset a sequence; offset: one for all. At most one of the two.
+        softmax_scale: factor of the scores, > 0; default D ** -0.5.
+        softcap: c > 0 replaces each scaled score s by c * tanh(s / c); 0 is off.
+        out_dtype: dtype of out: q's (default) or fp32.
+        deterministic: the backward gives bitwise equal gradients from run to run.
+        sm_margin: SMs of the GPU to leave to others, communication kernels say.
+
+    Returns:
+        out (B, Sq, Hq, Dv) or (Tq, Hq, Dv), and lse, the natural log of the sum of exp(scores), fp32 (fp64 for fp64).
+        A row that sees no key, or lies in no range, has out 0, lse -inf and gradients 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not of the form above; the message names it.
+    """
+    softmax_scale = _default_scale(q, softmax_scale)
+    return torch.ops.fa3_dist.forward(
+        q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left, window_right, softcap,
+        out_dtype, deterministic, sm_margin,
+    )
+
+
+def forward_into(
+    q: Tensor, k: Tensor, v: Tensor, out_acc: Tensor, lse: Tensor, out: Tensor | None, *, q_start: Tensor, q_len: Tensor,
+    k_start: Tensor, k_len: Tensor, offsets: Tensor, flags: Tensor, softmax_scale: float | None = None,
+    window_left: int | None = None, window_right: int | None = None, softcap: float = 0.0, sm_margin: int = 0,
+) -> None:
+    """Continues attention from a running state over a list of visits; packed tensors only, no autograd.
+
+    Args:
+        out_acc: running output (Tq, Hq, Dv), fp32 (fp64 for fp64 inputs), updated in place.
+        lse: running log-sum-exp (Hq, Tq), same dtype, updated in place.
+        out: (Tq, Hq, Dv), any float dtype; receives the rows of visits flagged LAST, whose out_acc is unspecified
+            afterwards. None if there are none.
+        q_start, q_len, k_start, k_len, offsets: int32 (n,); offset = global position of the visit's first query minus
+            that of its first key. The ranges of queries of one call are disjoint.
+        flags: int32 (n,), FIRST (state not read, may hold NaN) | LAST.
+        others: as in `forward`.
+
+    A visit without a visible key leaves the state as it is (with FIRST: out 0, lse -inf). Rows in no visit keep theirs.
+
+    Raises:
+        TypeError, ValueError: an argument is not of the form above; the message names it.
+    """
+    torch.ops.fa3_dist.forward_into(
+        q, k, v, out_acc, lse, out, q_start, q_len, k_start, k_len, offsets, flags, _default_scale(q, softmax_scale),
+        window_left, window_right, softcap, sm_margin,
+    )
+
+
+def delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
+    """rowsum(dout * out) - dlse: what the backward subtracts from dP = dout V^T.
+
+    Subtracting the gradient of lse here is all that a differentiable lse takes, since d lse / d S = P.
+
+    Args:
+        dout, out: (B, Sq, Hq, Dv) or (Tq, Hq, Dv), any float dtypes.
+        dlse: gradient of lse, shape of the result.
+
+    Returns:
+        (B, Hq, Sq) or (Hq, Tq), fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: shapes or dtypes disagree; the message names the argument.
+    """
+    return torch.ops.fa3_dist.delta(dout, out, dlse)
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, *,
+    q_start: Tensor | None = None, q_len: Tensor | None = None, k_start: Tensor | None = None,
+    k_len: Tensor | None = None, offsets: Tensor | None = None, offset: int | None = None,
+    softmax_scale: float | None = None, window_left: int | None = None, window_right: int | None = None,
+    softcap: float = 0.0, accumulate: bool = False, deterministic: bool = False, sm_margin: int = 0,
+) -> None:
+    """Gradients of attention, written to dq, dk and dv.
+
+    Args:
+        dout: (B, Sq, Hq, Dv) or (Tq, Hq, Dv); lse: the final one; delta: from `delta`.
+        dq, dk, dv: shapes of q, k, v. accumulate=True: fp32 (fp64 for fp64 inputs), added to in place, and the ranges of
+            keys of one call are disjoint. accumulate=False: any float dtype, overwritten; rows in no range get 0.
+        others: as in `forward`.
+
+    Raises:
+        TypeError, ValueError: an argument is not of the form above; the message names it.
+    """
+    torch.ops.fa3_dist.backward(
+        dout, q, k, v, lse, delta, dq, dk, dv, q_start, q_len, k_start, k_len, offsets, offset,
+        _default_scale(q, softmax_scale), window_left, window_right, softcap, accumulate, deterministic, sm_margin,
+    )
+
+
+def _default_scale(q: Tensor, softmax_scale: float | None) -> float:
+    if softmax_scale is not None:
+        return softmax_scale
+    return q.shape[-1] ** -0.5 if q.dim() > 0 and q.shape[-1] > 0 else 1.0
+
+
+# ---- argument checks, shared by every back end -----------------------------------------------------------------------
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {x.dtype}: expected {' or '.join(map(str, dtypes))}")
+    if _shape(x) != tuple(shape):
+        raise ValueError(f"{name} has shape {_shape(x)}: expected {tuple(shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}: expected {like.device}, where q is; move it there")
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() not in (3, 4):
+        raise ValueError(
+            f"q has shape {_shape(q)}: expected (batch, seqlen, heads, head_dim), or (tokens, heads, head_dim) when packed"
+        )
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q has dtype {q.dtype}: expected {', '.join(map(str, DTYPES))}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}: expected {q.dtype}, the dtype of q; cast one of them")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}: expected {q.device}, where q is; move it there")
+        if x.dim() != q.dim():
+            raise ValueError(f"{name} has shape {_shape(x)}: expected {q.dim()} dimensions like q {_shape(q)}")
+    if k.shape[-1] != q.shape[-1] or q.shape[-1] == 0:
+        raise ValueError(f"k has head_dim {k.shape[-1]}: expected {q.shape[-1]}, the head_dim of q, at least 1")
+    if q.dim() == 4 and k.shape[0] != q.shape[0]:
+        raise ValueError(f"k has batch size {k.shape[0]}: expected {q.shape[0]}, the batch size of q")
+    if _shape(v)[:-1] != _shape(k)[:-1]:
+        raise ValueError(f"v has shape {_shape(v)}: expected {(*_shape(k)[:-1], 'head_dim_v')} to go with k {_shape(k)}")
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if kv_heads == 0 or heads % kv_heads != 0 or heads == 0:
+        raise ValueError(
+            f"k and v have {kv_heads} heads and q has {heads}: expected the heads of q to be a multiple of those of k and v"
+        )
+
+
+def _check_ranges(q: Tensor, packed: dict[str, Tensor | None], offsets: Tensor | None, offset: int | None) -> None:
+    if offsets is not None and offset is not None:
+        raise ValueError(f"offset = {offset} and offsets were both given: expected at most one of them")
+    count = q.shape[0]
+    for name, x in packed.items():
+        if q.dim() == 4 and x is not None:
+            raise ValueError(f"{name} was given with dense q {_shape(q)}: expected packed q (tokens, heads, head_dim)")
+        if q.dim() == 3 and x is None:
+            raise ValueError(f"{name} is None with packed q {_shape(q)}: expected an int32 tensor with an entry a sequence")
+    columns = {**packed, "offsets": offsets}
+    if q.dim() == 3:
+        q_start = packed["q_start"]
+        assert q_start is not None
+        if q_start.dim() != 1:
+            raise ValueError(f"q_start has shape {_shape(q_start)}: expected one dimension, an entry a sequence")
+        count = q_start.shape[0]
+    for name, x in columns.items():
+        if x is not None:
+            _check_tensor(name, x, (count,), q, (torch.int32,))
+
+
+def _check_scores(softmax_scale: float, window_left: int | None, window_right: int | None, softcap: float) -> None:
+    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
+        raise ValueError(f"softmax_scale is {softmax_scale}: expected a finite number above 0")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap is {softcap}: expected a finite number above 0, or 0 for none")
+    for name, bound in (("window_left", window_left), ("window_right", window_right)):
+        if bound is not None and bound < 0:
+            raise ValueError(f"{name} is {bound}: expected a number of keys, 0 or more, or None for no bound")
+
+
+def _check_sm_margin(sm_margin: int) -> None:
+    if sm_margin < 0:
+        raise ValueError(f"sm_margin is {sm_margin}: expected a number of SMs, 0 or more")
+
+
+def _rows_shape(q: Tensor) -> tuple[int, ...]:
+    """Shape of lse and delta: (B, Hq, Sq), packed (Hq, Tq)."""
+    return (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+
+
+def _check_forward(
+    q: Tensor, k: Tensor, v: Tensor, q_start: Tensor | None, q_len: Tensor | None, k_start: Tensor | None,
+    k_len: Tensor | None, offsets: Tensor | None, offset: int | None, softmax_scale: float, window_left: int | None,
+    window_right: int | None, softcap: float, out_dtype: torch.dtype | None, deterministic: bool, sm_margin: int,
+) -> None:
+    _check_qkv(q, k, v)
+    packed = {"q_start": q_start, "q_len": q_len, "k_start": k_start, "k_len": k_len}
+    _check_ranges(q, packed, offsets, offset)
+    _check_scores(softmax_scale, window_left, window_right, softcap)
+    _check_sm_margin(sm_margin)
+    if out_dtype not in (None, q.dtype, accumulator_dtype(q.dtype)):
+        raise TypeError(f"out_dtype is {out_dtype}: expected {q.dtype}, the dtype of q, or {accumulator_dtype(q.dtype)}")
+
+
+def _check_forward_into(
+    q: Tensor, k: Tensor, v: Tensor, out_acc: Tensor, lse: Tensor, out: Tensor | None, q_start: Tensor, q_len: Tensor,
+    k_start: Tensor, k_len: Tensor, offsets: Tensor, flags: Tensor, softmax_scale: float, window_left: int | None,
+    window_right: int | None, softcap: float, sm_margin: int,
+) -> None:
+    _check_qkv(q, k, v)
+    if q.dim() != 3:
+        raise ValueError(f"q has shape {_shape(q)}: expected packed (tokens, heads, head_dim); flatten batch and sequence")
+    packed = {"q_start": q_start, "q_len": q_len, "k_start": k_start, "k_len": k_len}
+    _check_ranges(q, packed, offsets, None)
+    _check_tensor("flags", flags, _shape(q_start), q, (torch.int32,))
+    _check_scores(softmax_scale, window_left, window_right, softcap)
+    _check_sm_margin(sm_margin)
+    state_dtype = accumulator_dtype(q.dtype)
+    out_shape = (*_shape(q)[:-1], v.shape[-1])
+    _check_tensor("out_acc", out_acc, out_shape, q, (state_dtype,))
+    _check_tensor("lse", lse, _rows_shape(q), q, (state_dtype,))
+    if out is not None:
+        _check_tensor("out", out, out_shape, q, DTYPES)
+
+
+def _check_delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> None:
+    if out.dim() not in (3, 4):
+        raise ValueError(f"out has shape {_shape(out)}: expected (batch, seqlen, heads, head_dim) or (tokens, heads, head_dim)")
+    if out.dtype not in DTYPES:
+        raise TypeError(f"out has dtype {out.dtype}: expected {', '.join(map(str, DTYPES))}")
+    _check_tensor("dout", dout, _shape(out), out, DTYPES)
+    if dlse is not None:
+        _check_tensor("dlse", dlse, _rows_shape(out), out, DTYPES)
+
+
+def _check_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    q_start: Tensor | None, q_len: Tensor | None, k_start: Tensor | None, k_len: Tensor | None, offsets: Tensor | None,
+    offset: int | None, softmax_scale: float, window_left: int | None, window_right: int | None, softcap: float,
+    accumulate: bool, deterministic: bool, sm_margin: int,
+) -> None:
+    _check_qkv(q, k, v)
+    packed = {"q_start": q_start, "q_len": q_len, "k_start": k_start, "k_len": k_len}
+    _check_ranges(q, packed, offsets, offset)
+    _check_scores(softmax_scale, window_left, window_right, softcap)
+    _check_sm_margin(sm_margin)
+    _check_tensor("dout", dout, (*_shape(q)[:-1], v.shape[-1]), q, DTYPES)
+    sums = accumulator_dtype(q.dtype)
+    for name, x in (("lse", lse), ("delta", delta)):
+        _check_tensor(name, x, _rows_shape(q), q, (sums,))
+    for name, x, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
+        _check_tensor(name, x, _shape(like), q, (sums,) if accumulate else DTYPES)
+
+
+_CHECKS = {
+    "forward": _check_forward,
+    "forward_into": _check_forward_into,
+    "delta": _check_delta,
+    "backward": _check_backward,
+}
+
+
+# ---- what runs an operator -------------------------------------------------------------------------------------------
+
+
+def _load_library() -> bool:
+    """Loads the compiled library if it is there; a library that does not load is reported, never silently ignored."""
+    if not LIBRARY_PATH.exists():
+        return False
+    try:
+        torch.ops.load_library(str(LIBRARY_PATH))
+    except OSError as error:
+        warnings.warn(
+            f"the compiled library {LIBRARY_PATH} does not load under torch {torch.__version__}: {error}. CUDA tensors "
+            "run through PyTorch's kernels; rebuild it with `make kernels`",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def library_info() -> dict[str, Any] | None:
+    """What the compiled library says of itself (version, variants, hash of its sources, compilers); None if not loaded."""
+    if not _library_loaded:
+        return None
+    info = ctypes.CDLL(str(LIBRARY_PATH)).fa3_dist_build_info
+    info.restype = ctypes.c_char_p
+    return json.loads(info().decode())
+
+
+@functools.cache
+def _has_compiled_kernel(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether the compiled library runs `op` on `device`; otherwise warns, once a variant, of what runs instead."""
+    capability = torch.cuda.get_device_capability(device)
+    if _library_loaded and op in COMPILED and capability == (9, 0) and torch.float64 not in dtypes:
+        return True
+    if not _library_loaded:
+        have = f"no compiled library was loaded from {LIBRARY_PATH}; `make kernels` builds it"
+    else:
+        have = f"the compiled library has sm_90a kernels for {', '.join(COMPILED)} in bf16, fp16 and fp32"
+    message = (
+        f"fa3_dist::{op} was asked for {' and '.join(map(str, dtypes))} on {torch.cuda.get_device_name(device)} "
+        f"(sm_{capability[0]}{capability[1]}), but {have}. It runs through PyTorch's FlashAttention-2 kernels where they "
+        "can express the call and otherwise in exact blockwise PyTorch code: right, but several times slower, and packed "
+        "calls read their ranges on the host"
+    )
+    if os.environ.get("FA3_DIST_STRICT") == "1":
+        raise RuntimeError(f"{message}. FA3_DIST_STRICT=1 makes this an error")
+    warnings.warn(f"{message}. FA3_DIST_STRICT=1 turns this warning into an error", stacklevel=3)
+    return False
+
+
+def _run_on_cpu(op: str, *args: Any) -> Any:
+    _CHECKS[op](*args)
+    return getattr(reference, op)(*args)
+
+
+def _run_on_cuda(op: str, *args: Any) -> Any:
+    _CHECKS[op](*args)
+    first = args[0]
+    dtypes = tuple(dict.fromkeys(x.dtype for x in args[:2]))
+    if _has_compiled_kernel(op, first.device, dtypes):
+        return getattr(torch.ops.fa3_dist, f"{op}_sm90")(*args)
+    with torch.cuda.device(first.device):
+        return getattr(reference, op)(*args)
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    _check_forward(q, k, v, *args)
+    out_dtype = args[SCHEMA_ARGS["forward"].index("out_dtype") - 3]
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype or q.dtype)
+    return out, q.new_empty(_rows_shape(q), dtype=accumulator_dtype(q.dtype))
+
+
+def _fake_delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    _check_delta(dout, out, dlse)
+    return out.new_empty(_rows_shape(out), dtype=accumulator_dtype(out.dtype))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ranges = inputs[: SCHEMA_ARGS["forward"].index("offset")]
+    ctx.save_for_backward(q, k, v, *output, *ranges)
+    named = dict(zip(SCHEMA_ARGS["forward"], inputs))
+    ctx.options = {
+        name: named[name]
+        for name in ("offset", "softmax_scale", "window_left", "window_right", "softcap", "deterministic", "sm_margin")
+    }
+    ctx.set_materialize_grads(False)
+
+
+def _forward_autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, q_start, q_len, k_start, k_len, offsets = ctx.saved_tensors
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, dout, dlse)):
+        raise RuntimeError(
+            "fa3_dist attention was differentiated with create_graph=True: expected a first derivative only, it has no "
+            "second one; use torch's scaled_dot_product_attention with SDPBackend.MATH for double backward"
+        )
+    unused = (None,) * (len(SCHEMA_ARGS["forward"]) - 3)
+    if dout is None and dlse is None:
+        return (None, None, None, *unused)
+    dout = torch.zeros_like(out) if dout is None else dout
+    deterministic = ctx.options["deterministic"] or torch.are_deterministic_algorithms_enabled()
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    backward(
+        dout, q, k, v, lse, delta(dout, out, dlse), dq, dk, dv, q_start=q_start, q_len=q_len, k_start=k_start,
+        k_len=k_len, offsets=offsets, **{**ctx.options, "deterministic": deterministic},
+    )
+    return (dq, dk, dv, *unused)
+
+
+def _vmap(op: str, *_: Any) -> Any:
+    raise RuntimeError(
+        f"fa3_dist::{op} was called under torch.vmap: expected plain tensors; fold the mapped dimension into the batch "
+        "dimension (dense) or add sequences to the packed form"
+    )
+
+
+_definitions = torch.library.Library(NAMESPACE, "DEF")
+for _op, _schema in SCHEMAS.items():
+    _definitions.define(_op + _schema)
+    if _op in COMPILED:
+        _definitions.define(f"{_op}_sm90{_schema}")
+    _definitions.impl(_op, functools.partial(_run_on_cpu, _op), "CPU")
+    _definitions.impl(_op, functools.partial(_run_on_cuda, _op), "CUDA")
+    torch.library.register_vmap(f"{NAMESPACE}::{_op}", functools.partial(_vmap, _op), lib=_definitions)
+SCHEMA_ARGS = {op: [a.name for a in getattr(torch.ops.fa3_dist, op).default._schema.arguments] for op in SCHEMAS}
+
+torch.library.register_fake(f"{NAMESPACE}::forward", _fake_forward, lib=_definitions)
+torch.library.register_fake(f"{NAMESPACE}::delta", _fake_delta, lib=_definitions)
+torch.library.register_fake(f"{NAMESPACE}::forward_into", _check_forward_into, lib=_definitions)
+torch.library.register_fake(f"{NAMESPACE}::backward", _check_backward, lib=_definitions)
+torch.library.register_autograd(
+    f"{NAMESPACE}::forward", _forward_autograd, setup_context=_save_for_backward, lib=_definitions
+)
+
+_library_loaded = _load_library()
