@@ -1,4 +1,4 @@
-"""The ecosystem's functions: names, argument order, layouts and return conventions of FlashAttention-3's Python interface.
+"""The ecosystem's functions: names, argument order, layouts and results of FlashAttention-3's Python interface.
 
 Code written for `flash_attn_interface` changes one import. Arguments that we do not honour raise; none is dropped.
 Keyword-only additions of ours: `sink` (a learnable logit per query head that takes part in the softmax without a value)
@@ -38,6 +38,8 @@ def apply_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     Args:
         out: (B, S, H, D) or packed (T, H, D); lse: (B, H, S) or (H, T), without the sink; sink: (H,).
     """
+    if not isinstance(sink, Tensor):
+        raise TypeError(f"sink is a {type(sink).__name__}: expected a Tensor ({out.shape[-2]},), a logit a query head")
     if tuple(sink.shape) != (out.shape[-2],):
         raise ValueError(f"sink has shape {tuple(sink.shape)}: expected ({out.shape[-2]},), one logit a query head")
     keep = torch.sigmoid(lse - sink.to(lse.dtype).unsqueeze(-1))
@@ -158,7 +160,8 @@ def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -
     _check_dim("flash_attn_kvpacked_func", kv, 5, "(batch, seqlen, 2, heads, head_dim)", name="kv")
     if kv.shape[2] != 2:
         raise ValueError(f"kv has shape {tuple(kv.shape)}: expected (batch, seqlen, 2, heads, head_dim)")
-    return flash_attn_func(q, *kv.unbind(2), *args, **kwargs)
+    k, v = kv.unbind(2)
+    return flash_attn_func(q, k, v, *args, **kwargs)
 
 
 def _split_qkv(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, ...]:
@@ -169,15 +172,15 @@ def _split_qkv(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, ...]:
         if num_heads_q > 0 and kv_heads > 0 and rest == 0:
             return qkv.split([num_heads_q, kv_heads, kv_heads], dim=2)
     raise ValueError(
-        f"qkv has shape {tuple(qkv.shape)} with num_heads_q = {num_heads_q}: expected (batch, seqlen, 3, heads, head_dim), "
-        "or (batch, seqlen, num_heads_q + 2 * heads_kv, head_dim) with num_heads_q given"
+        f"qkv has shape {tuple(qkv.shape)} with num_heads_q = {num_heads_q}: expected (batch, seqlen, 3, heads, "
+        "head_dim), or (batch, seqlen, num_heads_q + 2 * heads_kv, head_dim) with num_heads_q given"
     )
 
 
 def _refuse(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
-            raise ValueError(f"{name} was given ({type(value).__name__}): expected None, fa3_dist does not support it yet")
+            raise ValueError(f"{name} is a {type(value).__name__}: expected None, fa3_dist does not support it yet")
 
 
 def _check_flags(attention_chunk: int, num_splits: int, pack_gqa: bool | None) -> None:
@@ -218,7 +221,8 @@ def _starts_and_lengths(
     starts, lengths = cu_seqlens[:-1], cu_seqlens[1:] - cu_seqlens[:-1]
     debug = os.environ.get("FA3_DIST_DEBUG") == "1"
     if debug and max_seqlen is not None and bool((lengths > max_seqlen).any()):
-        raise ValueError(f"max_seqlen_{side} is {max_seqlen}: expected at least {int(lengths.max())}, the longest sequence")
+        longest = int(lengths.max())
+        raise ValueError(f"max_seqlen_{side} is {max_seqlen}: expected at least {longest}, the longest sequence")
     if seqused is not None:
         if debug and bool((seqused > lengths).any()):
             raise ValueError(f"seqused_{side} is longer than its sequence: expected at most {lengths.tolist()}")

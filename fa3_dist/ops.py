@@ -1,8 +1,8 @@
 """The four operators: schemas, argument checks, fake kernels, autograd, and the choice of what runs them on a GPU.
 
 `torch.ops.fa3_dist.{forward, forward_into, delta, backward}` are defined here and nowhere else; the functions of this
-module of the same names are how the rest of the package calls them (keywords, defaults). Which kernel runs is decided by
-the device of the inputs: `reference` on the CPU; on CUDA the compiled sm_90a library where it has the variant, else
+module of the same names are how the rest of the package calls them (keywords, defaults). Which kernel runs is decided
+by the device of the inputs: `reference` on the CPU; on CUDA the compiled sm_90a library where it has the variant, else
 PyTorch's kernels through `reference`, with one warning a variant (`FA3_DIST_STRICT=1` makes that an error).
 
 Shapes: dense q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), lse and delta (B, Hq, Sq); packed q (Tq, Hq, D),
@@ -17,6 +17,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ SCHEMAS = {
     "backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor(a!) dq, Tensor(b!) dk, "
     f"Tensor(c!) dv, {_RANGES}, {_SCORES}, bool accumulate, bool deterministic, int sm_margin) -> ()",
 }
+# names of dtypes in csrc/instances.def
+_VARIANT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 COMPILED = ("delta",)  # operators with an `<op>_sm90` implementation in the compiled library
 
 
@@ -53,14 +56,15 @@ COMPILED = ("delta",)  # operators with an `<op>_sm90` implementation in the com
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, q_start: Tensor | None = None, q_len: Tensor | None = None,
-    k_start: Tensor | None = None, k_len: Tensor | None = None, offsets: Tensor | None = None, offset: int | None = None,
-    softmax_scale: float | None = None, window_left: int | None = None, window_right: int | None = None,
-    softcap: float = 0.0, out_dtype: torch.dtype | None = None, deterministic: bool = False, sm_margin: int = 0,
+    k_start: Tensor | None = None, k_len: Tensor | None = None, offsets: Tensor | None = None,
+    offset: int | None = None, softmax_scale: float | None = None, window_left: int | None = None,
+    window_right: int | None = None, softcap: float = 0.0, out_dtype: torch.dtype | None = None,
+    deterministic: bool = False, sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention; differentiable in q, k and v through both results.
 
-    Row i of a range of queries sees column j of its keys when i + offset - window_left <= j <= i + offset + window_right;
-    None is no bound, causal is window_right=0. The offset defaults to seqlen_k - seqlen_q of each sequence.
+    Row i of a range of queries sees column j of its keys when i + offset - window_left <= j <= i + offset +
+    window_right; None is no bound, causal is window_right=0. The offset defaults to the sequence's seqlen_k - seqlen_q.
 
     Args:
         q, k, v: dense or packed (module docstring), all fp32, bf16, fp16 or fp64; Hq a multiple of Hkv; any strides.
@@ -87,8 +91,8 @@ def forward(
 
 
 def forward_into(
-    q: Tensor, k: Tensor, v: Tensor, out_acc: Tensor, lse: Tensor, out: Tensor | None, *, q_start: Tensor, q_len: Tensor,
-    k_start: Tensor, k_len: Tensor, offsets: Tensor, flags: Tensor, softmax_scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, out_acc: Tensor, lse: Tensor, out: Tensor | None, *, q_start: Tensor,
+    q_len: Tensor, k_start: Tensor, k_len: Tensor, offsets: Tensor, flags: Tensor, softmax_scale: float | None = None,
     window_left: int | None = None, window_right: int | None = None, softcap: float = 0.0, sm_margin: int = 0,
 ) -> None:
     """Continues attention from a running state over a list of visits; packed tensors only, no autograd.
@@ -143,8 +147,8 @@ def backward(
 
     Args:
         dout: (B, Sq, Hq, Dv) or (Tq, Hq, Dv); lse: the final one; delta: from `delta`.
-        dq, dk, dv: shapes of q, k, v. accumulate=True: fp32 (fp64 for fp64 inputs), added to in place, and the ranges of
-            keys of one call are disjoint. accumulate=False: any float dtype, overwritten; rows in no range get 0.
+        dq, dk, dv: shapes of q, k, v. accumulate=True: fp32 (fp64 for fp64 inputs), added to in place, and the ranges
+            of keys of one call are disjoint. accumulate=False: any float dtype, overwritten; rows in no range get 0.
         others: as in `forward`.
 
     Raises:
@@ -157,6 +161,7 @@ def backward(
 
 
 def _default_scale(q: Tensor, softmax_scale: float | None) -> float:
+    _check_is_tensor("q", q)
     if softmax_scale is not None:
         return softmax_scale
     return q.shape[-1] ** -0.5 if q.dim() > 0 and q.shape[-1] > 0 else 1.0
@@ -165,11 +170,17 @@ def _default_scale(q: Tensor, softmax_scale: float | None) -> float:
 # ---- argument checks, shared by every back end -----------------------------------------------------------------------
 
 
+def _check_is_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}: expected a Tensor")
+
+
 def _shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
 def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    _check_is_tensor(name, x)
     if x.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {x.dtype}: expected {' or '.join(map(str, dtypes))}")
     if _shape(x) != tuple(shape):
@@ -181,11 +192,12 @@ def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor, dt
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() not in (3, 4):
         raise ValueError(
-            f"q has shape {_shape(q)}: expected (batch, seqlen, heads, head_dim), or (tokens, heads, head_dim) when packed"
+            f"q has shape {_shape(q)}: expected (batch, seqlen, heads, head_dim), or packed (tokens, heads, head_dim)"
         )
     if q.dtype not in DTYPES:
         raise TypeError(f"q has dtype {q.dtype}: expected {', '.join(map(str, DTYPES))}")
     for name, x in (("k", k), ("v", v)):
+        _check_is_tensor(name, x)
         if x.dtype != q.dtype:
             raise TypeError(f"{name} has dtype {x.dtype}: expected {q.dtype}, the dtype of q; cast one of them")
         if x.device != q.device:
@@ -197,15 +209,15 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() == 4 and k.shape[0] != q.shape[0]:
         raise ValueError(f"k has batch size {k.shape[0]}: expected {q.shape[0]}, the batch size of q")
     if _shape(v)[:-1] != _shape(k)[:-1]:
-        raise ValueError(f"v has shape {_shape(v)}: expected {(*_shape(k)[:-1], 'head_dim_v')} to go with k {_shape(k)}")
+        raise ValueError(f"v has shape {_shape(v)}: expected {(*_shape(k)[:-1], 'head_dim_v')} beside k {_shape(k)}")
     heads, kv_heads = q.shape[-2], k.shape[-2]
     if kv_heads == 0 or heads % kv_heads != 0 or heads == 0:
         raise ValueError(
-            f"k and v have {kv_heads} heads and q has {heads}: expected the heads of q to be a multiple of those of k and v"
+            f"k and v have {kv_heads} heads and q has {heads}: expected the heads of q to be a multiple of theirs"
         )
 
 
-def _check_ranges(q: Tensor, packed: dict[str, Tensor | None], offsets: Tensor | None, offset: int | None) -> None:
+def _check_ranges(q: Tensor, packed: Mapping[str, Tensor | None], offsets: Tensor | None, offset: int | None) -> None:
     if offsets is not None and offset is not None:
         raise ValueError(f"offset = {offset} and offsets were both given: expected at most one of them")
     count = q.shape[0]
@@ -213,7 +225,7 @@ def _check_ranges(q: Tensor, packed: dict[str, Tensor | None], offsets: Tensor |
         if q.dim() == 4 and x is not None:
             raise ValueError(f"{name} was given with dense q {_shape(q)}: expected packed q (tokens, heads, head_dim)")
         if q.dim() == 3 and x is None:
-            raise ValueError(f"{name} is None with packed q {_shape(q)}: expected an int32 tensor with an entry a sequence")
+            raise ValueError(f"{name} is None with packed q {_shape(q)}: expected an int32 tensor, an entry a sequence")
     columns = {**packed, "offsets": offsets}
     if q.dim() == 3:
         q_start = packed["q_start"]
@@ -257,7 +269,7 @@ def _check_forward(
     _check_scores(softmax_scale, window_left, window_right, softcap)
     _check_sm_margin(sm_margin)
     if out_dtype not in (None, q.dtype, accumulator_dtype(q.dtype)):
-        raise TypeError(f"out_dtype is {out_dtype}: expected {q.dtype}, the dtype of q, or {accumulator_dtype(q.dtype)}")
+        raise TypeError(f"out_dtype is {out_dtype}: expected q's {q.dtype}, or {accumulator_dtype(q.dtype)}")
 
 
 def _check_forward_into(
@@ -267,7 +279,7 @@ def _check_forward_into(
 ) -> None:
     _check_qkv(q, k, v)
     if q.dim() != 3:
-        raise ValueError(f"q has shape {_shape(q)}: expected packed (tokens, heads, head_dim); flatten batch and sequence")
+        raise ValueError(f"q has shape {_shape(q)}: expected packed (tokens, heads, head_dim); flatten the batch")
     packed = {"q_start": q_start, "q_len": q_len, "k_start": k_start, "k_len": k_len}
     _check_ranges(q, packed, offsets, None)
     _check_tensor("flags", flags, _shape(q_start), q, (torch.int32,))
@@ -282,13 +294,16 @@ def _check_forward_into(
 
 
 def _check_delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> None:
+    _check_is_tensor("out", out)
     if out.dim() not in (3, 4):
-        raise ValueError(f"out has shape {_shape(out)}: expected (batch, seqlen, heads, head_dim) or (tokens, heads, head_dim)")
+        raise ValueError(
+            f"out has shape {_shape(out)}: expected (batch, seqlen, heads, head_dim) or (tokens, heads, head_dim)"
+        )
     if out.dtype not in DTYPES:
         raise TypeError(f"out has dtype {out.dtype}: expected {', '.join(map(str, DTYPES))}")
     _check_tensor("dout", dout, _shape(out), out, DTYPES)
     if dlse is not None:
-        _check_tensor("dlse", dlse, _rows_shape(out), out, DTYPES)
+        _check_tensor("dlse", dlse, _rows_shape(out), out, (accumulator_dtype(out.dtype),))
 
 
 def _check_backward(
@@ -310,7 +325,7 @@ def _check_backward(
         _check_tensor(name, x, _shape(like), q, (sums,) if accumulate else DTYPES)
 
 
-_CHECKS = {
+_CHECKS: dict[str, Callable[..., None]] = {
     "forward": _check_forward,
     "forward_into": _check_forward_into,
     "delta": _check_delta,
@@ -338,7 +353,7 @@ def _load_library() -> bool:
 
 
 def library_info() -> dict[str, Any] | None:
-    """What the compiled library says of itself (version, variants, hash of its sources, compilers); None if not loaded."""
+    """What the compiled library says of itself: version, variants, hash of its sources, compilers; None without one."""
     if not _library_loaded:
         return None
     info = ctypes.CDLL(str(LIBRARY_PATH)).fa3_dist_build_info
@@ -350,17 +365,20 @@ def library_info() -> dict[str, Any] | None:
 def _has_compiled_kernel(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether the compiled library runs `op` on `device`; otherwise warns, once a variant, of what runs instead."""
     capability = torch.cuda.get_device_capability(device)
-    if _library_loaded and op in COMPILED and capability == (9, 0) and torch.float64 not in dtypes:
+    info = library_info()
+    variants = info["variants"] if info else []
+    variant = f"{op}_{_VARIANT_DTYPES.get(dtypes[0])}"
+    if op in COMPILED and capability == (9, 0) and variant in variants and torch.float64 not in dtypes:
         return True
-    if not _library_loaded:
+    if info is None:
         have = f"no compiled library was loaded from {LIBRARY_PATH}; `make kernels` builds it"
     else:
-        have = f"the compiled library has sm_90a kernels for {', '.join(COMPILED)} in bf16, fp16 and fp32"
+        have = f"the compiled library has the sm_90a kernels {', '.join(variants)}"
     message = (
         f"fa3_dist::{op} was asked for {' and '.join(map(str, dtypes))} on {torch.cuda.get_device_name(device)} "
-        f"(sm_{capability[0]}{capability[1]}), but {have}. It runs through PyTorch's FlashAttention-2 kernels where they "
-        "can express the call and otherwise in exact blockwise PyTorch code: right, but several times slower, and packed "
-        "calls read their ranges on the host"
+        f"(sm_{capability[0]}{capability[1]}), but {have}. It runs through PyTorch's FlashAttention-2 kernels where "
+        "they can express the call and otherwise in exact blockwise PyTorch code: right, but several times slower, and "
+        "packed calls read their ranges on the host"
     )
     if os.environ.get("FA3_DIST_STRICT") == "1":
         raise RuntimeError(f"{message}. FA3_DIST_STRICT=1 makes this an error")
@@ -370,7 +388,8 @@ def _has_compiled_kernel(op: str, device: torch.device, dtypes: tuple[torch.dtyp
 
 def _run_on_cpu(op: str, *args: Any) -> Any:
     _CHECKS[op](*args)
-    return getattr(reference, op)(*args)
+    with torch.autocast("cpu", enabled=False):  # an operator's arithmetic does not depend on where it is called
+        return getattr(reference, op)(*args)
 
 
 def _run_on_cuda(op: str, *args: Any) -> Any:
@@ -379,7 +398,7 @@ def _run_on_cuda(op: str, *args: Any) -> Any:
     dtypes = tuple(dict.fromkeys(x.dtype for x in args[:2]))
     if _has_compiled_kernel(op, first.device, dtypes):
         return getattr(torch.ops.fa3_dist, f"{op}_sm90")(*args)
-    with torch.cuda.device(first.device):
+    with torch.cuda.device(first.device), torch.autocast("cuda", enabled=False):
         return getattr(reference, op)(*args)
 
 

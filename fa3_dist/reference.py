@@ -1,12 +1,13 @@
 """Exact blockwise attention in plain PyTorch: the CPU kernel of every operator, and the last resort on a GPU.
 
-Scores never exist as a whole: queries go in blocks against blocks of the keys they can see, with the running maximum and
-sum of online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867; Rabe & Staats 2021, arXiv:2112.05682), so memory grows
-with the number of tokens and never with its square. Arithmetic is fp32, or fp64 for fp64 inputs, whatever the input dtype.
-Where PyTorch has a fused kernel for a range and its mask, `torch_kernels` runs it instead, in the same precision on the CPU.
+Scores never exist as a whole: queries go in blocks against blocks of the keys they can see, with the running maximum
+and sum of online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867; Rabe & Staats 2021, arXiv:2112.05682), so memory
+grows with the number of tokens and never with its square. Arithmetic is fp32, or fp64 for fp64 inputs, whatever the
+input dtype. Where PyTorch has a fused kernel for a range and its mask, `torch_kernels` runs it instead, in the same
+precision on the CPU.
 
-Shapes in names: B batch, S sequence, H query heads, K key/value heads, G = H / K query heads per key/value head, D head dim.
-A packed range is a batch of one.
+Shapes in names: B batch, S sequence, H query heads, K key/value heads, G = H / K query heads per key/value head, D head
+dim. A packed range is a batch of one.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def _score_blocks(mask: Mask, seqlen_q: int, seqlen_k: int) -> Iterator[tuple[sl
 def _group(x_BSHD: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
     """(B, S, K * G, D) -> (B, K, G * S, D): the query heads that share a key/value head become rows of one product."""
     B, S, H, D = x_BSHD.shape
-    return x_BSHD.to(dtype).reshape(B, S, kv_heads, H // kv_heads, D).permute(0, 2, 3, 1, 4).reshape(B, kv_heads, -1, D)
+    G = H // kv_heads
+    return x_BSHD.to(dtype).reshape(B, S, kv_heads, G, D).permute(0, 2, 3, 1, 4).reshape(B, kv_heads, G * S, D)
 
 
 def _ungroup(x_BKRD: Tensor, heads: int) -> Tensor:
@@ -103,7 +105,7 @@ def _scores(q_BKRD: Tensor, k_BKSD: Tensor, hidden: Tensor | None, softcap: floa
         s = squashed * softcap
     if hidden is not None:
         B, K, R, C = s.shape
-        s = s.view(B, K, -1, hidden.shape[0], C).masked_fill_(hidden, float("-inf")).view(B, K, R, C)
+        s = s.view(B, K, R // hidden.shape[0], hidden.shape[0], C).masked_fill_(hidden, float("-inf")).view(B, K, R, C)
     return s, squashed
 
 
@@ -128,7 +130,7 @@ def attend(
         for keys in key_blocks:
             s, _ = _scores(q, k[:, :, keys], mask.hidden(rows, keys, q.device), softcap)
             new_max = torch.maximum(row_max, s.amax(-1, keepdim=True))
-            shift = new_max.masked_fill(new_max == float("-inf"), 0.0)  # a row that has seen nothing yet: exp(-inf - 0) = 0
+            shift = new_max.masked_fill(new_max == float("-inf"), 0.0)  # a row that has seen nothing: exp(-inf - 0) = 0
             p = s.sub_(shift).exp_()
             rescale = torch.exp(row_max - shift)
             row_sum = row_sum * rescale + p.sum(-1, keepdim=True)
@@ -136,7 +138,7 @@ def attend(
             row_max = new_max
         sees_nothing = row_sum == 0
         out_BSHD[:, rows] = _ungroup(acc / row_sum.masked_fill(sees_nothing, 1.0), H)
-        lse_BHS[:, :, rows] = (row_max + row_sum.log()).reshape(B, H, -1)
+        lse_BHS[:, :, rows] = (row_max + row_sum.log()).reshape(B, H, rows.stop - rows.start)
     return out_BSHD, lse_BHS
 
 
@@ -152,7 +154,7 @@ def attend_backward(
         dout_BSHD, q_BSHD, k_BSKD, v_BSKD, lse_BHS, delta_BHS, dq_BSHD, dk_BSKD, dv_BSKD, mask, softmax_scale
     ):
         return
-    (B, Sq, H, _), (Sk, K, _) = q_BSHD.shape, v_BSKD.shape[1:]
+    (Sq, H), (Sk, K) = q_BSHD.shape[1:3], v_BSKD.shape[1:3]
     dtype = accumulator_dtype(q_BSHD.dtype)
     k, v = (x.to(dtype).transpose(1, 2) for x in (k_BSKD, v_BSKD))
     # +inf makes P of a row that saw no key exactly zero
@@ -162,7 +164,7 @@ def attend_backward(
             continue
         q = _group(q_BSHD[:, rows], K, dtype) * softmax_scale
         dout = _group(dout_BSHD[:, rows], K, dtype)
-        lse, delta = (x[:, :, rows].to(dtype).reshape(B, K, -1, 1) for x in (lse_BHS, delta_BHS))
+        lse, delta = (x[:, :, rows].to(dtype).reshape(*q.shape[:-1], 1) for x in (lse_BHS, delta_BHS))
         dq = torch.zeros_like(q)
         for keys in key_blocks:
             s, squashed = _scores(q, k[:, :, keys], mask.hidden(rows, keys, q.device), softcap)

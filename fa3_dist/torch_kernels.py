@@ -75,9 +75,22 @@ def attend_backward(
     return True
 
 
+def _contiguous_rows(*tensors: Tensor) -> list[Tensor]:
+    """PyTorch's kernels take the last stride for 1 without looking, and on CUDA every row for 16-byte aligned."""
+    return [x if _has_plain_rows(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors]
+
+
+def _has_plain_rows(x: Tensor) -> bool:
+    if x.stride(-1) != 1:
+        return False
+    if x.device.type == "cpu":
+        return True
+    return x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:-1])
+
+
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     """(B, S, H, D) of any float dtype -> (B, H, S, D) fp32."""
-    return [x.float().transpose(1, 2) for x in tensors]
+    return [x.float().transpose(1, 2) for x in _contiguous_rows(*tensors)]
 
 
 def _attend_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float) -> tuple[Tensor, Tensor]:
@@ -94,6 +107,7 @@ def _attend_backward_cpu(
 
 
 def _attend_cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = _contiguous_rows(q, k, v)
     out, lse, *_ = _cuda_forward(
         q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=softmax_scale
     )
@@ -103,11 +117,12 @@ def _attend_cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: f
 def _attend_backward_cuda(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, softmax_scale: float
 ) -> list[Tensor]:
+    dout, q, k, v, out = _contiguous_rows(dout.to(q.dtype), q, k, v, out)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.zeros((), dtype=torch.uint64, device=q.device)
     return list(
         _cuda_backward(
-            dout.to(q.dtype), q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal,
+            dout, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal,
             no_dropout, unused, scale=softmax_scale,
         )
     )

@@ -1,0 +1,107 @@
+# What people and CI type. Every target makes the environment it needs, once; a second run starts at once.
+#
+# Where python3 already imports a torch that sees a GPU, that python is used as it is and nothing is installed.
+# Elsewhere .venv is made and gets exactly what the target needs: pyproject.toml's extras, and torch as pinned here.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SECONDEXPANSION:
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV := .venv
+
+# GPUs that python3's torch sees; empty where there are none or no torch. Asked only when needed, and once.
+GPUS = $(eval GPUS := $(shell $(PYTHON) -c 'import torch; print(torch.cuda.device_count() or "")' 2>/dev/null))$(GPUS)
+RUN = $(if $(GPUS),$(PYTHON),OMP_NUM_THREADS=1 $(VENV)/bin/python)
+RANKS ?= $(or $(GPUS),2)
+WORKERS ?= $(if $(GPUS),8,2)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+# $(call environment,NAME): the stamp of .venv holding NAME's packages, or nothing where python3 is used as it is.
+environment = $(if $(GPUS),,$(VENV)/.$(1))
+
+.PHONY: help
+help: ## print this text
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@echo
+	@echo '  ARGS="..."           passed on to train, test and bench'
+	@echo '  RANKS=N              processes of make train (default: one a GPU, else 2)'
+	@echo '  FA3_DIST_ROWS="..."  kernels to build: patterns ("delta_bf16,*fp16"), or one-per-family'
+	@echo '  TORCH="torch==..."   the torch that goes into .venv (default: $(TORCH))'
+
+# ---- what people do --------------------------------------------------------------------------------------------------
+
+.PHONY: train
+train: $$(call environment,train) ## train a small transformer on long text, sequence sharded over ranks
+	$(RUN) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) examples/train.py $(ARGS)
+
+.PHONY: test
+test: $$(call environment,test) ## run the tests; those marked gpu need a CUDA device
+	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+
+.PHONY: kernels
+kernels: $$(call environment,kernels) ## build the compiled library and check its machine code
+	$(RUN) csrc/build_library.py
+	$(RUN) csrc/machine_code.py
+
+.PHONY: check
+check: $$(call environment,dev) lint test ## lint, types and tests: what CI runs
+
+.PHONY: lint
+lint: $$(call environment,dev)
+	$(RUN) -m ruff check
+	$(RUN) -m mypy
+
+.PHONY: bench
+bench: $$(call environment,train) ## measure the kernels on a GPU against a device copy
+	$(RUN) benchmarks/delta.py $(ARGS)
+
+.PHONY: clean
+clean: ## remove what was built (.venv stays; remove it by hand to start over)
+	rm -rf build dist fa3_dist/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# ---- .venv -----------------------------------------------------------------------------------------------------------
+
+# NOTE: --no-compile halves the time to the first training step: only what is imported gets compiled.
+PIP := $(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
+
+# $(call requirements,EXTRA): the packages of one of pyproject.toml's extras; `core` is what the package itself needs.
+requirements = $(VENV)/bin/python -c 'import tomllib; \
+  project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*{"core": project["dependencies"], **project["optional-dependencies"]}["$(1)"], sep="\n")'
+
+TOOLKIT := $(foreach name,cuda-nvcc cuda-crt nvvm cuda-runtime cuda-cccl,'nvidia-$(name)==13.0.*')
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit("make needs Python 3.11 or newer: make PYTHON=..." * (sys.version_info < (3, 11)))'
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.train: pyproject.toml | $(VENV)/.python
+	@echo 'installing what training needs: $(TORCH), ...'
+	@$(PIP) '$(TORCH)' -r <($(call requirements,core)) -r <($(call requirements,train))
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/.train
+	@echo 'installing what the tests need'
+	@$(PIP) '$(TORCH)' -r <($(call requirements,test)) -r <($(call requirements,hf))
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.test
+	@echo 'installing what the checks need'
+	@$(PIP) -r <($(call requirements,dev))
+	@touch $@
+
+# A local nvcc is used if there is one. NOTE: of nvidia-cutlass only the headers are wanted, hence --no-deps.
+$(VENV)/.kernels: pyproject.toml | $(VENV)/.train
+	@echo 'installing what building the kernels needs'
+	@$(PIP) ninja nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	@$(PIP) --no-deps 'nvidia-cutlass==4.2.*'
+	@PYTHONPATH=csrc $(VENV)/bin/python -c 'from build_library import *; sys.exit(find_cuda_tool("nvcc") is None)' || { \
+	  echo 'no nvcc here: installing the toolkit'; $(PIP) $(TOOLKIT); }
+	@touch $@

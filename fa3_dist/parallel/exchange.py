@@ -1,0 +1,587 @@
+"""Messages between the ranks of a ring: one small protocol, two implementations.
+
+`DistributedExchange` moves tensors over a `torch.distributed` process group: gloo for CPU tensors, NCCL on a stream of
+its own for CUDA tensors. `InProcessExchange` runs every rank of a ring in one process (`run_in_process`), which is how
+a ring of 8 is tested on one device.
+
+An exchange is started before the work that hides it and waited for after it:
+
+    pending = exchange.exchange(send=kv, destination=1, receive=buffer, source=3, what="K/V", step=2)
+    ...                                     # compute
+    pending.wait()                          # now `buffer` is filled and `kv` may be changed
+
+A message without elements is never sent; both sides know every size from the schedule, so both skip it. A peer that is
+dead or stuck becomes a `RingError` that names this rank, the step, what was awaited and the peer, within the timeout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+logger = logging.getLogger("fa3_dist")
+
+
+class RingError(RuntimeError):
+    """A message of the ring did not get through. The back end's own error, if it gave one, is chained as the cause.
+
+    Attributes: `rank` (this rank), `step` (the shift of the ring step), `what` (e.g. "K/V" or "dK/dV"), `peer` (the
+    rank that was waited for), `reason`.
+    """
+
+    def __init__(self, rank: int, step: int, what: str, peer: int, reason: str):
+        super().__init__(rank, step, what, peer, reason)
+        self.rank, self.step, self.what, self.peer, self.reason = rank, step, what, peer, reason
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, ring step {self.step}: {self.what} {self.reason}"
+
+
+@dataclass
+class Traffic:
+    """What one rank has sent and received so far; empty messages, which are not sent, don't count."""
+
+    messages_sent: int = 0
+    messages_received: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    def reset(self) -> None:
+        self.messages_sent = self.messages_received = self.bytes_sent = self.bytes_received = 0
+
+    def _count(self, send: Tensor | None, receive: Tensor | None) -> None:
+        if send is not None:
+            self.messages_sent += 1
+            self.bytes_sent += send.nbytes
+        if receive is not None:
+            self.messages_received += 1
+            self.bytes_received += receive.nbytes
+
+
+class Pending(Protocol):
+    """An exchange under way."""
+
+    def wait(self) -> None:
+        """Returns once the receive buffer may be read and the send buffer changed (on CUDA: by work queued on the
+        current stream from here on; the host does not wait). Raises RingError if a peer is dead or stuck."""
+
+
+class Exchange(Protocol):
+    """What a ring needs: its place in the ring, and messages to and from any other rank.
+
+    All ranks start their exchanges in the same order; between two ranks, messages match in the order they were started.
+    `sm_margin` is the number of SMs that the attention kernels leave to transfers under way (0 on the CPU).
+    """
+
+    rank: int
+    world: int
+    sm_margin: int
+    stats: Traffic
+
+    def exchange(self, *, send: Tensor | None, destination: int, receive: Tensor | None, source: int, what: str,
+                 step: int) -> Pending:
+        """Starts sending `send` to rank `destination` and filling `receive` from rank `source`.
+
+        Args:
+            send, receive: contiguous tensors of any dtype; None or no elements: no message in that direction.
+            destination, source: ranks of this ring.
+            what, step: what travels and in which step, for error messages.
+        """
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """The description of one exchange, from which its errors are written."""
+
+    rank: int
+    step: int
+    what: str
+    destination: int | None
+    source: int | None
+
+    def receive_error(self, reason: str) -> RingError:
+        assert self.source is not None
+        return RingError(self.rank, self.step, self.what, self.source, f"from rank {self.source} {reason}")
+
+    def send_error(self, reason: str) -> RingError:
+        assert self.destination is not None
+        return RingError(self.rank, self.step, self.what, self.destination, f"to rank {self.destination} {reason}")
+
+    def overdue(self, seconds: float) -> RingError:
+        """The error of a transfer whose two directions cannot be told apart: it names both peers."""
+        if self.source is None:
+            return self.send_error(_overdue("was not taken", self.destination, seconds))
+        if self.destination in (None, self.source):
+            return self.receive_error(_overdue("did not arrive", self.source, seconds))
+        return self.receive_error(f"or to rank {self.destination} did not get through within {seconds:g} s: one of "
+                                  "them is dead, stuck, or in another step")
+
+
+def _overdue(event: str, peer: int | None, seconds: float) -> str:
+    return f"{event} within {seconds:g} s: rank {peer} is dead, stuck, or in another step"
+
+
+class _Nothing:
+    """A pending exchange without messages."""
+
+    def wait(self) -> None:
+        pass
+
+
+def _message(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or None where there is nothing to move."""
+    if tensor is None or tensor.numel() == 0:
+        return None
+    assert tensor.is_contiguous(), "messages are contiguous"
+    return tensor
+
+
+# ----------------------------------------------------------------------------------------- torch.distributed
+
+
+class DistributedExchange:
+    """Messages over a `torch.distributed` process group.
+
+    On the CPU (gloo) `wait` blocks until both directions are through, at most `timeout`. On CUDA (NCCL) messages
+    travel on a stream of their own; `wait` makes the current stream wait and returns at once, and a watchdog thread
+    looks after the transfers under way: if one is overdue it logs the error, aborts the group so that nothing hangs in
+    it, and the error is raised by the next call of `exchange` or `wait`.
+
+    All connections between ranks are made here, one shift after the other on every rank, and not in the first step that
+    needs them. So all ranks of the group construct it together.
+
+    Args:
+        group: the ring, every rank of which runs the same steps; None: the default group.
+        device: where messages live; None: the current CUDA device if the group has NCCL, else the CPU.
+        timeout: seconds until a message is overdue; None: the group's own timeout (under NCCL a tenth less, so that
+            this error, which names the peer, comes before the group's own).
+        sm_margin: SMs that attention kernels leave to the transfers (CUDA).
+    Raises:
+        ValueError: this process is not in the group, or the timeout is not positive.
+        RingError: a peer did not answer.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, device: torch.device | None = None,
+                 timeout: float | timedelta | None = None, sm_margin: int = 0):
+        self.group: dist.ProcessGroup = _world_group() if group is None else group
+        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if self.rank < 0:
+            raise ValueError("group: this process is not a member of the process group; pass the group it belongs to")
+        self.device = _default_device(self.group) if device is None else torch.device(device)
+        self.timeout = _seconds(timeout) if timeout is not None else _group_timeout(self.group, self.device)
+        if self.timeout <= 0:
+            raise ValueError(f"timeout: expected a positive number of seconds, got {self.timeout:g}")
+        self.sm_margin = sm_margin
+        self.stats = Traffic()
+        self._stream: Any = None
+        self._watchdog: Watchdog | None = None
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)
+            self._watchdog = Watchdog(self.timeout, self.group._get_backend(self.device).abort)
+            weakref.finalize(self, self._watchdog.stop)
+        self._connect()
+
+    def exchange(self, *, send: Tensor | None, destination: int, receive: Tensor | None, source: int, what: str,
+                 step: int) -> Pending:
+        """See `Exchange.exchange`."""
+        send, receive = _message(send), _message(receive)
+        if send is None and receive is None:
+            return _Nothing()
+        for tensor in (send, receive):
+            if tensor is not None and tensor.device.type != self.device.type:
+                raise ValueError(f"exchange: this ring moves {self.device.type} tensors, got one on {tensor.device}; "
+                                 "construct DistributedExchange with that device")
+        self.stats._count(send, receive)
+        transfer = _Transfer(self.rank, step, what, None if send is None else destination,
+                             None if receive is None else source)
+        if self._stream is None:
+            return _HostPending(self, transfer, send, receive)
+        return self._post_on_stream(transfer, send, receive)
+
+    def _post_on_stream(self, transfer: _Transfer, send: Tensor | None, receive: Tensor | None) -> Pending:
+        assert self._watchdog is not None
+        self._watchdog.raise_failure()
+        ops = []
+        if receive is not None:
+            ops.append(dist.P2POp(dist.irecv, receive, group=self.group, group_peer=transfer.source))
+        if send is not None:
+            ops.append(dist.P2POp(dist.isend, send, group=self.group, group_peer=transfer.destination))
+        # The side stream starts where the current one stands: `send` is then written, and `receive` no longer in use.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            for work in dist.batch_isend_irecv(ops):
+                work.wait()  # orders the side stream after the transfer; the host does not wait
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        pending = _StreamPending(self._watchdog, transfer, (send, receive), done, self.device)
+        # NOTE: an event that is part of a CUDA graph being captured must not be queried.
+        if not torch.cuda.is_current_stream_capturing():
+            self._watchdog.watch(pending)
+        return pending
+
+    def _connect(self) -> None:
+        """Sends one byte to every other rank: to rank + 1 while receiving from rank - 1, then 2, 3, ... In each round
+        every send meets a receive that its peer starts without waiting, so no order of arrival can deadlock."""
+        for shift in range(1, self.world):
+            send, receive = torch.zeros(2, 1, dtype=torch.uint8, device=self.device)
+            pending = self.exchange(send=send, destination=(self.rank + shift) % self.world, receive=receive,
+                                    source=(self.rank - shift) % self.world, what="the greeting", step=shift)
+            pending.wait()
+            if isinstance(pending, _StreamPending):
+                pending.synchronize()
+        self.stats.reset()
+
+
+class _HostPending:
+    """Two works of a back end that blocks in `wait` (gloo)."""
+
+    def __init__(self, owner: DistributedExchange, transfer: _Transfer, send: Tensor | None, receive: Tensor | None):
+        self.transfer, self.timeout = transfer, owner.timeout
+        self.buffers = (send, receive)  # alive until the works are through
+        self.receiving: Any = None
+        self.sending: Any = None
+        if receive is not None:
+            with self._named(transfer.receive_error, "cannot be received: the connection failed"):
+                self.receiving = dist.irecv(receive, group=owner.group, group_src=transfer.source)
+        if send is not None:
+            with self._named(transfer.send_error, "cannot be sent: the connection failed"):
+                self.sending = dist.isend(send, group=owner.group, group_dst=transfer.destination)
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + self.timeout
+        if self.receiving is not None:
+            late = _overdue("did not arrive", self.transfer.source, self.timeout)
+            self._finish(self.receiving, deadline, self.transfer.receive_error, late)
+        if self.sending is not None:
+            late = _overdue("was not taken", self.transfer.destination, self.timeout)
+            self._finish(self.sending, deadline, self.transfer.send_error, late)
+        self.receiving = self.sending = None
+        self.buffers = (None, None)
+
+    def _finish(self, work: Any, deadline: float, error: Callable[[str], RingError], late: str) -> None:
+        left = max(deadline - time.monotonic(), 1e-3)
+        try:
+            work.wait(timedelta(seconds=left))
+        except RuntimeError as cause:
+            lost = "did not get through: the connection broke, so that rank has ended or has given up on a peer itself"
+            # The back end counts in whole milliseconds, so it may be one early.
+            raise error(late if time.monotonic() >= deadline - 0.01 else lost) from cause
+
+    @contextlib.contextmanager
+    def _named(self, error: Callable[[str], RingError], reason: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as cause:
+            raise error(reason) from cause
+
+
+class _StreamPending:
+    """A transfer queued on the exchange's CUDA stream.
+
+    It keeps the buffers alive until `wait`. After that the current stream is ordered behind the transfer, so memory
+    freed to the caching allocator there cannot be reused too early, and no `record_stream` is needed. A transfer that
+    is never waited for is held by the watchdog until it is through.
+    """
+
+    def __init__(self, watchdog: Watchdog, transfer: _Transfer, buffers: tuple[Tensor | None, ...], event: Any,
+                 device: torch.device):
+        self.watchdog, self.transfer, self.buffers = watchdog, transfer, buffers
+        self.event, self.device = event, device  # the event: the transfer is through
+
+    def wait(self) -> None:
+        self.watchdog.raise_failure()
+        torch.cuda.current_stream(self.device).wait_event(self.event)
+        self.buffers = ()
+
+    def done(self) -> bool:
+        with torch.cuda.device(self.device):  # the watchdog's thread would otherwise wake GPU 0
+            return self.event.query()
+
+    def overdue(self, seconds: float) -> RingError:
+        return self.transfer.overdue(seconds)
+
+    def synchronize(self) -> None:
+        """Holds the host until the transfer is through or overdue. Not for use inside a step."""
+        while not self.done():
+            self.watchdog.raise_failure()
+            time.sleep(1e-3)
+
+
+class Watched(Protocol):
+    """A transfer as the watchdog sees it."""
+
+    def done(self) -> bool: ...
+
+    def overdue(self, seconds: float) -> RingError: ...
+
+
+class Watchdog:
+    """A thread that looks after transfers the host does not wait for.
+
+    Transfers finish in the order they were started, so only the oldest is looked at. If it is overdue, `abort` is
+    called (it must release whoever is stuck in the back end), and every later `raise_failure` raises the error.
+
+    Args:
+        timeout: seconds from the start of a transfer until it is overdue.
+        abort: called once, on the watchdog's thread.
+        interval: seconds between two looks while transfers are under way; the thread sleeps while there are none.
+    """
+
+    def __init__(self, timeout: float, abort: Callable[[], None], interval: float = 0.05):
+        self._timeout, self._abort, self._interval = timeout, abort, interval
+        self._pending: list[tuple[float, Watched]] = []
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._failure: RingError | None = None
+        threading.Thread(target=self._run, name="fa3_dist-watchdog", daemon=True).start()
+
+    def watch(self, transfer: Watched) -> None:
+        """Takes over a transfer that has just been started."""
+        with self._changed:
+            self._pending.append((time.monotonic() + self._timeout, transfer))
+            self._changed.notify()
+
+    def raise_failure(self) -> None:
+        """Raises the RingError of the transfer that was overdue, if there was one."""
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            deadline, transfer = self._pending[0]
+            if transfer.done():
+                with self._changed:
+                    self._pending.pop(0)
+            elif time.monotonic() < deadline:
+                time.sleep(self._interval)
+            else:
+                self._failure = transfer.overdue(self._timeout)
+                logger.critical("%s; aborting the process group", self._failure)
+                self._abort()
+                return
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._pending or self._stopped)
+            return not self._stopped
+
+
+def _world_group() -> dist.ProcessGroup:
+    if dist.group.WORLD is None:
+        raise ValueError("group is None and there is no default process group: call torch.distributed."
+                         "init_process_group first, or pass a group")
+    return dist.group.WORLD
+
+
+def _default_device(group: Any) -> torch.device:
+    if torch.cuda.is_available() and "nccl" in dist.get_backend_config(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _seconds(timeout: float | timedelta) -> float:
+    return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+
+
+def _group_timeout(group: Any, device: torch.device) -> float:
+    seconds = group._get_backend(device).options._timeout.total_seconds()
+    return seconds * (0.9 if device.type == "cuda" else 1.0)
+
+
+# ------------------------------------------------------------------------------------------------ in process
+
+
+def run_in_process(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+    """Runs `fn(exchange, *args)` once for each rank of a ring inside this process and returns the results by rank.
+
+    Each rank has a thread, but only one of them runs at a time: a rank runs until it waits for a message that is not
+    there yet, then the next one that can go on does. So a run is deterministic, global random state included. Ranks
+    share the current CUDA device and stream.
+
+    Raises:
+        ValueError: world < 1.
+        Exception: the first error that `fn` raised on any rank; the other ranks end with a RingError at their next
+            wait. RingError too if all ranks wait for messages that nobody sends.
+    """
+    if world < 1:
+        raise ValueError(f"world: expected a positive number of ranks, got {world}")
+    hub = _Hub(world)
+    results: list[Any] = [None] * world
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    stream = torch.cuda.current_stream() if device is not None else None
+    grad = torch.is_grad_enabled()
+
+    def run(rank: int) -> None:
+        with contextlib.ExitStack() as stack, hub.running(rank):
+            if stream is not None:
+                stack.enter_context(torch.cuda.stream(stream))
+            stack.enter_context(torch.set_grad_enabled(grad))
+            # Backward nodes of one device share one thread unless they run on the caller's: rank 0, waiting in its
+            # backward for rank 1, would keep rank 1 from running its own.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            results[rank] = fn(InProcessExchange(hub, rank), *args)
+
+    threads = [threading.Thread(target=run, args=(rank,), name=f"ring rank {rank}") for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if hub.failure is not None:
+        raise hub.failure
+    return results
+
+
+@dataclass
+class _Letter:
+    tensor: Tensor
+    written: Any  # CUDA event: the tensor's contents are there
+    copied: Any = None  # CUDA event: the receiver has copied them
+    taken: bool = False
+
+
+@dataclass
+class _Hub:
+    """What the ranks of one process share: the letters under way, and whose turn it is."""
+
+    world: int
+    letters: dict[tuple[int, int, int], _Letter] = field(default_factory=dict)  # (source, destination, number)
+    turn: int = 0
+    failure: BaseException | None = None
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _finished: set[int] = field(default_factory=set)
+    _blocked: dict[int, Callable[[], bool]] = field(default_factory=dict)  # rank -> can it go on?
+
+    @contextlib.contextmanager
+    def running(self, rank: int) -> Iterator[None]:
+        """The whole life of a rank: waits for its first turn, and hands the turn on when it ends, however it ends."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.turn == rank)
+        try:
+            yield
+        except BaseException as error:
+            self.failure = self.failure or error
+        finally:
+            with self._changed:
+                self._finished.add(rank)
+                self._pass_turn(rank)
+
+    def block(self, rank: int, ready: Callable[[], bool], error: Callable[[str], RingError]) -> None:
+        """Returns when `ready()`, letting other ranks run meanwhile; raises `error(reason)` if that cannot happen."""
+        if not ready() and self.failure is None:
+            with self._changed:
+                self._blocked[rank] = ready
+                self._pass_turn(rank)
+                self._changed.wait_for(lambda: self.turn == rank)
+                del self._blocked[rank]
+        if not ready():
+            cause = self.failure
+            if cause is None:
+                raise error("did not get through: every rank waits for a message, and nobody sends one")
+            raise error(f"did not get through: another rank ended with {cause!r}") from cause
+
+    def _pass_turn(self, rank: int) -> None:
+        in_turn = [(rank + 1 + i) % self.world for i in range(self.world)]
+        others = [r for r in in_turn if r not in self._finished]
+        able = [r for r in others if r not in self._blocked or self._blocked[r]()]
+        # Nobody can go on: the next one wakes to find that out, and its error then ends the rest.
+        self.turn = next(iter(able or others), -1)
+        self._changed.notify_all()
+
+
+class InProcessExchange:
+    """One rank's side of a ring that runs in one process; made by `run_in_process`. See `Exchange`."""
+
+    sm_margin = 0
+
+    def __init__(self, hub: _Hub, rank: int):
+        self.rank, self.world = rank, hub.world
+        self.stats = Traffic()
+        self._hub = hub
+        self._numbers: Counter[tuple[int, int]] = Counter()  # messages so far, by (source, destination)
+
+    def exchange(self, *, send: Tensor | None, destination: int, receive: Tensor | None, source: int, what: str,
+                 step: int) -> Pending:
+        """See `Exchange.exchange`."""
+        send, receive = _message(send), _message(receive)
+        self.stats._count(send, receive)
+        transfer = _Transfer(self.rank, step, what, None if send is None else destination,
+                             None if receive is None else source)
+        letter = None
+        if send is not None:
+            letter = _Letter(send, _record(send))
+            self._hub.letters[self._key(self.rank, destination)] = letter
+        key = self._key(source, self.rank) if receive is not None else None
+        return _InProcessPending(self._hub, transfer, letter, receive, key)
+
+    def _key(self, source: int, destination: int) -> tuple[int, int, int]:
+        number = self._numbers[source, destination]
+        self._numbers[source, destination] += 1
+        return source, destination, number
+
+
+@dataclass
+class _InProcessPending:
+    """The receiver copies when it waits, no earlier: a buffer read or changed too soon shows."""
+
+    hub: _Hub
+    transfer: _Transfer
+    letter: _Letter | None
+    receive: Tensor | None
+    key: tuple[int, int, int] | None
+
+    def wait(self) -> None:
+        rank, letters = self.transfer.rank, self.hub.letters
+        if self.receive is not None:
+            key = self.key
+            assert key is not None
+            self.hub.block(rank, lambda: key in letters, self.transfer.receive_error)
+            self._take(letters.pop(key))
+            self.receive = None
+        if self.letter is not None:
+            letter = self.letter
+            self.hub.block(rank, lambda: letter.taken, self.transfer.send_error)
+            _after(letter.copied)
+            self.letter = None
+
+    def _take(self, letter: _Letter) -> None:
+        assert self.receive is not None
+        sent, expected = letter.tensor, self.receive
+        if (sent.shape, sent.dtype) != (expected.shape, expected.dtype):
+            raise self.transfer.receive_error(f"came as {tuple(sent.shape)} {sent.dtype}, but {tuple(expected.shape)} "
+                                              f"{expected.dtype} was expected: the ranks disagree about the layout")
+        _after(letter.written)
+        expected.copy_(sent)
+        letter.copied = _record(expected)
+        letter.taken = True
+
+
+def _record(tensor: Tensor) -> Any:
+    """An event on the current CUDA stream; None for a CPU tensor."""
+    if tensor.device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def _after(event: Any) -> None:
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)

@@ -1,0 +1,327 @@
+"""Ring attention: exact attention over documents whose tokens are spread over the ranks of a ring.
+
+One loop and one autograd.Function for dense and packed batches, every mask and every head count: what differs between
+them is data in the schedule (`schedule.ring_schedule`), and how messages travel is the exchange's business
+(`exchange.Exchange`). What this file adds is the order of things, so that messages travel while attention computes:
+
+    forward                                   backward
+    start K/V of the first remote step        start K/V of the first remote step
+    attend to local keys                      gradients of the later local keys
+    for each remote step:                     for each remote step:
+        wait for its K/V                          wait for its K/V
+        start K/V of the next one                 start K/V of the next one
+        attend, continuing out and lse            gradients: dq in place, dK/dV of the rows that came
+                                                  add the dK/dV that came back from the step before
+                                                  start sending this step's dK/dV home
+                                              gradients of the earlier local keys
+                                              add the last dK/dV that came back
+
+Softmax over all keys is continued from step to step in fp32 (`ops.forward_into`: running out and lse), the gradients
+accumulate in fp32, and dK/dV travel in fp32; what is returned is rounded once, at the end. Only local tensors are saved
+for the backward, in which K and V travel again, so memory is O(sequence / world).
+
+Names: T local rows, N rows of a message, H query heads, G key/value heads, D head_dim, E head_dim of v. K and V travel
+as one (N, G, D + E) tensor, in which any range of rows is contiguous; dK and dV likewise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import chain, zip_longest
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fa3_dist import ops
+from fa3_dist.algebra import accumulator_dtype
+from fa3_dist.parallel.exchange import Exchange, Pending
+from fa3_dist.parallel.schedule import Layout, Span, Step, Visit, ring_schedule
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: Layout,
+    rank: int,
+    exchange: Exchange,
+    softmax_scale: float | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention of this rank's queries to all keys of their documents, wherever those keys are.
+
+    Called by all ranks of the exchange together, with the same layout, mask and head counts; so is the backward.
+    Differentiable in q, k and v, through out and through lse.
+
+    Args:
+        q: (T, H, D), the local rows in the order of `layout.shards[rank]`; fp64, fp32, fp16 or bf16, any strides.
+        k, v: (T, G, D) and (T, G, E), H a multiple of G, q's dtype.
+        layout: which tokens every rank holds.
+        rank, exchange: this rank and its messages to the others; the exchange's world is the layout's.
+        softmax_scale: factor of q k^T; None: D ** -0.5.
+        window_left, window_right: a query at position p of a document sees the positions from p - window_left to
+            p + window_right; None: no limit. Causal is window_right=0.
+        softcap: c > 0 replaces a score s by c * tanh(s / c).
+        deterministic: gradients are bitwise equal from run to run.
+    Returns:
+        out (T, H, E) in q's dtype and lse (H, T), natural log, fp32 (fp64 for fp64 inputs).
+    Raises:
+        ValueError, TypeError: shapes, dtypes, layout and exchange do not fit together.
+        RingError: another rank is dead or stuck; names this rank, the step and that peer.
+    """
+    options = {"softmax_scale": softmax_scale, "window_left": window_left, "window_right": window_right,
+               "softcap": softcap}
+    _check(q, k, v, layout, rank, exchange, options)
+    plan = _plan(layout, rank, window_left, window_right, q.device)
+    return _RingAttention.apply(q, k, v, plan, exchange, options, deterministic)
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, exchange: Exchange, options: dict[str, Any],
+                deterministic: bool) -> tuple[Tensor, Tensor]:
+        q, k, v = (_unit_stride(x) for x in (q, k, v))
+        out, lse = _forward(q, k, v, plan, exchange, options)
+        ctx.save_for_backward(q, k, v, out, lse)  # local rows only
+        ctx.ring = plan, exchange, options | {"deterministic": deterministic}
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else _unit_stride(dout)
+        delta = ops.delta(dout, out, dlse)
+        return *_backward(dout, q, k, v, lse, delta, *ctx.ring), None, None, None, None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan, exchange: Exchange,
+             options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """out (T, H, E) in q's dtype and lse (H, T)."""
+    (T, H, D), E, sum_dtype = q.shape, v.shape[-1], accumulator_dtype(q.dtype)
+    # Every row is in a visit that is the first one of its range: nothing here needs a value yet.
+    out = q.new_empty(T, H, E)
+    out_acc = q.new_empty(T, H, E, dtype=sum_dtype)
+    lse = q.new_empty(H, T, dtype=sum_dtype)
+
+    def attend(step: _PlannedStep, k: Tensor, v: Tensor, sm_margin: int) -> None:
+        for launch in step.forward:
+            ops.forward_into(q, k, v, out_acc, lse, out, **launch, **options, sm_margin=sm_margin)
+
+    if plan.remote:
+        kv = torch.cat((k, v), dim=-1)
+        arriving = _fetch(kv, plan.remote[0].step, exchange)
+    attend(plan.local, k, v, exchange.sm_margin if plan.remote else 0)
+    for step, following in zip_longest(plan.remote, plan.remote[1:]):
+        k_s, v_s = arriving.wait().split((D, E), dim=-1)
+        if following is not None:
+            arriving = _fetch(kv, following.step, exchange)
+        attend(step, k_s, v_s, 0 if following is None else exchange.sm_margin)
+    return out, lse
+
+
+def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: _Plan,
+              exchange: Exchange, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (T, H, D), dk (T, G, D) and dv (T, G, E) in the dtype of the inputs."""
+    (T, G, D), E, sum_dtype = k.shape, v.shape[-1], accumulator_dtype(q.dtype)
+    dq = q.new_zeros(q.shape, dtype=sum_dtype)
+    dkv = k.new_zeros(T, G, D + E, dtype=sum_dtype)
+
+    def add_gradients(launches: Sequence[Launch], k: Tensor, v: Tensor, dkv: Tensor, sm_margin: int) -> None:
+        dk, dv = dkv.split((D, E), dim=-1)
+        for launch in launches:
+            ops.backward(dout, q, k, v, lse, delta, dq, dk, dv, **launch, **options, accumulate=True,
+                         sm_margin=sm_margin)
+
+    if plan.remote:
+        kv = torch.cat((k, v), dim=-1)
+        arriving = _fetch(kv, plan.remote[0].step, exchange)
+        add_gradients(plan.opening, k, v, dkv, exchange.sm_margin)
+    returning: _Arrival | None = None
+    for step, following in zip_longest(plan.remote, plan.remote[1:]):
+        k_s, v_s = arriving.wait().split((D, E), dim=-1)
+        if following is not None:
+            arriving = _fetch(kv, following.step, exchange)
+        dkv_s = kv.new_zeros(_total(step.step.receive), G, D + E, dtype=sum_dtype)
+        add_gradients(step.backward, k_s, v_s, dkv_s, exchange.sm_margin)
+        if returning is not None:
+            _add_rows(dkv, returning)
+            returning = None  # its buffers go before the next ones come
+        returning = _send_home(dkv_s, step.step, exchange)
+    add_gradients(plan.closing, k, v, dkv, exchange.sm_margin if plan.remote else 0)
+    if returning is not None:
+        _add_rows(dkv, returning)
+    dk, dv = dkv.split((D, E), dim=-1)
+    return dq.to(q.dtype), _finished(dk, k.dtype), _finished(dv, v.dtype)
+
+
+# ------------------------------------------------------------------------------------------------- messages
+
+
+class _Arrival(NamedTuple):
+    """A message under way to this rank."""
+
+    pending: Pending
+    rows: Tensor  # (N, G, D + E), valid after wait()
+    spans: tuple[Span, ...]  # which rows of the owner's tensors they are, in this order
+
+    def wait(self) -> Tensor:
+        self.pending.wait()
+        return self.rows
+
+
+def _fetch(kv: Tensor, step: Step, exchange: Exchange) -> _Arrival:
+    """Starts bringing the K/V rows that this step needs, and sending the rows another rank needs in it."""
+    rows = kv.new_empty(_total(step.receive), *kv.shape[1:])
+    pending = exchange.exchange(send=_gather(kv, step.send), destination=step.destination, receive=rows,
+                                source=step.source, what="K/V", step=step.shift)
+    return _Arrival(pending, rows, step.receive)
+
+
+def _send_home(dkv: Tensor, step: Step, exchange: Exchange) -> _Arrival:
+    """Starts sending dK/dV of the rows that came in this step to their owner; what arrives belongs to rows sent."""
+    rows = dkv.new_empty(_total(step.send), *dkv.shape[1:])
+    pending = exchange.exchange(send=dkv, destination=step.source, receive=rows, source=step.destination,
+                                what="dK/dV", step=step.shift)
+    return _Arrival(pending, rows, step.send)
+
+
+def _gather(x: Tensor, spans: Sequence[Span]) -> Tensor | None:
+    """The rows of `spans`, one behind the other; a view if there is one span."""
+    parts = [x.narrow(0, span.start, span.length) for span in spans]
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _add_rows(x: Tensor, arrival: _Arrival) -> None:
+    """Waits for the rows and adds them where they belong."""
+    rows = arrival.wait()
+    start = 0
+    for span in arrival.spans:
+        x.narrow(0, span.start, span.length).add_(rows.narrow(0, start, span.length))
+        start += span.length
+
+
+def _total(spans: Iterable[Span]) -> int:
+    return sum(span.length for span in spans)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """The operators ask for a contiguous last dimension and nothing else."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _finished(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """A part of dK/dV, rounded once, as a tensor of its own."""
+    return gradient.new_empty(gradient.shape, dtype=dtype).copy_(gradient)
+
+
+# ----------------------------------------------------------------------------------------------------- plan
+
+
+Launches = tuple[tuple[Visit, ...], ...]  # as the schedule has them
+Launch = dict[str, Any]  # visits as an operator's keyword arguments: int32 (n,) tensors on the device
+
+
+class _PlannedStep(NamedTuple):
+    step: Step
+    forward: tuple[Launch, ...]
+    backward: tuple[Launch, ...]
+
+
+class _Plan(NamedTuple):
+    """A rank's schedule with its tables of visits on the device."""
+
+    local: _PlannedStep
+    remote: tuple[_PlannedStep, ...]
+    opening: tuple[Launch, ...]  # the local backward in two parts: this one hides the first K/V,
+    closing: tuple[Launch, ...]  # and this one the last dK/dV
+
+
+@lru_cache(maxsize=64)
+def _plan(layout: Layout, rank: int, window_left: int | None, window_right: int | None, device: torch.device) -> _Plan:
+    """The schedule of this layout and mask, its visits on the device. Every layer of a model asks for the same one."""
+    steps = ring_schedule(layout, rank, window_left=window_left, window_right=window_right)
+    assert steps[0].shift == 0 and all(step.shift for step in steps[1:]), "the local step comes first"
+    closing, opening = _split_keys(steps[0].backward) if len(steps) > 1 else (steps[0].backward, ())
+    forward = _upload([step.forward for step in steps], device)
+    backward = _upload([step.backward for step in steps[1:]] + [opening, closing], device)
+    for launch in chain.from_iterable(backward):
+        del launch["flags"]
+    local, *remote = (_PlannedStep(*planned) for planned in zip(steps, forward, [(), *backward[:-2]], strict=True))
+    return _Plan(local, tuple(remote), *backward[-2:])
+
+
+def _split_keys(launches: Launches) -> tuple[Launches, Launches]:
+    """The same work as two parts: the first half of every visit's keys, and the rest (a smaller part under causal).
+
+    Halves are multiples of 128 keys, which tiles and blocks of quantised keys divide; shorter visits stay whole.
+    """
+    first, rest = [], []
+    for launch in launches:
+        halves = [(visit, min(visit.k_len, -(-visit.k_len // 256) * 128)) for visit in launch]
+        first.append(tuple(visit._replace(k_len=half) for visit, half in halves))
+        rest.append(tuple(
+            visit._replace(k_start=visit.k_start + half, k_len=visit.k_len - half, offset=visit.offset - half)
+            for visit, half in halves if half < visit.k_len
+        ))
+    return tuple(first), tuple(rest)
+
+
+def _upload(steps: Sequence[Launches], device: torch.device) -> list[tuple[Launch, ...]]:
+    """Launches as tables, all in one tensor; launches without visits are left out."""
+    visits = [visit for launches in steps for launch in launches for visit in launch]
+    rows = [(*visit[:5], ops.FIRST * visit.first | ops.LAST * visit.last) for visit in visits]
+    table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 6).T.contiguous().to(device)
+    names = ("q_start", "q_len", "k_start", "k_len", "offsets", "flags")
+    end, result = 0, []
+    for launches in steps:
+        tables = []
+        for launch in filter(None, launches):
+            start, end = end, end + len(launch)
+            tables.append(dict(zip(names, table[:, start:end], strict=True)))
+        result.append(tuple(tables))
+    return result
+
+
+# --------------------------------------------------------------------------------------------------- checks
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rank: int, exchange: Exchange,
+           options: dict[str, Any]) -> None:
+    """What a user can get wrong, before the first message: an error after it would leave a message in the way."""
+    if (exchange.world, exchange.rank) != (layout.world, rank):
+        raise ValueError(f"exchange is rank {exchange.rank} of {exchange.world}: expected rank {rank} of "
+                         f"{layout.world}, as rank and layout say")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3 or x.shape[0] != layout.tokens(rank):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected (tokens, heads, head_dim) with the "
+                             f"{layout.tokens(rank)} tokens that the layout gives rank {rank}")
+        if x.dtype != q.dtype or x.dtype not in ops.DTYPES:
+            raise TypeError(f"{name} has dtype {x.dtype}: expected one dtype for q, k and v, out of "
+                            f"{', '.join(map(str, ops.DTYPES))}")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}: expected {q.device}, where q is; move it there")
+    (H, D), G = q.shape[1:], k.shape[1]
+    if v.shape[1] != G or G == 0 or H % G != 0:
+        raise ValueError(f"q, k and v have {H}, {G} and {v.shape[1]} heads: expected as many for v as for k, and a "
+                         "multiple of that for q")
+    if k.shape[2] != D:
+        raise ValueError(f"k has head_dim {k.shape[2]}: expected {D}, the head_dim of q")
+    scale, softcap = options["softmax_scale"], options["softcap"]
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"softmax_scale is {scale}: expected a finite number above 0, or None for head_dim ** -0.5")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap is {softcap}: expected a finite number above 0, or 0 for none")
+    for name in ("window_left", "window_right"):
+        if options[name] is not None and options[name] < 0:
+            raise ValueError(f"{name} is {options[name]}: expected a number of keys, 0 or more, or None for no bound")

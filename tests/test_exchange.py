@@ -1,0 +1,372 @@
+"""Messages between ranks: both exchanges carry the same traffic; what is wrong becomes an error that names it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fa3_dist.parallel.exchange import (
+    DistributedExchange,
+    Exchange,
+    InProcessExchange,
+    RingError,
+    Traffic,
+    Watchdog,
+    run_in_process,
+)
+from tests.distributed import run_distributed, run_processes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.float8_e4m3fn)
+
+
+def start(exchange: Exchange, send, receive, shift: int = 1, what: str = "K/V"):
+    """Sends to rank + shift, receives from rank - shift."""
+    return exchange.exchange(send=send, destination=(exchange.rank + shift) % exchange.world, receive=receive,
+                             source=(exchange.rank - shift) % exchange.world, what=what, step=shift)
+
+
+# -------------------------------------------------------------------------------- what both of them must carry
+
+
+def every_shift_and_dtype(exchange: Exchange) -> list[bool]:
+    arrived = []
+    for dtype in DTYPES:
+        for shift in range(1, exchange.world):
+            send = torch.full((3, 2), float(exchange.rank)).to(dtype)
+            receive = torch.zeros(3, 2).to(dtype)
+            start(exchange, send, receive, shift).wait()
+            arrived.append(bool((receive.float() == (exchange.rank - shift) % exchange.world).all()))
+    return arrived
+
+
+def several_under_way(exchange: Exchange) -> list[float]:
+    """Messages between two ranks match in the order they were started, whatever the order of the waits."""
+    received = [torch.zeros(2) for _ in range(3)]
+    pending = [start(exchange, torch.full((2,), 10.0 * i + exchange.rank), x) for i, x in enumerate(received)]
+    for i in (2, 0, 1):
+        pending[i].wait()
+    return [float(x[0]) for x in received]
+
+
+def empty_messages(exchange: Exchange) -> Traffic:
+    """Only rank 0 sends something: rank 1 receives it, and nobody else counts a message."""
+    send = torch.ones(4 if exchange.rank == 0 else 0, 2)
+    receive = torch.zeros(4 if exchange.rank == 1 else 0, 2)
+    before = Traffic(**vars(exchange.stats))
+    start(exchange, send, receive).wait()
+    start(exchange, None, None).wait()
+    assert receive.sum() == receive.numel()
+    return Traffic(*(getattr(exchange.stats, key) - value for key, value in vars(before).items()))
+
+
+def carry(exchange: Exchange) -> dict[str, Any]:
+    assert exchange.stats == Traffic(), "connecting does not count"
+    return {fn.__name__: fn(exchange) for fn in (every_shift_and_dtype, several_under_way, empty_messages)}
+
+
+def check_carried(by_rank: list[dict[str, Any]]) -> None:
+    world = len(by_rank)
+    for rank, result in enumerate(by_rank):
+        assert result["every_shift_and_dtype"] == [True] * len(DTYPES) * (world - 1)
+        source = (rank - 1) % world
+        assert result["several_under_way"] == [source, 10.0 + source, 20.0 + source]
+    nothing, sent, received = Traffic(), Traffic(1, 0, 32, 0), Traffic(0, 1, 0, 32)
+    assert [r["empty_messages"] for r in by_rank] == [sent, received] + [nothing] * (world - 2)
+
+
+def distributed_worker(rank: int, world: int) -> dict[str, Any]:
+    exchange = DistributedExchange()
+    assert (exchange.rank, exchange.world, exchange.sm_margin) == (rank, world, 0)
+    assert exchange.timeout == 60.0, "the group's own timeout"
+    result = carry(exchange)
+    result["subgroup"] = on_a_subgroup(rank, world)
+    with pytest.raises(ValueError, match="this ring moves cpu tensors, got one on meta"):
+        start(exchange, torch.ones(1, device="meta"), None)
+    with pytest.raises(ValueError, match="timeout: expected a positive number of seconds, got -1"):
+        DistributedExchange(timeout=-1)
+    return result
+
+
+def on_a_subgroup(rank: int, world: int) -> list[bool]:
+    """Ranks of the ring are ranks of its group, not of the world."""
+    members = list(range(world))[:0:-1]  # all but rank 0
+    group = dist.new_group(members)
+    if rank == 0:
+        with pytest.raises(ValueError, match="group: this process is not a member"):
+            DistributedExchange(group)
+        return []
+    return every_shift_and_dtype(DistributedExchange(group))
+
+
+def test_distributed():
+    by_rank = run_distributed(3, distributed_worker)
+    check_carried(by_rank)
+    assert [len(result["subgroup"]) for result in by_rank] == [0, len(DTYPES), len(DTYPES)]
+    assert all(all(result["subgroup"]) for result in by_rank)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_in_process(world: int):
+    check_carried(run_in_process(world, carry))
+
+
+def test_one_rank_needs_no_connection():
+    assert run_in_process(1, lambda exchange: (exchange.rank, exchange.world)) == [(0, 1)]
+
+
+def test_no_process_group():
+    with pytest.raises(ValueError, match="init_process_group first, or pass a group"):
+        DistributedExchange()
+
+
+# ------------------------------------------------------------------------------------ the tests' own processes
+
+
+def one_fails(rank: int, world: int) -> None:
+    if rank == 1:
+        raise KeyError("this one")
+    dist.barrier()
+
+
+def one_hangs(rank: int, world: int) -> None:
+    if rank == 1:
+        time.sleep(60.0)
+    dist.barrier()
+
+
+def one_is_killed(rank: int, world: int) -> None:
+    if rank == 1:
+        os._exit(3)
+
+
+@pytest.mark.parametrize("fn, message", [
+    (one_fails, "rank 1 of 2 failed .*\n.*KeyError: 'this one'"),
+    (one_hangs, r"ranks \[0, 1\] of 2 were not done within 3 s"),
+    (one_is_killed, "exit codes: {1: 3}"),
+])  # fmt: skip
+def test_run_distributed_reports_and_ends(fn, message):
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match=re.compile(message, re.DOTALL)):
+        run_distributed(2, fn, timeout=3.0 if fn is one_hangs else 60.0)
+    assert time.monotonic() - started < 30.0
+
+
+# -------------------------------------------------------------------------------------- errors of the back end
+
+
+def silent_peer(rank: int, world: int) -> tuple:
+    exchange = DistributedExchange(timeout=0.5)
+    if rank == 0:
+        time.sleep(1.5)  # alive, but in another place
+        return ()
+    started = time.monotonic()
+    with pytest.raises(RingError) as caught:
+        start(exchange, None, torch.zeros(2), what="dK/dV").wait()
+    error, seconds = caught.value, time.monotonic() - started
+    return error.rank, error.step, error.what, error.peer, str(error), error.__cause__ is not None, seconds
+
+
+def test_a_silent_peer_is_named():
+    outcome = run_processes(2, silent_peer)[1]
+    assert outcome.error is None, outcome.error
+    rank, step, what, peer, text, chained, seconds = outcome.result
+    assert (rank, step, what, peer, chained) == (1, 1, "dK/dV", 0, True)
+    assert text == ("rank 1, ring step 1: dK/dV from rank 0 did not arrive within 0.5 s: rank 0 is dead, stuck, or in "
+                    "another step")
+    assert 0.4 < seconds < 5.0
+
+
+def absent_at_construction(rank: int, world: int) -> str:
+    if rank == 0:
+        time.sleep(1.5)
+        return ""
+    with pytest.raises(RingError) as caught:
+        DistributedExchange(timeout=0.5)
+    return str(caught.value)
+
+
+def test_a_rank_that_never_connects_is_named():
+    outcome = run_processes(2, absent_at_construction)[1]
+    assert outcome.error is None, outcome.error
+    assert outcome.result.startswith("rank 1, ring step 1: the greeting from rank 0 did not arrive within 0.5 s")
+
+
+def test_error_can_be_pickled():
+    """Launchers send exceptions from process to process."""
+    error = RingError(1, 2, "K/V", 3, "from rank 3 is lost")
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == str(error) == "rank 1, ring step 2: K/V from rank 3 is lost"
+    assert (copy.rank, copy.step, copy.what, copy.peer) == (1, 2, "K/V", 3)
+
+
+class Transfer:
+    """What the watchdog sees of a transfer on a GPU."""
+
+    def __init__(self, name: str, finished: bool = False):
+        self.name, self.finished = name, finished
+
+    def done(self) -> bool:
+        return self.finished
+
+    def overdue(self, seconds: float) -> RingError:
+        return RingError(1, 2, self.name, 3, f"from rank 3 did not arrive within {seconds:g} s")
+
+
+def test_watchdog_raises_the_first_overdue_transfer_and_aborts_once(caplog):
+    aborted = threading.Event()
+    watchdog = Watchdog(0.2, aborted.set, interval=0.01)
+    for name in ("K/V", "dK/dV"):
+        watchdog.watch(Transfer(name))
+    watchdog.raise_failure()
+    assert aborted.wait(5.0)
+    with pytest.raises(RingError, match="rank 1, ring step 2: K/V from rank 3 did not arrive within 0.2 s"):
+        watchdog.raise_failure()
+    with pytest.raises(RingError):
+        watchdog.raise_failure()
+    assert "K/V from rank 3 did not arrive within 0.2 s; aborting the process group" in caplog.text
+
+
+def test_watchdog_lets_finished_transfers_go():
+    aborted = threading.Event()
+    watchdog = Watchdog(0.3, aborted.set, interval=0.01)
+    slow = Transfer("slow")
+    for transfer in (Transfer("done", finished=True), slow, Transfer("behind", finished=True)):
+        watchdog.watch(transfer)
+    time.sleep(0.1)
+    slow.finished = True
+    assert not aborted.wait(0.5)
+    watchdog.raise_failure()
+    before = threading.active_count()
+    watchdog.stop()
+    deadline = time.monotonic() + 5.0
+    while threading.active_count() == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() < before, "the thread ends"
+
+
+# -------------------------------------------------------------------------------------------------- in process
+
+
+def test_in_process_ranks_run_one_at_a_time_in_a_fixed_order():
+    """Random numbers come from one global state: equal runs show that the order of ranks is fixed."""
+
+    def fn(exchange: Exchange) -> list[float]:
+        drawn = []
+        for shift in (1, 2, 1):
+            receive = torch.zeros(2)
+            pending = start(exchange, torch.rand(2), receive, shift)
+            drawn.append(float(torch.rand(())))
+            pending.wait()
+            drawn.append(float(receive[0]))
+        return drawn
+
+    runs = []
+    for _ in range(5):
+        torch.manual_seed(7)
+        runs.append(run_in_process(4, fn))
+    assert all(run == runs[0] for run in runs)
+
+
+def test_in_process_message_is_read_at_the_wait():
+    """A send buffer changed before the wait arrives changed, a receive buffer is untouched until then: misuse shows."""
+
+    def fn(exchange: Exchange) -> tuple[float, float]:
+        send, receive = torch.ones(1), torch.full((1,), -1.0)
+        pending = start(exchange, send, receive)
+        send.fill_(5.0)
+        early = float(receive)
+        pending.wait()
+        return early, float(receive)
+
+    assert run_in_process(2, fn) == [(-1.0, 5.0)] * 2
+
+
+def test_in_process_send_buffer_is_free_after_the_wait():
+    def fn(exchange: Exchange) -> float:
+        send, receive = torch.full((1,), float(exchange.rank)), torch.zeros(1)
+        pending = start(exchange, send, receive)
+        pending.wait()
+        send.fill_(99.0)
+        return float(receive)
+
+    assert run_in_process(3, fn) == [2.0, 0.0, 1.0]
+
+
+def test_in_process_backward_runs_on_every_rank():
+    """A backward that waits for another rank's backward does not keep it from running."""
+
+    class Swap(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, exchange):
+            ctx.exchange = exchange
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            received = torch.empty_like(gradient)
+            start(ctx.exchange, gradient.contiguous(), received).wait()
+            return received, None
+
+    def fn(exchange: Exchange) -> float:
+        x = torch.ones(1, requires_grad=True)
+        (Swap.apply(x, exchange) * float(exchange.rank)).sum().backward()
+        assert x.grad is not None
+        return float(x.grad)
+
+    assert run_in_process(3, fn) == [2.0, 0.0, 1.0]
+
+
+def test_in_process_failure_ends_all_ranks():
+    seen: dict[int, RingError] = {}
+
+    def fn(exchange: Exchange) -> None:
+        if exchange.rank == 1:
+            raise ZeroDivisionError("rank 1 breaks")
+        try:
+            for shift in (1, 2):
+                start(exchange, torch.ones(1), torch.zeros(1), shift).wait()
+        except RingError as error:
+            seen[exchange.rank] = error
+            raise
+
+    with pytest.raises(ZeroDivisionError, match="rank 1 breaks"):
+        run_in_process(3, fn)
+    assert sorted(seen) == [0, 2]
+    assert (seen[2].rank, seen[2].step, seen[2].what, seen[2].peer) == (2, 1, "K/V", 1)
+    assert "rank 1 breaks" in str(seen[2]) and isinstance(seen[2].__cause__, ZeroDivisionError)
+
+
+def test_in_process_deadlock_is_an_error():
+    def fn(exchange: Exchange) -> None:
+        start(exchange, None, torch.zeros(1), what="dK/dV").wait()
+
+    with pytest.raises(RingError, match="rank 0, ring step 1: dK/dV from rank 2 did not get through: every rank waits"):
+        run_in_process(3, fn)
+
+
+def test_in_process_mismatch_is_an_error():
+    def fn(exchange: InProcessExchange) -> None:
+        size = 3 if exchange.rank == 0 else 4
+        start(exchange, torch.zeros(size), torch.zeros(4)).wait()
+
+    with pytest.raises(RingError, match=r"rank 1, .* from rank 0 came as \(3,\) torch.float32, but \(4,\) .* expected"):
+        run_in_process(2, fn)
+
+
+def test_in_process_inherits_grad_mode():
+    with torch.no_grad():
+        assert run_in_process(2, lambda exchange: torch.is_grad_enabled()) == [False, False]
+    assert run_in_process(2, lambda exchange: torch.is_grad_enabled()) == [True, True]
+
+
+def test_in_process_world_must_be_positive():
+    with pytest.raises(ValueError, match="world: expected a positive number of ranks, got 0"):
+        run_in_process(0, lambda exchange: None)

@@ -1,0 +1,412 @@
+"""Ring attention against the fp64 oracle on 2, 3, 4 and 8 gloo processes and in process; messages, memory, repetition.
+
+All cases of a world run in one set of processes (`results_of`), and each is judged in a test of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from fa3_dist.parallel import ring
+from fa3_dist.parallel.exchange import DistributedExchange, Exchange, run_in_process
+from fa3_dist.parallel.ring import ring_attention
+from fa3_dist.parallel.schedule import Layout, contiguous, packed, zigzag
+from tests.distributed import run_distributed
+from tests.ring_gate import NAMES, Case, judge, local_rows, make_inputs, run_case, total_error
+
+WORLDS = (2, 3, 4, 8)
+BF16 = torch.bfloat16
+
+SEQ_3824 = Case("seq 3824, 5 heads", (3824,), heads=5, kv_heads=5, dlse=False)
+PACKED = Case("cu_seqlens [0, 120, 1248, 4232]", (120, 1128, 2984), layout="packed", dlse=False)
+CASES = [
+    SEQ_3824,
+    replace(SEQ_3824, name="seq 3824, 5 heads, bf16", dtype=BF16),
+    PACKED,
+    replace(PACKED, name="cu_seqlens [0, 120, 1248, 4232], bf16", dtype=BF16),
+    replace(PACKED, name="cu_seqlens [0, 120, 1248, 4232], zigzag", layout="zigzag"),
+    Case("documents of 1, 137, 2041, 89", (1, 137, 2041, 89), layout="packed", kv_heads=2),
+    Case("documents of 1, 137, 2041, 89, zigzag", (1, 137, 2041, 89), kv_heads=2),
+    Case("documents of 1, 137, 2041, 89, window 128", (1, 137, 2041, 89), layout="packed", window_left=128),
+    Case("a rank without tokens", (1,), layout="zigzag"),
+    Case("ranks without tokens, contiguous", (2,), layout="contiguous"),
+    Case("empty documents", (0, 5, 0, 3), layout="packed"),
+    Case("1 kv head", (512,), heads=8, kv_heads=1),
+    Case("2 kv heads", (512,), heads=8, kv_heads=2),
+    Case("1 kv head, bf16", (512,), heads=8, kv_heads=1, dtype=BF16, dlse=False),
+    Case("window 128", (1603,), window_left=128),
+    Case("window 128, contiguous", (1603,), layout="contiguous", window_left=128),
+    Case("window 128, bf16", (1603,), window_left=128, dtype=BF16, dlse=False),
+    Case("window 512", (1603,), window_left=512),
+    Case("window to both sides", (701,), window_left=100, window_right=37),
+    Case("full", (701,), window_right=None, kv_heads=2),
+    Case("full, bf16", (701,), window_right=None, layout="contiguous", kv_heads=2, dtype=BF16, dlse=False),
+    Case("softcap and scale", (405,), softcap=5.0, softmax_scale=0.5),
+    Case("head_dim 24, v 8", (405,), heads=6, kv_heads=3, head_dim=24, head_dim_v=8),
+    Case("fp64", (405,), layout="contiguous", kv_heads=2, dtype=torch.float64),
+    Case("strided inputs, NaN between", (333, 70), layout="packed", heads=4, kv_heads=2, strided=True),
+    Case("strided inputs, bf16", (333,), heads=4, kv_heads=2, strided=True, dtype=BF16, dlse=False),
+    Case("stripes", (420,), layout="striped", window_left=50),
+    Case("simplest schedule", (420, 33), layout="striped", kv_heads=2, schedule="simplest"),
+    Case("simplest schedule, window 30", (420,), layout="striped", window_left=30, schedule="simplest"),
+]
+
+
+# ------------------------------------------------------------------------------------------------- the gate
+
+
+def worker(rank: int, world: int) -> dict[str, dict]:
+    exchange = DistributedExchange()
+    return {case.name: run_case(exchange, case) for case in CASES}
+
+
+@cache
+def results_of(world: int) -> dict[str, list[dict]]:
+    by_rank = run_distributed(world, worker)
+    return {case.name: [results[case.name] for results in by_rank] for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("world", WORLDS)
+def test_gate(world: int, case: Case):
+    assert judge(case, results_of(world)[case.name]) == []
+
+
+FLAT = [case for case in CASES if sum(case.lengths) > 100 and case.schedule == "shipped"]
+
+
+@pytest.mark.parametrize("case", FLAT, ids=lambda case: case.name)
+def test_error_is_flat_from_2_to_8_ranks(case: Case):
+    for name in NAMES:
+        errors = {world: total_error(case, name, results_of(world)[case.name]) for world in WORLDS}
+        unit = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps
+        assert max(errors.values()) < 1.3 * errors[2] + unit / 4, f"{name}: {errors}"
+
+
+@pytest.mark.parametrize("world", [1, 5, 9])
+def test_gate_in_process(world: int):
+    for case in CASES:
+        if sum(case.lengths) < 1000:
+            assert judge(case, run_in_process(world, run_case, case)) == [], case.name
+
+
+# ------------------------------------------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_messages_of_a_causal_zigzag(world: int):
+    """One message a remote step and direction; K/V twice, dK/dV once; only the rows that are needed."""
+    case = Case("1 kv head", (512,), heads=8, kv_heads=1)
+    for rank, result in enumerate(results_of(world)[case.name]):
+        layout = case.make_layout(world)
+        halves = [[shard.length for shard in shards] for shards in layout.shards]
+        # From an earlier rank only its early half is seen, by all queries; from a later one all is, by the late half.
+        arriving = sum(halves[s][0] if s < rank else sum(halves[s]) for s in range(world) if s != rank)
+        leaving = sum(halves[rank][0] if rank < r else sum(halves[rank]) for r in range(world) if r != rank)
+        kv_bytes, dkv_bytes = 32 * 4, 32 * 4
+        assert result["forward"] == {
+            "messages_sent": world - 1, "messages_received": world - 1,
+            "bytes_sent": leaving * kv_bytes, "bytes_received": arriving * kv_bytes,
+        }  # fmt: skip
+        assert result["backward"] == {
+            "messages_sent": 2 * (world - 1), "messages_received": 2 * (world - 1),
+            "bytes_sent": leaving * kv_bytes + arriving * dkv_bytes,
+            "bytes_received": arriving * kv_bytes + leaving * dkv_bytes,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_gradients_travel_in_fp32_also_for_bf16(world: int):
+    for result in results_of(world)["1 kv head, bf16"]:
+        gradient_bytes = result["backward"]["bytes_sent"] - result["forward"]["bytes_sent"]
+        assert gradient_bytes == 2 * result["forward"]["bytes_received"] > 0
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_window_is_a_halo(world: int):
+    """Contiguous shards longer than the window: K/V of 128 rows from one neighbour, one message each way."""
+    results = results_of(world)["window 128, contiguous"]
+    for rank, result in enumerate(results):
+        before, after = int(rank > 0), int(rank < world - 1)
+        assert (result["forward"]["messages_sent"], result["forward"]["messages_received"]) == (after, before)
+        assert result["backward"]["messages_sent"] == result["backward"]["messages_received"] == after + before
+        assert result["forward"]["bytes_received"] == before * 128 * 32 * 4
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_ranks_without_tokens_send_nothing(world: int):
+    layout = contiguous((2,), world)
+    for rank, result in enumerate(results_of(world)["ranks without tokens, contiguous"]):
+        messages = result["forward"]["messages_sent"] + result["forward"]["messages_received"]
+        assert messages == layout.tokens(rank) <= 1
+
+
+# --------------------------------------------------------------------------------- independence and repetition
+
+
+@pytest.mark.parametrize("make, window_left", [(zigzag, None), (contiguous, None), (packed, None), (zigzag, 90)])
+def test_future_tokens_change_nothing_earlier(make, window_left):
+    lengths, moment, world = (61, 400, 77), 61 + 201, 4
+    layout = make(lengths, world)
+    case = Case("", lengths, heads=4, kv_heads=2)
+
+    def outputs(exchange: Exchange, changed: bool) -> tuple[Tensor, Tensor]:
+        q, k, v, dout, _ = (None if x is None else x.clone() for x in make_inputs(case))
+        if changed:
+            for x in (q, k, v):
+                x[moment : 61 + 400] += 100.0 * torch.randn_like(x[moment : 61 + 400])
+        rows = local_rows(layout, exchange.rank)
+        q, k, v = (x[rows].requires_grad_() for x in (q, k, v))
+        out, lse = ring_attention(q, k, v, layout=layout, rank=exchange.rank, exchange=exchange, window_right=0,
+                                  window_left=window_left)
+        gradients = torch.autograd.grad(out, (q, k, v), dout[rows])
+        return out.detach(), lse.detach().t(), *gradients
+
+    before, after = (run_in_process(world, outputs, changed) for changed in (False, True))
+    touched = False
+    for rank in range(world):
+        rows = local_rows(layout, rank)
+        future = (rows >= moment) & (rows < 61 + 400)
+        other_document = (rows < 61) | (rows >= 61 + 400)
+        for index, (x, y) in enumerate(zip(before[rank], after[rank], strict=True)):
+            # The future reaches the gradients of keys in its document, and nothing of another one.
+            kept = ~future if index < 2 else other_document
+            assert torch.equal(x[kept], y[kept])
+            touched |= not torch.equal(x[future], y[future])
+    assert touched
+
+
+def hashes(rank: int, world: int) -> list[str]:
+    exchange, found = DistributedExchange(), []
+    window = Case("", (300,), kv_heads=2, window_left=70, dtype=BF16, dlse=False)
+    for case in (replace(PACKED, lengths=(37, 300, 211)), window):
+        for _ in range(20):
+            result = run_case(exchange, case, deterministic=True)
+            content = b"".join(result[name].float().numpy().tobytes() for name in NAMES)
+            found.append(hashlib.sha256(content).hexdigest())
+    return found
+
+
+def test_twenty_deterministic_runs_are_equal_bit_for_bit():
+    for found in run_distributed(3, hashes):
+        assert len(set(found[:20])) == 1 and len(set(found[20:])) == 1 and found[0] != found[20]
+
+
+def checkpointed(rank: int, world: int) -> list[bool]:
+    """Gradients of a small attention layer with and without activation checkpointing."""
+    exchange, layout = DistributedExchange(), zigzag([260], world)
+    torch.manual_seed(0)
+    weight = torch.randn(32, 3 * 32)
+    x = torch.randn(260, 32)[local_rows(layout, rank)]
+
+    def layer(x: Tensor, weight: Tensor) -> Tensor:
+        q, k, v = (x @ weight).unflatten(1, (6, 16)).split(2, dim=1)
+        out, lse = ring_attention(q, k, v, layout=layout, rank=rank, exchange=exchange, window_right=0,
+                                  deterministic=True)
+        return out.flatten(1) * lse.mean()
+
+    def gradients(run) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        out = run(*leaves)
+        return out.detach(), *torch.autograd.grad((out + run(out, leaves[1])).square().sum(), leaves)
+
+    plain = gradients(layer)
+    with_checkpoints = gradients(lambda *args: checkpoint(layer, *args, use_reentrant=False))
+    return [torch.equal(a, b) for a, b in zip(plain, with_checkpoints, strict=True)]
+
+
+def test_activation_checkpointing_changes_no_bit():
+    assert run_distributed(3, checkpointed) == [[True] * 3] * 3
+
+
+# --------------------------------------------------------------------------------------------------- memory
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors that operators returned and that are still alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor):
+                self._add(x.untyped_storage())
+        return result
+
+    def _add(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def peak_bytes(exchange: Exchange, tokens: int, heads: int, kv_heads: int) -> int:
+    """Peak of what one rank allocates for forward and backward, its inputs not counted."""
+    layout = zigzag([tokens * exchange.world], exchange.world)
+    q, k, v = (torch.ones(tokens, h, 16, requires_grad=True) for h in (heads, kv_heads, kv_heads))
+    with LiveBytes() as live:
+        out, lse = ring_attention(q, k, v, layout=layout, rank=exchange.rank, exchange=exchange, window_right=0)
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    return live.peak
+
+
+def test_peak_memory_is_local():
+    """The memory for a number of local tokens is the same on any number of ranks: a few times the local tensors."""
+    tokens, heads, kv_heads = 64, 2, 2
+    q_bytes, kv_bytes = tokens * heads * 16 * 4, tokens * kv_heads * 32 * 4
+    # out, dout, dq and a margin; K/V joined and dK/dV; K/V here and coming; dK/dV computed, leaving and coming back.
+    bound = 4 * q_bytes + (2 + 2 + 3) * kv_bytes
+    peaks = {world: max(run_in_process(world, peak_bytes, tokens, heads, kv_heads)) for world in (4, 8, 16)}
+    assert max(peaks.values()) < bound and peaks[16] < 1.02 * peaks[8], peaks
+
+
+def saved_bytes(exchange: Exchange) -> tuple[int, int]:
+    layout = zigzag([64 * exchange.world], exchange.world)
+    q, k, v = (torch.ones(64, 2, 16, requires_grad=True) for _ in range(3))
+    saved: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out, lse = ring_attention(q, k, v, layout=layout, rank=exchange.rank, exchange=exchange, window_right=0)
+    return sum(x.nbytes for x in saved), sum(x.nbytes for x in (q, k, v, out, lse))
+
+
+def test_only_local_tensors_are_saved_for_the_backward():
+    for saved, local in run_in_process(8, saved_bytes):
+        assert saved == local
+
+
+# ------------------------------------------------------------------------------------- gradients, single outputs
+
+
+def test_finite_differences_through_out_and_lse():
+    """Along a random direction, fp64: the loss of all ranks against what their gradients say."""
+    world, layout = 3, packed((11, 60), 3)
+    torch.manual_seed(0)
+    full = [torch.randn(71, h, 8, dtype=torch.float64) for h in (4, 2, 2)]
+    direction = [torch.randn_like(x) for x in full]
+    weight, weight_lse = torch.randn(71, 4, 8, dtype=torch.float64), torch.randn(4, 71, dtype=torch.float64)
+
+    def loss_and_slope(exchange: Exchange, step: float) -> tuple[float, float]:
+        rows = local_rows(layout, exchange.rank)
+        leaves = [(x + step * d)[rows].requires_grad_() for x, d in zip(full, direction, strict=True)]
+        out, lse = ring_attention(*leaves, layout=layout, rank=exchange.rank, exchange=exchange, window_left=20,
+                                  window_right=0, softcap=3.0)
+        loss = (out * weight[rows]).sum() + (lse * weight_lse[:, rows]).sum()
+        gradients = torch.autograd.grad(loss, leaves)
+        return loss.item(), sum(float((g * d[rows]).sum()) for g, d in zip(gradients, direction, strict=True))
+
+    def total(step: float, index: int) -> float:
+        return sum(result[index] for result in run_in_process(world, loss_and_slope, step))
+
+    h = 1e-6
+    assert (total(h, 0) - total(-h, 0)) / (2 * h) == pytest.approx(total(0.0, 1), rel=1e-7)
+
+
+@pytest.mark.parametrize("used", ["out", "lse"])
+def test_a_loss_may_use_one_output_only(used: str):
+    case = Case("", (70,), kv_heads=2)
+    layout, inputs = zigzag(case.lengths, 2), make_inputs(case)
+
+    def gradients(exchange: Exchange, both: bool) -> tuple[Tensor, ...]:
+        rows = local_rows(layout, exchange.rank)
+        leaves = [x[rows].requires_grad_() for x in inputs[:3]]
+        out, lse = ring_attention(*leaves, layout=layout, rank=exchange.rank, exchange=exchange, window_right=0)
+        weights = {"out": inputs.dout[rows], "lse": inputs.dlse[:, rows]}
+        terms = {"out": (out * weights["out"]).sum(), "lse": (lse * weights["lse"]).sum()}
+        loss = sum(term * (name == used) for name, term in terms.items()) if both else terms[used]
+        return torch.autograd.grad(loss, leaves)
+
+    one, both = (run_in_process(2, gradients, both) for both in (False, True))
+    for rank in range(2):
+        assert one[rank][0].abs().sum() > 0
+        for x, y in zip(one[rank], both[rank], strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_no_gradient_no_backward_messages():
+    layout = zigzag([64], 2)
+
+    def forward(exchange: Exchange) -> tuple[bool, int]:
+        q, k, v = (torch.ones(32, 2, 16, requires_grad=True) for _ in range(3))
+        with torch.no_grad():
+            out, _ = ring_attention(q, k, v, layout=layout, rank=exchange.rank, exchange=exchange)
+        return out.requires_grad, exchange.stats.messages_sent
+
+    assert run_in_process(2, forward) == [(False, 1)] * 2
+
+
+# -------------------------------------------------------------------------------------------------- wrong calls
+
+
+def qkv(**changes) -> dict:
+    return {name: torch.zeros(changes.get(name, (20, 2, 8))) for name in ("q", "k", "v")}
+
+
+WRONG = {
+    "q has shape (3, 2, 8)": (ValueError, qkv(q=(3, 2, 8))),
+    "k has shape (19, 2, 8)": (ValueError, qkv(k=(19, 2, 8))),
+    "v has shape (1, 20, 2, 8)": (ValueError, qkv(v=(1, 20, 2, 8))),
+    "k has dtype torch.bfloat16": (TypeError, qkv() | {"k": torch.zeros(20, 2, 8, dtype=BF16)}),
+    "q has dtype torch.int64": (TypeError, qkv() | {"q": torch.zeros(20, 2, 8, dtype=torch.int64)}),
+    "v is on meta": (ValueError, qkv() | {"v": torch.zeros(20, 2, 8, device="meta")}),
+    "have 2, 1 and 2 heads": (ValueError, qkv(k=(20, 1, 8))),
+    "have 3, 2 and 2 heads": (ValueError, qkv(q=(20, 3, 8))),
+    "k has head_dim 4": (ValueError, qkv(k=(20, 2, 4))),
+    "softmax_scale is nan": (ValueError, qkv() | {"softmax_scale": float("nan")}),
+    "softcap is -1.0": (ValueError, qkv() | {"softcap": -1.0}),
+    "window_left is -1": (ValueError, qkv() | {"window_left": -1}),
+    "window_right is -5": (ValueError, qkv() | {"window_right": -5}),
+    "expected rank 1 of 2": (ValueError, qkv() | {"rank": 1}),
+    "expected rank 0 of 3": (ValueError, qkv() | {"layout": zigzag([60], 3)}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_calls_are_refused_before_any_message(message: str):
+    error, arguments = WRONG[message]
+
+    def call(exchange: Exchange) -> int:
+        if exchange.rank == 0:
+            with pytest.raises(error) as caught:
+                ring_attention(**{"layout": zigzag([40], 2), "rank": 0, "exchange": exchange} | arguments)
+            assert message in str(caught.value) and "expected" in str(caught.value)
+        return exchange.stats.messages_sent
+
+    assert run_in_process(2, call) == [0, 0]
+
+
+def test_plans_are_made_once():
+    ring._plan.cache_clear()
+    layout: Layout = zigzag([64], 2)
+
+    def twice(exchange: Exchange) -> None:
+        for _ in range(2):
+            q = torch.ones(32, 2, 16)
+            ring_attention(q, q, q, layout=zigzag([64], 2), rank=exchange.rank, exchange=exchange, window_right=0)
+
+    run_in_process(2, twice)
+    assert layout == zigzag([64], 2)
+    assert ring._plan.cache_info().misses == 2 and ring._plan.cache_info().hits == 2
