@@ -40,7 +40,7 @@ train: $$(call environment,train) ## train a small transformer on long text, seq
 
 .PHONY: test
 test: $$(call environment,test) ## run the tests; those marked gpu need a CUDA device
-	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 .PHONY: kernels
 kernels: $$(call environment,kernels) ## build the compiled library and check its machine code

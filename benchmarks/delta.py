@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -122,11 +123,11 @@ def measure_copy(timer: Timer) -> dict:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+" if files differ from it; None outside a checkout."""
+    """The checkout's commit, with "+" if files differ from it; outside a checkout what FA3_DIST_COMMIT says, or None."""
     root = Path(__file__).resolve().parent.parent
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
     if head.returncode:
-        return None
+        return os.environ.get("FA3_DIST_COMMIT")
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True).stdout
     return head.stdout.strip() + ("+" if changed else "")
 

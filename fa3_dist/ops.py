@@ -11,27 +11,27 @@ k (Tk, Hkv, D), v (Tk, Hkv, Dv), lse and delta (Hq, Tq), with int32 (n,) starts 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fa3_dist import reference
+from fa3_dist import reference, torch_kernels
+from fa3_dist._build import LIBRARY
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.reference import FIRST, LAST
 
 __all__ = ["FIRST", "LAST", "backward", "delta", "forward", "forward_into", "library_info"]
 
 NAMESPACE = "fa3_dist"
-LIBRARY_PATH = Path(__file__).parent / "lib" / "libfa3_dist.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _RANGES = "Tensor? q_start, Tensor? q_len, Tensor? k_start, Tensor? k_len, Tensor? offsets, SymInt? offset"
@@ -48,7 +48,7 @@ SCHEMAS = {
 }
 # names of dtypes in csrc/instances.def
 _VARIANT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-COMPILED = ("delta",)  # operators with an `<op>_sm90` implementation in the compiled library
+COMPILED = ("forward", "delta")  # operators with an `<op>_sm90` implementation in the compiled library
 
 
 # ---- public wrappers -------------------------------------------------------------------------------------------------
@@ -338,13 +338,13 @@ _CHECKS: dict[str, Callable[..., None]] = {
 
 def _load_library() -> bool:
     """Loads the compiled library if it is there; a library that does not load is reported, never silently ignored."""
-    if not LIBRARY_PATH.exists():
+    if not LIBRARY.exists():
         return False
     try:
-        torch.ops.load_library(str(LIBRARY_PATH))
+        torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         warnings.warn(
-            f"the compiled library {LIBRARY_PATH} does not load under torch {torch.__version__}: {error}. CUDA tensors "
+            f"the compiled library {LIBRARY} does not load under torch {torch.__version__}: {error}. CUDA tensors "
             "run through PyTorch's kernels; rebuild it with `make kernels`",
             stacklevel=2,
         )
@@ -356,29 +356,68 @@ def library_info() -> dict[str, Any] | None:
     """What the compiled library says of itself: version, variants, hash of its sources, compilers; None without one."""
     if not _library_loaded:
         return None
-    info = ctypes.CDLL(str(LIBRARY_PATH)).fa3_dist_build_info
+    info = ctypes.CDLL(str(LIBRARY)).fa3_dist_build_info
     info.restype = ctypes.c_char_p
     return json.loads(info().decode())
 
 
+class _Request(NamedTuple):
+    """What decides whether the compiled library can run a call."""
+
+    op: str
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: tuple[int, ...] = ()
+    needs: tuple[str, ...] = ()  # what the call asks for beyond dense tensors
+
+    def __str__(self) -> str:
+        dims = f", head_dim {' and '.join(map(str, self.head_dims))}" if self.head_dims else ""
+        needs = "".join(f", {need}" for need in self.needs)
+        return f"fa3_dist::{self.op} for {' and '.join(map(str, self.dtypes))}{dims}{needs}"
+
+
+def _request(op: str, args: tuple[Any, ...]) -> _Request:
+    dtypes = tuple(dict.fromkeys(x.dtype for x in args[:2]))
+    if op == "delta":
+        return _Request(op, dtypes)
+    call = dict(zip(SCHEMA_ARGS[op], args))
+    needs = {
+        "packed ranges": call["q"].dim() == 3,
+        "offsets": call["q"].dim() == 4 and call.get("offsets") is not None,
+        "softcap": call["softcap"] != 0,
+        "fp32 output": call.get("out_dtype") not in (None, call["q"].dtype),
+    }
+    head_dims = (call["q"].shape[-1], call["v"].shape[-1])
+    return _Request(op, dtypes, head_dims, tuple(need for need, asked in needs.items() if asked))
+
+
+def _covers(variants: list[str], request: _Request) -> bool:
+    """Whether one of the compiled variants (names as in csrc/instances.def) runs such calls."""
+    if request.needs or torch.float64 in request.dtypes or any(dim % 8 for dim in request.head_dims):
+        return False
+    for variant in variants:
+        op, dtype, *largest = variant.split("_")
+        fits = all(dim <= int(most) for dim, most in zip(request.head_dims, largest))
+        if (op, dtype) == (request.op, _VARIANT_DTYPES.get(request.dtypes[0])) and fits:
+            return True
+    return False
+
+
 @functools.cache
-def _has_compiled_kernel(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether the compiled library runs `op` on `device`; otherwise warns, once a variant, of what runs instead."""
+def _has_compiled_kernel(device: torch.device, request: _Request) -> bool:
+    """Whether the compiled library runs such calls on `device`; otherwise warns, once, of what runs instead."""
     capability = torch.cuda.get_device_capability(device)
     info = library_info()
     variants = info["variants"] if info else []
-    variant = f"{op}_{_VARIANT_DTYPES.get(dtypes[0])}"
-    if op in COMPILED and capability == (9, 0) and variant in variants and torch.float64 not in dtypes:
+    if capability == (9, 0) and _covers(variants, request):
         return True
     if info is None:
-        have = f"no compiled library was loaded from {LIBRARY_PATH}; `make kernels` builds it"
+        have = f"no compiled library was loaded from {LIBRARY}; `make kernels` builds it"
     else:
-        have = f"the compiled library has the sm_90a kernels {', '.join(variants)}"
+        have = f"the compiled library has the sm_90a kernels {', '.join(variants)}, for dense calls"
     message = (
-        f"fa3_dist::{op} was asked for {' and '.join(map(str, dtypes))} on {torch.cuda.get_device_name(device)} "
-        f"(sm_{capability[0]}{capability[1]}), but {have}. It runs through PyTorch's FlashAttention-2 kernels where "
-        "they can express the call and otherwise in exact blockwise PyTorch code: right, but several times slower, and "
-        "packed calls read their ranges on the host"
+        f"{request} was called on {torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]}), but {have}. "
+        "It runs through PyTorch's FlashAttention-2 kernels where they can express the call and otherwise in exact "
+        "blockwise PyTorch code: right, but several times slower, and packed calls read their ranges on the host"
     )
     if os.environ.get("FA3_DIST_STRICT") == "1":
         raise RuntimeError(f"{message}. FA3_DIST_STRICT=1 makes this an error")
@@ -386,19 +425,35 @@ def _has_compiled_kernel(op: str, device: torch.device, dtypes: tuple[torch.dtyp
     return False
 
 
+@contextlib.contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """An operator's arithmetic does not depend on where it is called: no autocast, no TF32 or bf16 matrix products."""
+    precision = torch.get_float32_matmul_precision()
+    with torch.autocast(device_type, enabled=False):
+        if precision == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
 def _run_on_cpu(op: str, *args: Any) -> Any:
     _CHECKS[op](*args)
-    with torch.autocast("cpu", enabled=False):  # an operator's arithmetic does not depend on where it is called
+    with _full_precision("cpu"):
         return getattr(reference, op)(*args)
 
 
 def _run_on_cuda(op: str, *args: Any) -> Any:
     _CHECKS[op](*args)
-    first = args[0]
-    dtypes = tuple(dict.fromkeys(x.dtype for x in args[:2]))
-    if _has_compiled_kernel(op, first.device, dtypes):
+    device = args[0].device
+    if _has_compiled_kernel(device, _request(op, args)):
+        if op == "forward":
+            args = (*torch_kernels.with_plain_rows(*args[:3]), *args[3:])
         return getattr(torch.ops.fa3_dist, f"{op}_sm90")(*args)
-    with torch.cuda.device(first.device), torch.autocast("cuda", enabled=False):
+    with torch.cuda.device(device), _full_precision("cuda"):
         return getattr(reference, op)(*args)
 
 

@@ -75,8 +75,12 @@ def attend_backward(
     return True
 
 
-def _contiguous_rows(*tensors: Tensor) -> list[Tensor]:
-    """PyTorch's kernels take the last stride for 1 without looking, and on CUDA every row for 16-byte aligned."""
+def with_plain_rows(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, copied where a kernel could not address their rows.
+
+    PyTorch's kernels take the last stride for 1 without looking, and on CUDA every row for 16-byte aligned; the copy
+    engine of a Hopper GPU asks for the same and takes no strides of 0.
+    """
     return [x if _has_plain_rows(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors]
 
 
@@ -85,12 +89,13 @@ def _has_plain_rows(x: Tensor) -> bool:
         return False
     if x.device.type == "cpu":
         return True
-    return x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:-1])
+    strides = [stride for stride, extent in zip(x.stride()[:-1], x.shape) if extent > 1]
+    return x.data_ptr() % 16 == 0 and all(n > 0 and n * x.element_size() % 16 == 0 for n in strides)
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     """(B, S, H, D) of any float dtype -> (B, H, S, D) fp32."""
-    return [x.float().transpose(1, 2) for x in _contiguous_rows(*tensors)]
+    return [x.float().transpose(1, 2) for x in with_plain_rows(*tensors)]
 
 
 def _attend_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float) -> tuple[Tensor, Tensor]:
@@ -107,7 +112,7 @@ def _attend_backward_cpu(
 
 
 def _attend_cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = _contiguous_rows(q, k, v)
+    q, k, v = with_plain_rows(q, k, v)
     out, lse, *_ = _cuda_forward(
         q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=softmax_scale
     )
@@ -117,7 +122,7 @@ def _attend_cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: f
 def _attend_backward_cuda(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, softmax_scale: float
 ) -> list[Tensor]:
-    dout, q, k, v, out = _contiguous_rows(dout.to(q.dtype), q, k, v, out)
+    dout, q, k, v, out = with_plain_rows(dout.to(q.dtype), q, k, v, out)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.zeros((), dtype=torch.uint64, device=q.device)
     return list(

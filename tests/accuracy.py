@@ -8,8 +8,8 @@ equal numbers; no fp32 kernel that sums them in its own order gets that zero, ye
 Where the magnitude is zero nothing contributes at all (rows that see nothing, keys that nobody sees), and the result
 must be exactly zero. lse is fp32 whatever the inputs are, so it is judged like fp32.
 
-Legend as in oracle.py: B, Sq, Sk, H query heads, G key/value heads, D, E, T packed tokens. Functions here work on packed
-tensors; `flatten` brings dense ones to that form.
+Legend as in oracle.py: B, Sq, Sk, H query heads, G key/value heads, D, E, T packed tokens. Functions here work on
+packed tensors; `flatten` brings dense ones to that form.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from torch import Tensor
 
 from tests import oracle
 
-# Floors, relative to the magnitude: a few units in the last place of the dtype the arithmetic is in. That is fp32 for
-# 16-bit inputs too; only kernels on tensor cores round probabilities and score gradients to the input dtype on the way.
+# Floors, relative to the magnitude: some units in the last place of the dtype that the arithmetic is in, which is fp32
+# for 16-bit inputs too. The second kind is for calls that round intermediate results to 16 bits: kernels on tensor
+# cores (probabilities, gradients of scores) and the sink (out, and the gradient that passes through it).
 EPS_32, EPS_64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
-FLOOR_L2 = {torch.float64: 16 * EPS_64, torch.float32: 2 * EPS_32, torch.float16: 2 * EPS_32, torch.bfloat16: 2 * EPS_32}
-FLOOR_L2_TENSOR_CORES = FLOOR_L2 | {torch.float16: 2.0**-15, torch.bfloat16: 2.0**-12}
+FLOOR = {torch.float64: 128 * EPS_64} | dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), 8 * EPS_32)
+FLOOR_ROUNDED = FLOOR | {dtype: torch.finfo(dtype).eps / 16 for dtype in (torch.float16, torch.bfloat16)}
 LARGEST_TIMES_L2 = 4.0  # the floor of the largest error, in floors of the L2 error
 TIMES_NAIVE = 2.0
 
@@ -34,7 +35,7 @@ TIMES_NAIVE = 2.0
 class Problem:
     """One attention problem over packed tensors, with everything that forward and backward need.
 
-    q (Tq, H, D), k (Tk, G, D), v (Tk, G, E), dout (Tq, H, E), dlse (H, Tq) or None, sink (H,) or None; ranges are lists.
+    q (Tq, H, D), k (Tk, G, D), v (Tk, G, E), dout (Tq, H, E), dlse (H, Tq) or None, sink (H,) or None.
     """
 
     q: Tensor
@@ -85,7 +86,7 @@ def flatten_lse(lse: Tensor) -> Tensor:
 
 
 def naive_grads(problem: Problem, dtype: torch.dtype | None = None) -> oracle.Grads:
-    """Textbook attention and its gradients in the input dtype (or `dtype`): scores, probabilities and sums all rounded."""
+    """Textbook attention and its gradients in the input dtype (or `dtype`), every intermediate rounded to it."""
     dtype = dtype or problem.q.dtype
     inputs = [problem.q, problem.k, problem.v] + ([problem.sink] if problem.sink is not None else [])
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
@@ -132,9 +133,9 @@ def _naive_attention(problem, q, k, v, visible, sink):
 
 
 def magnitudes(problem: Problem) -> oracle.Grads:
-    """The sums behind every tensor with each term replaced by its absolute value, in fp64: the scale of rounding errors.
+    """The sums behind every tensor with each term by its absolute value, in fp64: the scale of rounding errors.
 
-    A probability exp(s - lse) carries the rounding errors of s and lse, which grow with them: it counts 1 + max |s| times.
+    A probability exp(s - lse) carries the rounding errors of s and lse, which grow with them: 1 + max |s| times.
     """
     q, k, v, dout = (x.detach().cpu().double() for x in (problem.q, problem.k, problem.v, problem.dout))
     groups = q.shape[1] // k.shape[1]
@@ -150,7 +151,7 @@ def magnitudes(problem: Problem) -> oracle.Grads:
         q_n, dout_n = q[rows].transpose(0, 1), dout[rows].transpose(0, 1)
         k_n, v_n = (x[columns].transpose(0, 1).repeat_interleave(groups, dim=0) for x in (k, v))
         scores = (q_n @ k_n.transpose(1, 2)) * scale
-        slope = 1.0
+        slope, largest_score = 1.0, scores.masked_fill(~visible, 0.0).abs().amax(-1, keepdim=True)
         if problem.softcap > 0:
             tanh = torch.tanh(scores / problem.softcap)
             scores, slope = problem.softcap * tanh, 1 + tanh**2  # of 1 - tanh^2, a difference
@@ -161,10 +162,9 @@ def magnitudes(problem: Problem) -> oracle.Grads:
         if problem.sink is not None:
             sink = problem.sink.detach().cpu().double()[:, None, None]
             p = p * torch.sigmoid(lse - sink)
-        largest_score = scores.masked_fill(~visible, 0.0).abs().amax(-1, keepdim=True)
-        p = p * (1.0 + largest_score)
         dp = dout_n.abs() @ v_n.abs().transpose(1, 2)
         delta = (p * dp).sum(-1, keepdim=True)
+        p = p * (1.0 + largest_score)
         dlse = 0.0 if problem.dlse is None else problem.dlse[:, rows].detach().cpu().double().abs()[..., None]
         ds = p * (dp + delta + dlse) * slope * abs(scale)
         ds_k, ds_q, p_dout = ds @ k_n.abs(), ds.transpose(1, 2) @ q_n.abs(), p.transpose(1, 2) @ dout_n.abs()
@@ -173,7 +173,7 @@ def magnitudes(problem: Problem) -> oracle.Grads:
         result.dq[rows] += ds_k.transpose(0, 1)
         result.dk[columns] += _sum_groups(ds_q, groups).transpose(0, 1)
         result.dv[columns] += _sum_groups(p_dout, groups).transpose(0, 1)
-        result.dsink.add_(delta.sum((1, 2)))
+        result.dsink.add_((delta * (1.0 + largest_score)).sum((1, 2)))
     return result
 
 
@@ -183,30 +183,29 @@ def _sum_groups(x: Tensor, groups: int) -> Tensor:
 
 
 def assert_close_to_oracle(
-    name: str, ours: Tensor, reference: Tensor, naive: Tensor, dtype: torch.dtype, magnitude: Tensor | None = None
-) -> None:
+    name: str, ours: Tensor, reference: Tensor, naive: Tensor, dtype: torch.dtype, magnitude: Tensor | None = None,
+    rounded: bool = False,
+) -> None:  # fmt: skip
     """The gate for one tensor (see the top of the file).
 
-    ours is compared with reference (fp64); naive is naive attention's answer and dtype the input dtype, which choose the
-    allowed error; magnitude, if left out, is |reference|. Infinities must be where the reference has them.
+    ours is compared with reference (fp64). naive, naive attention's answer, and dtype, the input dtype, set the allowed
+    error; magnitude, if left out, is |reference|; rounded: intermediate results were rounded to dtype (on a GPU they
+    always may be). Infinities must be where the reference has them.
     """
-    on_gpu = ours.is_cuda
+    floor_L2 = (FLOOR_ROUNDED if rounded or ours.is_cuda else FLOOR)[dtype]
     ours, naive = ours.detach().cpu().double(), naive.detach().cpu().double()
     assert ours.shape == reference.shape, f"{name}: shape {tuple(ours.shape)}, oracle {tuple(reference.shape)}"
     finite = torch.isfinite(reference)
     assert torch.equal(ours[~finite], reference[~finite]), f"{name}: not -inf where the oracle is"
     assert torch.isfinite(ours[finite]).all(), f"{name}: {int((~torch.isfinite(ours[finite])).sum())} values not finite"
-    magnitude = reference.abs() if magnitude is None else magnitude
+    magnitude = torch.where(finite, reference.abs() if magnitude is None else magnitude, 0.0)
     error, naive_error = (torch.where(finite, x - reference, 0.0) for x in (ours, naive))
-    magnitude = torch.where(finite, magnitude, 0.0)
     if not error.numel():
         return
-    untouched = magnitude == 0
-    assert not torch.where(untouched, error, 0.0).any(), f"{name}: not exactly zero where nothing contributes"
-    floor = (FLOOR_L2_TENSOR_CORES if on_gpu else FLOOR_L2)[dtype]
+    assert not error[magnitude == 0].any(), f"{name}: not exactly zero where nothing contributes"
     for measure, floor, size in (
-        ("L2", floor, lambda x: float(torch.linalg.vector_norm(x))),
-        ("largest", LARGEST_TIMES_L2 * floor, lambda x: float(x.abs().max())),
+        ("L2", floor_L2, lambda x: float(torch.linalg.vector_norm(x))),
+        ("largest", LARGEST_TIMES_L2 * floor_L2, lambda x: float(x.abs().max())),
     ):
         allowed = TIMES_NAIVE * size(naive_error) + floor * size(magnitude)
         assert size(error) <= allowed, (
@@ -223,9 +222,7 @@ def assert_solves(problem: Problem, ours: oracle.Grads) -> None:
     if half and ours.lse is not None:
         naive = naive._replace(lse=naive_grads(problem, torch.float32).lse)
     for name in oracle.Grads._fields:
-        got = getattr(ours, name)
+        got, want, simple, scale = (getattr(x, name) for x in (ours, reference, naive, magnitude))
         if got is not None:
             judged_as = torch.float32 if name == "lse" and half else dtype
-            assert_close_to_oracle(
-                name, got, getattr(reference, name), getattr(naive, name), judged_as, getattr(magnitude, name)
-            )
+            assert_close_to_oracle(name, got, want, simple, judged_as, scale, rounded=problem.sink is not None)

@@ -1,4 +1,4 @@
-"""Runs a function on several processes joined by gloo, for tests: nothing it starts outlives it, and it never hangs.
+"""Runs a function on several processes of one group, for tests: nothing it starts outlives it, and it never hangs.
 
 Processes are forked from a server that has imported torch once, so starting eight of them takes a fraction of a second.
 """
@@ -36,13 +36,15 @@ class Outcome:
     seconds: float | None = None  # from the start of the run to the end of `fn`; None: it did not end in time
 
 
-def run_distributed(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Runs `fn(rank, world, *args)` on `world` processes of one gloo group and returns the results by rank.
+def run_distributed(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0,
+                    backend: str = "gloo") -> list[Any]:
+    """Runs `fn(rank, world, *args)` on `world` processes of one group and returns the results by rank.
 
-    `fn`, its arguments and its results must be picklable. Raises AssertionError with the traceback of the rank that
-    failed first, or with the ranks that were not done within `timeout` seconds. All processes are dead afterwards.
+    `fn`, its arguments and its results must be picklable. With backend "nccl" each process has a GPU of its own. Raises
+    AssertionError with the traceback of the rank that failed first, or with the ranks that were not done within
+    `timeout` seconds. All processes are dead afterwards.
     """
-    outcomes = run_processes(world, fn, *args, timeout=timeout, stop_at_error=True)
+    outcomes = run_processes(world, fn, *args, timeout=timeout, stop_at_error=True, backend=backend)
     failed = sorted((o.seconds, o.rank, o.error) for o in outcomes if o.error is not None)
     if failed:
         raise AssertionError(f"rank {failed[0][1]} of {world} failed after {failed[0][0]:.1f} s:\n{failed[0][2]}")
@@ -54,7 +56,7 @@ def run_distributed(world: int, fn: Callable[..., Any], *args: Any, timeout: flo
 
 
 def run_processes(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0, group_timeout: float = 60.0,
-                  stop_at_error: bool = False, without: Collection[int] = ()) -> list[Outcome]:
+                  stop_at_error: bool = False, without: Collection[int] = (), backend: str = "gloo") -> list[Outcome]:
     """The same, but reports how each process ended instead of raising.
 
     Args:
@@ -72,7 +74,7 @@ def run_processes(world: int, fn: Callable[..., Any], *args: Any, timeout: float
         try:
             for rank in range(world):
                 receiving, sending = context.Pipe(duplex=False)
-                arguments = (rank, world, f"{folder}/store", payload, sending, group_timeout, timeout)
+                arguments = (rank, world, f"{folder}/store", payload, sending, group_timeout, timeout, backend)
                 processes.append(context.Process(target=_main, args=arguments, daemon=True))
                 processes[-1].start()
                 sending.close()
@@ -110,14 +112,16 @@ def _collect(pipes: Sequence[Connection], started: float, timeout: float, stop_a
     return outcomes
 
 
-def _main(rank: int, world: int, store: str, payload: bytes, pipe: Connection, group_timeout: float,
-          timeout: float) -> None:
+def _main(rank: int, world: int, store: str, payload: bytes, pipe: Connection, group_timeout: float, timeout: float,
+          backend: str) -> None:
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(0.9 * timeout)  # where it stood, should it not come back
     try:
         file_store = dist.FileStore(store, world)
         file_store.set_timeout(timedelta(seconds=STORE_TIMEOUT))
-        dist.init_process_group("gloo", store=file_store, rank=rank, world_size=world,
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, store=file_store, rank=rank, world_size=world,
                                 timeout=timedelta(seconds=group_timeout))
         fn, args = pickle.loads(payload)
         answer = pickle.dumps((fn(rank, world, *args), None))

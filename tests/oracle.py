@@ -27,15 +27,15 @@ class Grads(NamedTuple):
     dsink: Tensor | None
 
 
-def visible_mask(seqlen_q: int, seqlen_k: int, window_left: int | None, window_right: int | None, offset: int) -> Tensor:
-    """(Sq, Sk) bool: row i sees column j iff i + offset - window_left <= j <= i + offset + window_right (None: no limit)."""
+def visible_mask(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, offset: int) -> Tensor:
+    """(Sq, Sk) bool: row i sees column j iff i + offset - left <= j <= i + offset + right (None: no limit)."""
     diagonal = torch.arange(seqlen_q)[:, None] + offset
     column = torch.arange(seqlen_k)[None, :]
     visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool)
-    if window_left is not None:
-        visible &= column >= diagonal - window_left
-    if window_right is not None:
-        visible &= column <= diagonal + window_right
+    if left is not None:
+        visible &= column >= diagonal - left
+    if right is not None:
+        visible &= column <= diagonal + right
     return visible
 
 
@@ -110,9 +110,9 @@ def packed_attention(
 ) -> tuple[Tensor, Tensor]:
     """`attention` over ranges of packed tensors: range n of q attends to range n of k and v, and to nothing else.
 
-    q (Tq, H, D), k (Tk, G, D), v (Tk, G, E); four lists of equal length (query ranges disjoint, key ranges may overlap);
-    offsets per range, None (for all or for one): k_len - q_len. Returns out (Tq, H, E) and lse (H, Tq) in fp64;
-    rows outside every range have out 0 and lse -inf.
+    q (Tq, H, D), k (Tk, G, D), v (Tk, G, E); four lists of equal length (query ranges disjoint, key ranges may
+    overlap); offsets per range, None (for all or for one): k_len - q_len. Returns out (Tq, H, E) and lse (H, Tq) in
+    fp64; rows outside every range have out 0 and lse -inf.
     """
     out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=torch.float64)
     lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float64)

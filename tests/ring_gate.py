@@ -89,12 +89,12 @@ def local_rows(layout: Layout, rank: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------- one rank's part
 
 
-def run_case(exchange: Exchange, case: Case, deterministic: bool = False) -> dict[str, Any]:
-    """Forward and backward of this rank: its rows of every tensor in NAMES, and its traffic by pass."""
+def run_case(exchange: Exchange, case: Case, deterministic: bool = False, device: str = "cpu") -> dict[str, Any]:
+    """Forward and backward of this rank: its rows of every tensor in NAMES (on the CPU), and its traffic by pass."""
     layout, inputs = case.make_layout(exchange.world), make_inputs(case)
     rows = local_rows(layout, exchange.rank)
-    local = [x[rows] for x in (inputs.q, inputs.k, inputs.v, inputs.dout)]
-    dlse = None if inputs.dlse is None else inputs.dlse[:, rows]
+    local = [x[rows].to(device) for x in (inputs.q, inputs.k, inputs.v, inputs.dout)]
+    dlse = None if inputs.dlse is None else inputs.dlse[:, rows].to(device)
     if case.strided:
         local = [_strided(x, kind) for kind, x in enumerate(local)]
         dlse = None if dlse is None else dlse.t().contiguous().t()
@@ -108,7 +108,7 @@ def run_case(exchange: Exchange, case: Case, deterministic: bool = False) -> dic
         outputs, gradients = ((out, lse), (dout, dlse)) if dlse is not None else ((out,), (dout,))
         dq, dk, dv = torch.autograd.grad(outputs, leaves, gradients)
     both = dict(vars(exchange.stats))
-    tensors = {name: x.detach() for name, x in zip(NAMES, (out, lse, dq, dk, dv), strict=True)}
+    tensors = {name: x.detach().cpu() for name, x in zip(NAMES, (out, lse, dq, dk, dv), strict=True)}
     return tensors | {"forward": forward, "backward": {key: both[key] - forward[key] for key in both}}
 
 
@@ -134,7 +134,7 @@ def _strided(x: Tensor, kind: int) -> Tensor:
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Every torch.empty comes full of NaN: what is read before it is written shows."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # some CUDA operators would raise
     try:
         assert torch.empty(1).isnan(), "torch.utils.deterministic.fill_uninitialized_memory is on by default"
         yield

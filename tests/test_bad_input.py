@@ -95,10 +95,19 @@ OPERATORS = [
     # shapes of q, k, v
     Wrong("q 2-d", lambda d: dense(d, q=empty(d, 4, 8)), r"\bq\b", r"\(4, 8\)", "batch, seqlen, heads, head_dim"),
     Wrong("q 5-d", lambda d: dense(d, q=empty(d, 1, 2, 5, 4, 8)), r"\bq\b", r"\(1, 2, 5, 4, 8\)", "head_dim"),
-    Wrong("k packed, q dense", lambda d: dense(d, k=empty(d, 6, 2, 8)), r"\bk\b", r"\(6, 2, 8\)", r"4 dim|\(2, 5, 4, 8\)"),
-    Wrong("v packed, q dense", lambda d: dense(d, v=empty(d, 6, 2, 8)), r"\bv\b", r"\(6, 2, 8\)", r"4 dim|\(2, 5, 4, 8\)"),
+    Wrong(
+        "k packed, q dense", lambda d: dense(d, k=empty(d, 6, 2, 8)),
+        r"\bk\b", r"\(6, 2, 8\)", r"4 dim|\(2, 5, 4, 8\)",
+    ),
+    Wrong(
+        "v packed, q dense", lambda d: dense(d, v=empty(d, 6, 2, 8)),
+        r"\bv\b", r"\(6, 2, 8\)", r"4 dim|\(2, 5, 4, 8\)",
+    ),
     Wrong("k head_dim", lambda d: dense(d, k=empty(d, 2, 6, 2, 16)), r"\bk\b.*head_dim", r"\b16\b", r"expected.*\b8\b"),
-    Wrong("head_dim 0", lambda d: dense(d, q=empty(d, 2, 5, 4, 0), k=empty(d, 2, 6, 2, 0)), r"head_dim", r"\b0\b", "at least 1"),
+    Wrong(
+        "head_dim 0", lambda d: dense(d, q=empty(d, 2, 5, 4, 0), k=empty(d, 2, 6, 2, 0)),
+        r"head_dim", r"\b0\b", "at least 1",
+    ),
     Wrong("k batch", lambda d: dense(d, k=empty(d, 3, 6, 2, 8)), r"\bk\b.*batch", r"\b3\b", r"expected.*\b2\b"),
     Wrong("v seqlen", lambda d: dense(d, v=empty(d, 2, 7, 2, 8)), r"\bv\b", r"\(2, 7, 2, 8\)", r"expected \(2, 6, 2"),
     Wrong("v heads", lambda d: dense(d, v=empty(d, 2, 6, 4, 8)), r"\bv\b", r"\(2, 6, 4, 8\)", r"expected \(2, 6, 2"),
@@ -152,25 +161,58 @@ OPERATORS = [
     Wrong("q_start 2-d", lambda d: packed(d, q_start=int32(d, 0, 3)[None]), "q_start", r"\(1, 2\)", "one dimension"),
     Wrong("k_start 2-d", lambda d: packed(d, k_start=int32(d, 0, 2)[None]), "k_start", r"\(1, 2\)", r"expected \(2,\)"),
     # forward_into
-    Wrong("forward_into dense", lambda d: forward_into(d, q=empty(d, 1, 5, 4, 8), k=empty(d, 1, 6, 2, 8),
-          v=empty(d, 1, 6, 2, 8)), r"\bq\b", r"\(1, 5, 4, 8\)", "packed"),
-    Wrong("out_acc bf16", lambda d: forward_into(d, out_acc=empty(d, 5, 4, 8, dtype=BF16)), "out_acc", "bfloat16", "float32"),
-    Wrong("out_acc shape", lambda d: forward_into(d, out_acc=empty(d, 5, 4, 16)), "out_acc", r"\(5, 4, 16\)", r"\(5, 4, 8\)"),
-    Wrong("state lse shape", lambda d: forward_into(d, lse=empty(d, 5, 4)), r"\blse\b", r"\(5, 4\)", r"expected \(4, 5\)"),
-    Wrong("state lse bf16", lambda d: forward_into(d, lse=empty(d, 4, 5, dtype=BF16)), r"\blse\b", "bfloat16", "float32"),
+    Wrong(
+        "forward_into dense",
+        lambda d: forward_into(d, q=empty(d, 1, 5, 4, 8), k=empty(d, 1, 6, 2, 8), v=empty(d, 1, 6, 2, 8)),
+        r"\bq\b", r"\(1, 5, 4, 8\)", "packed",
+    ),
+    Wrong(
+        "out_acc bf16", lambda d: forward_into(d, out_acc=empty(d, 5, 4, 8, dtype=BF16)),
+        "out_acc", "bfloat16", "float32",
+    ),
+    Wrong(
+        "out_acc shape", lambda d: forward_into(d, out_acc=empty(d, 5, 4, 16)),
+        "out_acc", r"\(5, 4, 16\)", r"\(5, 4, 8\)",
+    ),
+    Wrong(
+        "state lse shape", lambda d: forward_into(d, lse=empty(d, 5, 4)),
+        r"\blse\b", r"\(5, 4\)", r"expected \(4, 5\)",
+    ),
+    Wrong(
+        "state lse bf16", lambda d: forward_into(d, lse=empty(d, 4, 5, dtype=BF16)),
+        r"\blse\b", "bfloat16", "float32",
+    ),
     Wrong("out shape", lambda d: forward_into(d, out=empty(d, 6, 4, 8)), r"\bout\b", r"\(6, 4, 8\)", r"\(5, 4, 8\)"),
     Wrong("out int64", lambda d: forward_into(d, out=empty(d, 5, 4, 8, dtype=INT)), r"\bout\b", "int64", "float32"),
     Wrong("flags int64", lambda d: forward_into(d, flags=int32(d, 3, 3).long()), "flags", "int64", "int32"),
     Wrong("flags too few", lambda d: forward_into(d, flags=int32(d, 3)), "flags", r"\(1,\)", r"expected \(2,\)"),
-    Wrong("visit offsets too few", lambda d: forward_into(d, offsets=int32(d, 3)), "offsets", r"\(1,\)", r"expected \(2,\)"),
+    Wrong(
+        "visit offsets too few", lambda d: forward_into(d, offsets=int32(d, 3)),
+        "offsets", r"\(1,\)", r"expected \(2,\)",
+    ),
     # delta and backward
     Wrong("delta of 2-d out", lambda d: delta(d, out=empty(d, 4, 8)), r"\bout\b", r"\(4, 8\)", "head_dim"),
-    Wrong("delta dout shape", lambda d: delta(d, dout=empty(d, 2, 5, 4, 4)), "dout", r"\(2, 5, 4, 4\)", r"\(2, 5, 4, 8\)"),
-    Wrong("delta dlse shape", lambda d: delta(d, dlse=empty(d, 2, 5, 4)), "dlse", r"\(2, 5, 4\)", r"expected \(2, 4, 5\)"),
+    Wrong(
+        "delta dout shape", lambda d: delta(d, dout=empty(d, 2, 5, 4, 4)),
+        "dout", r"\(2, 5, 4, 4\)", r"\(2, 5, 4, 8\)",
+    ),
+    Wrong(
+        "delta dlse shape", lambda d: delta(d, dlse=empty(d, 2, 5, 4)),
+        "dlse", r"\(2, 5, 4\)", r"expected \(2, 4, 5\)",
+    ),
     Wrong("delta out int64", lambda d: delta(d, out=empty(d, 2, 5, 4, 8, dtype=INT)), r"\bout\b", "int64", "float32"),
-    Wrong("backward dout shape", lambda d: backward(d, dout=empty(d, 2, 5, 2, 8)), "dout", r"\(2, 5, 2, 8\)", r"\(2, 5, 4, 8\)"),
-    Wrong("backward lse shape", lambda d: backward(d, lse=empty(d, 2, 5, 4)), r"\blse\b", r"\(2, 5, 4\)", r"expected \(2, 4, 5\)"),
-    Wrong("backward delta dtype", lambda d: backward(d, delta=empty(d, 2, 4, 5, dtype=BF16)), "delta", "bfloat16", "float32"),
+    Wrong(
+        "backward dout shape", lambda d: backward(d, dout=empty(d, 2, 5, 2, 8)),
+        "dout", r"\(2, 5, 2, 8\)", r"\(2, 5, 4, 8\)",
+    ),
+    Wrong(
+        "backward lse shape", lambda d: backward(d, lse=empty(d, 2, 5, 4)),
+        r"\blse\b", r"\(2, 5, 4\)", r"expected \(2, 4, 5\)",
+    ),
+    Wrong(
+        "backward delta dtype", lambda d: backward(d, delta=empty(d, 2, 4, 5, dtype=BF16)),
+        "delta", "bfloat16", "float32",
+    ),
     Wrong("dq shape", lambda d: backward(d, dq=empty(d, 2, 6, 4, 8)), r"\bdq\b", r"\(2, 6, 4, 8\)", r"\(2, 5, 4, 8\)"),
     Wrong("dk shape", lambda d: backward(d, dk=empty(d, 2, 6, 4, 8)), r"\bdk\b", r"\(2, 6, 4, 8\)", r"\(2, 6, 2, 8\)"),
     Wrong("dv dtype", lambda d: backward(d, dv=empty(d, 2, 6, 2, 8, dtype=INT)), r"\bdv\b", "int64", "float32"),
@@ -181,7 +223,10 @@ OPERATORS = [
 ]  # fmt: skip
 
 INTERFACE = [
-    Wrong("q 3-d", lambda d: func(d, q=empty(d, 5, 4, 8)), r"\bq\b", r"\(5, 4, 8\)", r"\(batch, seqlen, heads, head_dim\)"),
+    Wrong(
+        "q 3-d", lambda d: func(d, q=empty(d, 5, 4, 8)),
+        r"\bq\b", r"\(5, 4, 8\)", r"\(batch, seqlen, heads, head_dim\)",
+    ),
     Wrong("q a list", lambda d: func(d, q=[1.0, 2.0]), r"\bq\b", "list", "tensor"),
     Wrong("q of varlen 4-d", lambda d: varlen(d, q=empty(d, 1, 5, 4, 8)), r"\bq\b", r"\(1, 5, 4, 8\)", "total_q"),
     Wrong("k a list", lambda d: func(d, k=[1.0]), r"\bk\b", r"list|List|float", "[Tt]ensor"),
@@ -194,34 +239,60 @@ INTERFACE = [
     Wrong("num_splits -1", lambda d: varlen(d, num_splits=-1), "num_splits", "-1", "0 or 1"),
     Wrong("pack_gqa", lambda d: func(d, pack_gqa="yes"), "pack_gqa", "yes", "True or False"),
     Wrong("window_size one number", lambda d: func(d, window_size=4), "window_size", r"\b4\b", r"\(left, right\)"),
-    Wrong("window_size three", lambda d: func(d, window_size=(1, 2, 3)), "window_size", r"\(1, 2, 3\)", r"\(left, right\)"),
+    Wrong(
+        "window_size three", lambda d: func(d, window_size=(1, 2, 3)),
+        "window_size", r"\(1, 2, 3\)", r"\(left, right\)",
+    ),
     Wrong("window_size float", lambda d: func(d, window_size=(2.5, 0)), "window", r"2\.5|float", r"[Ii]nt"),
     Wrong("softcap negative", lambda d: func(d, softcap=-3.0), "softcap", r"-3\.0", "0 for none"),
     Wrong("sink of key heads", lambda d: func(d, sink=empty(d, 2)), "sink", r"\(2,\)", r"\(4,\)"),
     Wrong("sink 2-d", lambda d: varlen(d, sink=empty(d, 1, 4)), "sink", r"\(1, 4\)", r"\(4,\)"),
     Wrong("sink a number", lambda d: func(d, sink=0.5), "sink", "float", "[Tt]ensor"),
-    Wrong("apply_sink", lambda d: apply_sink(empty(d, 5, 4, 8), empty(d, 4, 5), empty(d, 5)), "sink", r"\(5,\)", r"\(4,\)"),
+    Wrong(
+        "apply_sink", lambda d: apply_sink(empty(d, 5, 4, 8), empty(d, 4, 5), empty(d, 5)),
+        "sink", r"\(5,\)", r"\(4,\)",
+    ),
     Wrong("softmax_scale 0", lambda d: func(d, softmax_scale=0.0), "softmax_scale", r"0\.0", "above 0"),
     Wrong("offset float", lambda d: func(d, offset=1.5), "offset", r"float|1\.5", "[Ii]nt"),
-    Wrong("cu_seqlens int64", lambda d: varlen(d, cu_seqlens_q=int32(d, 0, 3, 5).long()), "cu_seqlens_q", "int64", "int32"),
+    Wrong(
+        "cu_seqlens int64", lambda d: varlen(d, cu_seqlens_q=int32(d, 0, 3, 5).long()),
+        "cu_seqlens_q", "int64", "int32",
+    ),
     Wrong("cu_seqlens a list", lambda d: varlen(d, cu_seqlens_k=[0, 2, 6]), "cu_seqlens_k", "list", "tensor"),
-    Wrong("cu_seqlens 2-d", lambda d: varlen(d, cu_seqlens_k=int32(d, 0, 2)[None]), "cu_seqlens_k", r"\(1, 2\)", "sequences"),
+    Wrong(
+        "cu_seqlens 2-d", lambda d: varlen(d, cu_seqlens_k=int32(d, 0, 2)[None]),
+        "cu_seqlens_k", r"\(1, 2\)", "sequences",
+    ),
     Wrong("cu_seqlens empty", lambda d: varlen(d, cu_seqlens_q=int32(d)), "cu_seqlens_q", r"\(0,\)", "sequences"),
     Wrong(
         "different numbers of sequences", lambda d: varlen(d, cu_seqlens_k=int32(d, 0, 2, 4, 6)),
         "cu_seqlens_k|k_start", r"\(4,\)|\(3,\)|3 sequences", r"\(3,\)|\(2,\)|2 sequences",
     ),
-    Wrong("seqused_k too long", lambda d: varlen(d, seqused_k=int32(d, 1, 1, 1)), "seqused_k|k_len", r"\(3,\)", r"\(2,\)"),
+    Wrong(
+        "seqused_k too long", lambda d: varlen(d, seqused_k=int32(d, 1, 1, 1)),
+        "seqused_k|k_len", r"\(3,\)", r"\(2,\)",
+    ),
     Wrong("seqused_q int64", lambda d: varlen(d, seqused_q=int32(d, 1, 1).long()), "seqused_q|q_len", "int64", "int32"),
-    Wrong("qkv of two", lambda d: flash_attn_qkvpacked_func(empty(d, 2, 5, 2, 4, 8)), "qkv", r"\(2, 5, 2, 4, 8\)", "seqlen, 3, heads"),
-    Wrong("qkv 4-d, no num_heads_q", lambda d: flash_attn_qkvpacked_func(empty(d, 2, 5, 8, 8)), "qkv", r"\(2, 5, 8, 8\).*None",
-          "num_heads_q given"),
-    Wrong("num_heads_q leaves an odd rest", lambda d: flash_attn_qkvpacked_func(empty(d, 2, 5, 8, 8), num_heads_q=5),
-          "num_heads_q", r"\b5\b", "2 \\* heads_kv"),
-    Wrong("kv of three", lambda d: flash_attn_kvpacked_func(empty(d, 2, 5, 4, 8), empty(d, 2, 6, 3, 2, 8)),
-          r"\bkv\b", r"\(2, 6, 3, 2, 8\)", "2, heads"),
-    Wrong("kv 4-d", lambda d: flash_attn_kvpacked_func(empty(d, 2, 5, 4, 8), empty(d, 2, 6, 2, 8)),
-          r"\bkv\b", r"\(2, 6, 2, 8\)", "2, heads"),
+    Wrong(
+        "qkv of two", lambda d: flash_attn_qkvpacked_func(empty(d, 2, 5, 2, 4, 8)),
+        "qkv", r"\(2, 5, 2, 4, 8\)", "seqlen, 3, heads",
+    ),
+    Wrong(
+        "qkv 4-d, no num_heads_q", lambda d: flash_attn_qkvpacked_func(empty(d, 2, 5, 8, 8)),
+        "qkv", r"\(2, 5, 8, 8\).*None", "num_heads_q given",
+    ),
+    Wrong(
+        "num_heads_q leaves an odd rest", lambda d: flash_attn_qkvpacked_func(empty(d, 2, 5, 8, 8), num_heads_q=5),
+        "num_heads_q", r"\b5\b", "2 \\* heads_kv",
+    ),
+    Wrong(
+        "kv of three", lambda d: flash_attn_kvpacked_func(empty(d, 2, 5, 4, 8), empty(d, 2, 6, 3, 2, 8)),
+        r"\bkv\b", r"\(2, 6, 3, 2, 8\)", "2, heads",
+    ),
+    Wrong(
+        "kv 4-d", lambda d: flash_attn_kvpacked_func(empty(d, 2, 5, 4, 8), empty(d, 2, 6, 2, 8)),
+        r"\bkv\b", r"\(2, 6, 2, 8\)", "2, heads",
+    ),
 ]  # fmt: skip
 
 BY_CONTENT = [
@@ -231,8 +302,14 @@ BY_CONTENT = [
     Wrong("negative length", lambda d: packed(d, k_len=int32(d, -2, 4)), r"k_len\[0\]", r"-2\b", r"0 <= length"),
     Wrong("visit past the end", lambda d: forward_into(d, k_len=int32(d, 2, 5)), r"k_len\[1\]", r"= 5\b", r"<= 6"),
     Wrong("LAST without out", lambda d: forward_into(d, out=None), r"\bout\b", "None", "LAST"),
-    Wrong("cu_seqlens past the end", lambda d: varlen(d, cu_seqlens_k=int32(d, 0, 2, 9)), "k_start|cu_seqlens_k", r"\b[79]\b", "6"),
-    Wrong("cu_seqlens decreasing", lambda d: varlen(d, cu_seqlens_q=int32(d, 0, 4, 3)), "q_len|cu_seqlens_q", "-1", "0 <= length"),
+    Wrong(
+        "cu_seqlens past the end", lambda d: varlen(d, cu_seqlens_k=int32(d, 0, 2, 9)),
+        "k_start|cu_seqlens_k", r"\b[79]\b", "6",
+    ),
+    Wrong(
+        "cu_seqlens decreasing", lambda d: varlen(d, cu_seqlens_q=int32(d, 0, 4, 3)),
+        "q_len|cu_seqlens_q", "-1", "0 <= length",
+    ),
     Wrong("k on another device", lambda d: dense(d, k=empty("meta", 2, 6, 2, 8)), r"\bk\b", "meta", "cpu"),
     Wrong("flags on another device", lambda d: forward_into(d, flags=int32("meta", 3, 3)), "flags", "meta", "cpu"),
 ]  # fmt: skip

@@ -141,11 +141,18 @@ QGMMA = "QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR4], R24"
 
 def test_sass_is_parsed_by_function() -> None:
     parsed = machine_code.parse_sass(sass("_Za", LOAD, "@!P1 BRA 0xd90") + sass("_Zb", BULK))
-    assert parsed == {"_Za": {"LDG.E.128", "BRA"}, "_Zb": {"UTMALDG.4D"}}
+    load, branch = machine_code.Instruction(0, "LDG.E.128"), machine_code.Instruction(16, "BRA", 0xD90)
+    assert parsed == {"_Za": [load, branch], "_Zb": [machine_code.Instruction(0, "UTMALDG.4D")]}
 
 
 @pytest.mark.parametrize(
-    ("kind", "instructions"), [("memory", [LOAD]), ("matrix", [BULK, HGMMA]), ("matrix8", [BULK, QGMMA])]
+    ("kind", "instructions"),
+    [
+        ("memory", [LOAD]),
+        ("matrix", [BULK, HGMMA, "@P0 BRA 0x10"]),
+        ("matrix8", [BULK, QGMMA, "@P0 BRA 0x10"]),
+        ("matrix", [BULK, "STL [R1], R2", HGMMA, "@P0 BRA 0x20", "LDL R2, [R1]", "@P1 BRA 0x0"]),  # outside
+    ],
 )
 def test_a_good_kernel_passes(kind: str, instructions: list[str]) -> None:
     assert problems(kind, *instructions) == []
@@ -157,7 +164,8 @@ def test_a_good_kernel_passes(kind: str, instructions: list[str]) -> None:
         ("memory", ["LDG.E.64 R4, desc[UR18][R4.64]", "LDG.E R4, R5"], "has no LDG.E.128"),
         ("memory", [], "has no LDG.E.128"),
         ("matrix", [BULK, "HMMA.16816.F32.BF16 R4, R8, R12, R4"], "has no HGMMA"),
-        ("matrix", [HGMMA, LOAD], "has no UTMALDG"),
+        ("matrix", [HGMMA, LOAD, "@P0 BRA 0x0"], "has no UTMALDG"),
+        ("matrix", [BULK, HGMMA], "in no loop"),
         ("matrix8", [BULK, HGMMA], "has no QGMMA"),
         ("tensor", [BULK, HGMMA], "the kind 'tensor'"),
     ],
@@ -167,10 +175,15 @@ def test_a_missing_instruction_fails(kind: str, instructions: list[str], expecte
     assert expected in problem and problem.startswith("v: kernel")
 
 
-@pytest.mark.parametrize(("kind", "instructions"), [("memory", [LOAD]), ("matrix", [BULK, HGMMA])])
-def test_a_spill_fails(kind: str, instructions: list[str]) -> None:
-    (problem,) = problems(kind, *instructions, spill=4)
+def test_a_spill_fails() -> None:
+    (problem,) = problems("memory", LOAD, spill=4)
     assert "spills registers (4 bytes stored" in problem
+
+
+@pytest.mark.parametrize("spill", ["STL.64 [R1+0x8], R2", "@P1 LDL.LU R2, [R1]"])
+def test_a_spill_in_a_main_loop_fails(spill: str) -> None:
+    (problem,) = problems("matrix", BULK, HGMMA, spill, "@P0 BRA 0x10", "@P1 BRA 0x0", spill=8)
+    assert "spills registers in a main loop (1 instructions, the first at 0x20)" in problem
 
 
 def test_strided_kernels_are_exempt_but_do_not_stand_alone() -> None:
@@ -196,7 +209,9 @@ def test_library_loads_and_tells_what_it_is() -> None:
     assert info["version"] == __version__
     assert info["variants"] and set(info["variants"]) <= {row.name for row in _build.instances()}
     assert info["csrc_hash"] == _build.csrc_hash(), "the library is not built from these sources: make kernels"
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("fa3_dist::delta_sm90", "CUDA")
+    assert all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"fa3_dist::{op}_sm90", "CUDA") for op in ops.COMPILED
+    )
 
 
 @needs_library

@@ -98,12 +98,12 @@ def equal_on_all_ranks(value: Tensor) -> bool:
 
 
 def check_training_step(rank: int, world: int) -> None:
-    """Logits, loss and averaged gradients of dense and packed batches, in every layout."""
+    """Logits, loss and averaged gradients of dense and packed batches in every layout; some ranks have no token."""
     model = make_model()
     for layout in ("auto", "zigzag", "contiguous"):
         cp = ContextParallel(dist.group.WORLD, layout=layout)
-        for cu_seqlens in (None, PACKED):
-            tokens = make_tokens(*DENSE) if cu_seqlens is None else make_tokens(1, PACKED[-1])
+        for shape, cu_seqlens in ((DENSE, None), ((1, PACKED[-1]), PACKED), ((1, 3), None)):
+            tokens = make_tokens(*shape)
             documents = documents_of(tokens, cu_seqlens)
             expected_logits = plain_logits(model, documents)
             expected_loss = plain_loss(expected_logits, torch.cat(next_tokens(documents), dim=1)[0])

@@ -352,6 +352,35 @@ def test_in_process_deadlock_is_an_error():
         run_in_process(3, fn)
 
 
+def test_in_process_turn_passes_over_ranks_that_cannot_go_on():
+    def fn(exchange: Exchange) -> float:
+        rank, received = exchange.rank, torch.zeros(1)
+
+        def take(source: int) -> None:
+            exchange.exchange(send=None, destination=rank, receive=received, source=source, what="K/V", step=1).wait()
+
+        def give(destination: int):
+            return exchange.exchange(send=torch.ones(1), destination=destination, receive=None, source=rank, what="K/V",
+                                     step=1)
+
+        if rank == 0:  # while it waits for the second message of rank 2, rank 1 waits for its own
+            take(2)
+            sent = give(2)
+            take(2)
+            give(1).wait()
+            sent.wait()
+        elif rank == 1:
+            take(0)
+        else:
+            sent = give(0)
+            take(0)
+            give(0).wait()
+            sent.wait()
+        return float(received)
+
+    assert run_in_process(3, fn) == [1.0, 1.0, 1.0]
+
+
 def test_in_process_mismatch_is_an_error():
     def fn(exchange: InProcessExchange) -> None:
         size = 3 if exchange.rank == 0 else 4
@@ -370,3 +399,49 @@ def test_in_process_inherits_grad_mode():
 def test_in_process_world_must_be_positive():
     with pytest.raises(ValueError, match="world: expected a positive number of ranks, got 0"):
         run_in_process(0, lambda exchange: None)
+
+
+# --------------------------------------------------------------------------------------------------------- NCCL
+
+
+def nccl_worker(rank: int, world: int) -> dict[str, Any]:
+    exchange = DistributedExchange()
+    assert exchange.device == torch.device("cuda", rank) and exchange.timeout == 54.0
+    results = []
+    for shift in range(1, world):
+        send, receive = torch.full((3, 2), float(rank), device="cuda"), torch.zeros(3, 2, device="cuda")
+        start(exchange, send, receive, shift).wait()
+        results.append(bool((receive == (rank - shift) % world).all()))
+    start(exchange, torch.ones(0, device="cuda"), None).wait()
+    return {"results": results, "messages": exchange.stats.messages_sent}
+
+
+@pytest.mark.multi_gpu
+def test_nccl():
+    world = torch.cuda.device_count()
+    expected = {"results": [True] * (world - 1), "messages": world - 1}
+    assert run_distributed(world, nccl_worker, backend="nccl") == [expected] * world
+
+
+def nccl_silent_peer(rank: int, world: int) -> tuple:
+    exchange = DistributedExchange(timeout=3.0)
+    if rank == 0:
+        time.sleep(20.0)
+        return ()
+    started = time.monotonic()
+    receive = torch.zeros(2, device="cuda")
+    start(exchange, None, receive, what="dK/dV").wait()
+    queued = time.monotonic() - started
+    with pytest.raises(RingError) as caught:
+        torch.cuda.synchronize()  # ends because the watchdog aborts the group
+        start(exchange, None, receive).wait()
+    return queued, time.monotonic() - started, str(caught.value)
+
+
+@pytest.mark.multi_gpu
+def test_nccl_silent_peer_is_named_and_the_host_does_not_wait():
+    outcome = run_processes(2, nccl_silent_peer, backend="nccl", without=[0], timeout=60.0)[1]
+    assert outcome.error is None, outcome.error
+    queued, seconds, text = outcome.result
+    assert queued < 1.0 and seconds < 10.0
+    assert text.startswith("rank 1, ring step 1: dK/dV from rank 0 did not arrive within 3 s")

@@ -135,8 +135,6 @@ def test_window_has_no_off_by_one(window, tokens):
 
 
 def test_window_of_the_mask_counts_where_the_layer_does_not_pass_it(tokens):
-    if not hasattr(transformers, "PhimoeConfig"):
-        pytest.skip("no model that keeps its window to itself")
     model = make_model("Mistral")
     attention = transformers.AttentionInterface()["fa3_dist"]
 
@@ -145,7 +143,11 @@ def test_window_of_the_mask_counts_where_the_layer_does_not_pass_it(tokens):
 
     transformers.AttentionInterface.register("forgetful", forgetful)
     transformers.AttentionMaskInterface.register("forgetful", huggingface.make_mask)
-    assert_equal_runs(run(model, "forgetful", tokens), run(model, "eager", tokens))
+    expected = run(model, "eager", tokens)
+    assert_equal_runs(run(model, "forgetful", tokens), expected)
+    assert_equal_runs(run(model, "forgetful", tokens, attention=flash_attn_func), expected)
+    with huggingface.attention(flash_attn_func):
+        assert_equal_runs(run(model, "forgetful", tokens), expected)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
@@ -190,6 +192,44 @@ def test_bidirectional_encoder(tokens):
             hidden = model(tokens, attention_mask=mask).last_hidden_state
             outputs.append(hidden if mask is None else hidden[mask.bool()])
         torch.testing.assert_close(outputs[1], outputs[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window", [4, 8, 40])
+def test_bidirectional_window(tokens, window):
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 gives encoders 4-D masks")
+    torch.manual_seed(0)
+    model = transformers.ModernBertModel(transformers.ModernBertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        local_attention=window, global_attn_every_n_layers=3, initializer_range=0.4, pad_token_id=0,
+    )).eval()
+    for side in ("no mask", "left", "right"):
+        mask, outputs = padding(side), []
+        for implementation in ("eager", "fa3_dist"):
+            model.set_attn_implementation(implementation)
+            hidden = model(tokens, attention_mask=mask).last_hidden_state
+            outputs.append(hidden if mask is None else hidden[mask.bool()])
+        torch.testing.assert_close(outputs[1], outputs[0], atol=5e-5, rtol=0)
+
+
+def test_encoder_and_decoder(tokens):
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 gives encoders 4-D masks")
+    torch.manual_seed(0)
+    model = transformers.BartModel(transformers.BartConfig(
+        vocab_size=VOCABULARY, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, dropout=0.0,
+        init_std=0.4,
+    ))
+    for length in (SEQLEN, 7):  # the padding of equally long keys is not that of the queries
+        for side in ("no mask", "left", "right"):
+            outputs = []
+            for implementation in ("eager", "fa3_dist"):
+                model.set_attn_implementation(implementation)
+                outputs.append(model(
+                    tokens, attention_mask=padding(side), decoder_input_ids=tokens.flip(1)[:, :length], use_cache=False,
+                ).last_hidden_state)
+            torch.testing.assert_close(outputs[1], outputs[0], atol=2e-5, rtol=0)
 
 
 def test_gradient_checkpointing(tokens, calls):
@@ -309,6 +349,8 @@ def sharded_run(world: int, name: str) -> dict[str, Tensor]:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tokens = torch.randint(1, VOCABULARY, (1, 37), generator=torch.Generator().manual_seed(2))
     cp = ContextParallel(dist.group.WORLD, layout="zigzag")
+    with pytest.raises(ValueError, match=r"ranks \[\d\] of 2 have no tokens"):
+        huggingface.inputs(cp.shard(tokens[:, :1]))
     batch = cp.shard(tokens, cu_seqlens=[0, 9, 37])
     with pytest.raises(ValueError, match="position_ids are not those of the shard"):
         model(batch.tokens, attention=batch.attention, use_cache=False)
@@ -375,7 +417,9 @@ def test_chunks_without_padding_are_documents():
         huggingface.make_mask(2, 20, chunks, torch.ones(2, 20, dtype=torch.bool), q_length=20, local_size=8)
 
 
-@pytest.mark.parametrize("change", ["prefix", "added", "dilated", "wider", "narrower", "not causal"])
+@pytest.mark.parametrize(
+    "change", ["prefix", "added", "dilated", "wider", "narrower", "sink in documents", "not causal"]
+)
 def test_refuses_other_patterns(change):
     """Mask functions as transformers makes them for image tokens (prefix), and by users."""
     function, options = {
@@ -385,6 +429,8 @@ def test_refuses_other_patterns(change):
                     {"local_size": 6}),
         "wider": (lambda batch, head, query, key: (key <= query) & (query - key < 7), {"local_size": 6}),
         "narrower": (lambda batch, head, query, key: (key <= query) & (query - key < 5), {"local_size": 6}),
+        "sink in documents": (
+            lambda batch, head, query, key: (key <= query) & ((key // 8 == query // 8) | (key == 0)), {}),
         "not causal": (lambda batch, head, query, key: query - key < 6, {"local_size": 6}),
     }[change]
     for padded in (None, torch.ones(2, 20, dtype=torch.bool)):

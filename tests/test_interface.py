@@ -1,4 +1,4 @@
-"""The public functions: FlashAttention-3's names, argument order, conventions and mask semantics, against the oracle."""
+"""The public functions: FlashAttention-3's names, argument order, conventions and masks, against the oracle."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def assert_equals(got, expected):
 @pytest.mark.parametrize(
     "function, expected",
     [
-        (flash_attn_func, {"q": REQUIRED, "k": REQUIRED, "v": REQUIRED, "softmax_scale": None, "causal": False, **TAIL}),
+        (flash_attn_func, dict.fromkeys("qkv", REQUIRED) | {"softmax_scale": None, "causal": False, **TAIL}),
         (
             flash_attn_varlen_func,
             dict.fromkeys(("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), REQUIRED)
@@ -252,7 +252,8 @@ def test_varlen_self_attention_shares_one_cu_seqlens(device):
     cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
     together = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 7, 7, causal=True)
     for rows in (slice(0, 5), slice(5, 12)):
-        assert_equals(together[rows], oracle.attention(q[None, rows], k[None, rows], v[None, rows], window_right=0)[0][0])
+        alone, _ = oracle.attention(q[None, rows], k[None, rows], v[None, rows], window_right=0)
+        assert_equals(together[rows], alone[0])
     # one cu_seqlens, but only the keys are shortened
     used = torch.tensor([3, 4], dtype=torch.int32, device=device)
     out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 7, 7, seqused_k=used)
@@ -279,14 +280,17 @@ def test_kvpacked_equals_its_parts(device):
     q, kv = random_tensors(device, (2, 6, 4, 16), (2, 9, 2, 2, 16))
     leaves = [q.requires_grad_(), kv.requires_grad_()]
     out = flash_attn_kvpacked_func(q, kv, softmax_scale=0.5, causal=True)
-    expected = oracle.attention_grads(q, kv[:, :, 0], kv[:, :, 1], torch.ones_like(out), softmax_scale=0.5, window_right=0)
+    k, v = kv.unbind(2)
+    expected = oracle.attention_grads(q, k, v, torch.ones_like(out), softmax_scale=0.5, window_right=0)
     assert_equals(out, expected.out)
     dq, dkv = torch.autograd.grad(out, leaves, torch.ones_like(out))
     assert_equals(dq, expected.dq)
     assert_equals(dkv, torch.stack([expected.dk, expected.dv], dim=2))
 
 
-@pytest.mark.parametrize("name, values", [("num_splits", (0, 1)), ("pack_gqa", (None, True, False)), ("sm_margin", (0, 8))])
+@pytest.mark.parametrize(
+    "name, values", [("num_splits", (0, 1)), ("pack_gqa", (None, True, False)), ("sm_margin", (0, 8))]
+)
 def test_hints_do_not_change_the_result(name, values, device):
     q, k, v = random_tensors(device, (1, 6, 4, 8), (1, 6, 2, 8), (1, 6, 2, 8))
     first, *others = (flash_attn_func(q, k, v, causal=True, **{name: value}) for value in values)
@@ -305,7 +309,7 @@ def test_inputs_whose_last_dimension_is_not_contiguous(device):
         assert_equals(got, want)
 
 
-# ---- the sink ---------------------------------------------------------------------------------------------------------
+# ---- the sink --------------------------------------------------------------------------------------------------------
 
 
 def test_lse_comes_without_the_sink(device):
@@ -363,7 +367,7 @@ def test_sinks_far_below_and_above_every_score(device):
 
 
 def test_autocast_casts_fp32_inputs_like_sdpa(device):
-    """Under autocast fp32 inputs become its dtype, as for torch's scaled_dot_product_attention; gradients come in fp32."""
+    """fp32 inputs become autocast's dtype, as for torch's scaled_dot_product_attention; gradients come in fp32."""
     q, k, v = (x.requires_grad_() for x in random_tensors(device, (1, 9, 2, 16), (1, 9, 2, 16), (1, 9, 2, 16)))
     with torch.autocast(device, dtype=torch.bfloat16):
         out, lse = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)

@@ -284,8 +284,9 @@ def test_is_llama():
         return tensors
 
     model.load_state_dict(renamed(llama.state_dict()))
-    tokens, positions = torch.randint(0, 61, (2, 24)), torch.arange(24)[None] + 40
-    logits, expected = model(tokens, positions.expand(2, -1)), llama(tokens, position_ids=positions).logits
+    tokens, positions = torch.randint(0, 61, (2, 24)), torch.randint(0, 200, (2, 24))
+    logits = model(tokens, positions)
+    expected = llama(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens)).logits
     assert_close({"logits": logits.detach()}, {"logits": expected.detach()}, 2e-5)
     for out in (logits, expected):
         nn.functional.cross_entropy(out.flatten(0, 1), tokens.roll(-1, 1).flatten()).backward()

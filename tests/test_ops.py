@@ -97,7 +97,8 @@ def random_case(seed: int, packed: bool) -> Case:
     def shift() -> int:
         return rng.choice([0, 1, -1, 5, -7, rng.randint(-longest, longest), rng.choice([-2, 2]) * longest])
 
-    window = rng.choice([(None, None), (None, 0), (None, 0), (edge(), 0), (edge(), edge()), (edge(), None), (None, edge())])
+    windows = [(None, None), (None, 0), (None, 0), (edge(), 0), (edge(), edge()), (edge(), None), (None, edge())]
+    window = rng.choice(windows)
     aligned = rng.choice(["default", "default", "offset", "offsets"])
     return Case(
         seed=seed,
@@ -357,9 +358,8 @@ def test_every_window_edge(shape, dtype, device):
                 ours = (out, lse, *torch.autograd.grad((out, lse), leaves, (dout, dlse)))
                 expected = oracle.attention_grads(q, k, v, dout, dlse, **mask)
                 for name, got, want in zip(oracle.Grads._fields, ours, expected, strict=False):
-                    torch.testing.assert_close(
-                        got.detach().cpu().double(), want, **tolerance, msg=lambda text, n=name, m=mask: f"{n}, {m}: {text}"
-                    )
+                    close = torch.allclose(got.detach().cpu().double(), want, **tolerance)
+                    assert close, f"{name} with {mask}: {got.detach()}, oracle {want}"
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -443,7 +443,9 @@ def test_a_last_dimension_with_a_stride_is_read_right_or_refused(which, seqlen, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("which", ["out only", "lse only", "rows of dout zero", "dout tiny", "dout subnormal", "dlse large"])
+@pytest.mark.parametrize(
+    "which", ["out only", "lse only", "rows of dout zero", "dout tiny", "dout subnormal", "dlse large"]
+)
 def test_upstream_gradients_of_every_size(which, dtype, device):
     """out and lse may be used together or alone, and rows of dout may vanish against the gradient of lse."""
     q, k, v, dout = random_qkv(device, dtype, batch=2, seqlen_q=20, seqlen_k=33, heads=4, heads_kv=2, head_dim=16)
@@ -516,7 +518,9 @@ def test_large_logits_do_not_overflow(device):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-@pytest.mark.parametrize("arguments", [{}, {"window_right": 0}, {"window_left": 2, "window_right": 1, "softcap": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"window_right": 0}, {"window_left": 2, "window_right": 1, "softcap": 0.7}], ids=str
+)
 def test_gradcheck(packed, arguments, device):
     """Finite differences in fp64, through out and lse together. Every row sees a key: -inf has no finite difference."""
     q, k, v, _ = random_qkv(device, torch.float64, batch=2, seqlen_q=4, seqlen_k=5, heads=2, heads_kv=1, head_dim=3)
@@ -588,8 +592,8 @@ class Visit:
 class Split:
     """Documents cut into query segments and key pieces that lie shuffled, with gaps, in packed buffers.
 
-    problem holds the documents whole and in order; q_rows, k_rows say where its rows lie in the buffers; launches are the
-    visits, every segment at most once a launch, every (segment, piece) pair once in all.
+    problem holds the documents whole and in order; q_rows, k_rows say where its rows lie in the buffers; launches are
+    the visits, every segment at most once a launch, every (segment, piece) pair once in all.
     """
 
     problem: Problem
@@ -612,7 +616,7 @@ def cut(rng: random.Random, length: int, pieces: int) -> list[tuple[int, int]]:
 
 
 def place(rng: random.Random, parts: list[tuple[int, int]]) -> tuple[list[int], Tensor, int]:
-    """Starts of the parts (start in order, length) in a shuffled buffer with gaps, the row of each element, the total."""
+    """Starts of the parts (start in order, length) in a shuffled buffer with gaps, the row of each element, the end."""
     starts, total = packed_ranges(rng, tuple(length for _, length in parts))
     rows = [start + i for start, (_, length) in zip(starts, parts, strict=True) for i in range(length)]
     return starts, torch.tensor(rows, dtype=torch.int64), total
@@ -684,7 +688,7 @@ def test_split_keys_equal_one_shot(seed, dtype, device):
     k, v = (split.scatter(x, split.k_rows, split.total_k) for x in (problem.k, problem.v))
     out_acc = torch.full(dout.shape, torch.nan, dtype=torch.float32, device=device)
     lse = torch.full((q.shape[1], split.total_q), torch.nan, dtype=torch.float32, device=device)
-    out = torch.full_like(dout, torch.nan)
+    out = lay_out(torch.full_like(dout, torch.nan), "transposed" if seed % 3 == 0 else "contiguous")
     for visits in split.launches:
         flags = torch.tensor([visit.flags for visit in visits], dtype=torch.int32, device=device)
         ops.forward_into(q, k, v, out_acc, lse, out, flags=flags, **visit_arguments(visits, problem))
@@ -726,7 +730,7 @@ def backward_launches(launches: list[list[Visit]]) -> list[list[Visit]]:
 
 
 def assert_solves_added_to(problem: Problem, ours: oracle.Grads) -> None:
-    """`assert_solves` for gradients that were added to numbers below 1: the sum's own rounding error is allowed on top."""
+    """`assert_solves` for gradients that were added to numbers below 1: the sum's own rounding error comes on top."""
     reference, naive, magnitude = problem.solve(), naive_grads(problem), magnitudes(problem)
     forward_only = ours._replace(dq=None, dk=None, dv=None)
     assert_solves(problem, forward_only)
@@ -805,7 +809,8 @@ def test_backward_overwrites_poisoned_memory(grad_dtype, packed, device):
     flat = grads if packed else [flatten(x) for x in grads]
     assert_solves(problem, oracle.Grads(None, None, *flat, None))
     if packed:
-        assert not grads[0][:3].any() and not grads[0][23:].any() and not grads[1][21:].any() and not grads[2][21:].any()
+        outside = (grads[0][:3], grads[0][23:], grads[1][21:], grads[2][21:])
+        assert not any(x.any() for x in outside)
 
 
 def test_backward_accumulates_on_top_of_dense_gradients(device):

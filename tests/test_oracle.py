@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests import oracle
+from tests import accuracy, oracle
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -68,7 +68,9 @@ def test_causal_square_equals_sdpa(heads_kv):
 
 
 @pytest.mark.parametrize("shape", [(7, 9), (9, 7), (1, 6), (6, 1), (8, 8)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
-@pytest.mark.parametrize("left, right", [(None, 0), (0, 0), (2, 0), (3, 2), (None, 3), (1, None), (100, 100), (0, None)])
+@pytest.mark.parametrize(
+    "left, right", [(None, 0), (0, 0), (2, 0), (3, 2), (None, 3), (1, None), (100, 100), (0, None)]
+)
 @pytest.mark.parametrize("offset", [None, 0, -3, 4, -50, 50])
 def test_masks_equal_sdpa_with_an_explicit_mask(shape, left, right, offset):
     seqlen_q, seqlen_k = shape
@@ -101,9 +103,8 @@ def test_masks_equal_sdpa_with_an_explicit_mask(shape, left, right, offset):
 def test_softcap_and_sink_equal_plain_loops(softcap, with_sink):
     q, k, v = random_qkv(3, batch=1, seqlen_q=3, seqlen_k=4, heads=2, heads_kv=1, head_dim=2, head_dim_v=2)
     sink = [0.3, -1.2] if with_sink else None
-    out, lse = oracle.attention(
-        q, k, v, window_right=0, offset=0, softcap=softcap, sink=torch.tensor(sink, dtype=torch.float64) if sink else None
-    )
+    sink_tensor = torch.tensor(sink, dtype=torch.float64) if sink else None
+    out, lse = oracle.attention(q, k, v, window_right=0, offset=0, softcap=softcap, sink=sink_tensor)
     for head in range(2):
         for i in range(3):
             exponentials = []
@@ -185,3 +186,62 @@ def test_packed_equals_one_block_diagonal_mask():
     for got, expected in zip((ours.dq, ours.dk, ours.dv), expected_grads, strict=True):
         torch.testing.assert_close(got, expected, **TIGHT)
     assert torch.equal(torch.isneginf(ours.lse[0]), ~mask.any(dim=1))
+
+
+# ---- the gates of accuracy.py ----------------------------------------------------------------------------------------
+
+
+def gate_problem(dtype, softcap=0.0, sink=False) -> accuracy.Problem:
+    """Two ranges with rows that see nothing, keys that nobody sees, and rows outside every range."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(20, 4, 16), (18, 2, 16), (18, 2, 8), (20, 4, 8), (4, 20), (4,)]
+    q, k, v, dout, dlse, logits = (torch.randn(s, generator=rng, dtype=torch.float64).to(dtype) for s in shapes)
+    return accuracy.Problem(
+        q, k, v, dout, dlse.float(), logits.float() if sink else None,
+        [1, 10], [8, 9], [0, 9], [8, 9], [-2, 0], window_left=5, window_right=0, softcap=softcap,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("softcap, sink", [(0.0, False), (1.5, False), (0.0, True), (1.5, True)])
+def test_naive_attention_in_fp64_equals_the_oracle(softcap, sink):
+    """What sets the scale of the gates is attention, too: the same numbers from other code."""
+    problem = gate_problem(torch.float64, softcap, sink)
+    for name, got, want in zip(oracle.Grads._fields, accuracy.naive_grads(problem), problem.solve()):
+        if want is not None:
+            torch.testing.assert_close(got, want, **TIGHT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_magnitudes_bound_the_values_and_vanish_with_them():
+    problem = gate_problem(torch.float64)
+    right, sizes = problem.solve(), accuracy.magnitudes(problem)
+    for name in ("out", "dq", "dk", "dv"):
+        value, magnitude = getattr(right, name), getattr(sizes, name)
+        assert (magnitude * (1 + 1e-12) >= value.abs()).all(), name
+        assert torch.equal(magnitude == 0, value == 0), name
+    blind = torch.isneginf(right.lse)
+    assert torch.equal(sizes.lse == 0, blind) and blind.any() and not blind.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_the_gates_pass_right_answers_and_fail_wrong_ones(dtype):
+    """The rounded oracle passes; a deviation of a few of its own rounding errors, anywhere, does not."""
+    problem = gate_problem(dtype)
+    right = problem.solve()
+    rounded = oracle.Grads(*(x.to(dtype) for x in right[:5]), None)
+    accuracy.assert_solves(problem, rounded._replace(lse=right.lse.to(torch.promote_types(dtype, torch.float32))))
+
+    factor = 1 + {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    for name in ("out", "dq", "dk", "dv"):
+        value = getattr(right, name)
+        faults = {"scaled": value * factor, "zero": value * 0, "NaN": torch.full_like(value, torch.nan)}
+        one_wrong = value.clone()
+        one_wrong.view(-1)[value.abs().argmax()] *= 1 + 20 * (factor - 1)
+        blind_row = value.clone()
+        blind_row[(value == 0).nonzero()[0, 0]] = 1e-30
+        for fault, wrong in (faults | {"one element": one_wrong, "a row that must be zero": blind_row}).items():
+            with pytest.raises(AssertionError, match=name):
+                accuracy.assert_solves(problem, oracle.Grads(*[None] * 6)._replace(**{name: wrong}))
+                pytest.fail(f"{name}: {fault} passed")
+    for wrong in (right.lse * (1 + 1e-5), right.lse.clamp(min=-1e30), torch.full_like(right.lse, -torch.inf)):
+        with pytest.raises(AssertionError, match="lse"):
+            accuracy.assert_solves(problem, oracle.Grads(*[None] * 6)._replace(lse=wrong))

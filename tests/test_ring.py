@@ -99,6 +99,27 @@ def test_gate_in_process(world: int):
             assert judge(case, run_in_process(world, run_case, case)) == [], case.name
 
 
+GPU_CASES = [case for case in CASES if 100 < sum(case.lengths) and case.schedule == "shipped"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
+def test_gate_of_eight_ranks_on_one_gpu(case: Case):
+    assert judge(case, run_in_process(8, run_case, case, False, "cuda")) == []
+
+
+def nccl_worker(rank: int, world: int) -> list[dict]:
+    exchange = DistributedExchange()
+    return [run_case(exchange, case, device="cuda") for case in GPU_CASES]
+
+
+@pytest.mark.multi_gpu
+def test_gate_over_nccl():
+    by_rank = run_distributed(torch.cuda.device_count(), nccl_worker, backend="nccl", timeout=300.0)
+    for i, case in enumerate(GPU_CASES):
+        assert judge(case, [results[i] for results in by_rank]) == [], case.name
+
+
 # ------------------------------------------------------------------------------------------------- messages
 
 

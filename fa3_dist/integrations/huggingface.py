@@ -36,7 +36,7 @@ except ImportError as error:
 from fa3_dist import ops
 from fa3_dist.interface import Attention, apply_sink
 from fa3_dist.parallel import sharding
-from fa3_dist.parallel.context import LocalAttention
+from fa3_dist.parallel.context import LocalAttention, LocalBatch
 
 _attention: ContextVar[Attention | None] = ContextVar("fa3_dist_attention", default=None)
 _open_blocks: list[None] = []  # of `attention(...)`, in any thread: torch.compile can ask a list, but no ContextVar
@@ -95,8 +95,18 @@ def _injected() -> Attention | None:
     return _attention.get() if _open_blocks else None
 
 
-def inputs(batch: Any) -> dict[str, Any]:
-    """Keyword arguments that run a model of transformers on a `LocalBatch`: model(**inputs(batch)).logits."""
+def inputs(batch: LocalBatch) -> dict[str, Any]:
+    """Keyword arguments that run a model of transformers on a sharded batch: model(**inputs(batch)).logits.
+
+    Raises:
+        ValueError: a rank has no tokens, which transformers' models cannot run on; raised on all ranks.
+    """
+    empty = [rank for rank in range(batch.layout.world) if batch.layout.tokens(rank) == 0]
+    if empty:
+        raise ValueError(
+            f"ranks {empty} of {batch.layout.world} have no tokens of this batch: expected at least one each, "
+            "transformers' models cannot run on none; use fewer ranks, or more tokens a batch"
+        )
     return {
         "input_ids": batch.tokens, "position_ids": batch.positions, "attention": batch.attention, "use_cache": False,
     }
@@ -167,20 +177,20 @@ def make_mask(
     if cache_position is not None:
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
     assert q_length is not None
-    if _injected() is not None:
-        _refuse_padding(attention_mask)
-        return Pattern(None, None, torch.empty(0, 0, dtype=torch.int32, device=device)).encode()
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: expected (B, tokens); {_EXPECTED}")
-    if use_vmap:
-        raise ValueError(f"the model adds a mask function of its own: {_EXPECTED}")
-    if not _compiling():
-        q_offset, kv_offset = int(q_offset), int(kv_offset)
-    sizes = _Sizes(batch_size, q_length, kv_length, q_offset, kv_offset, device)
     causal = "allow_is_bidirectional_skip" not in others
     left, right = local_size, 0 if causal else local_size
     if causal and left is not None:
         left -= 1
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: expected (B, tokens); {_EXPECTED}")
+    if use_vmap:
+        raise ValueError(f"the model adds a mask function of its own: {_EXPECTED}")
+    if _injected() is not None:
+        _refuse_padding(attention_mask)
+        return Pattern(left, right, torch.empty(0, 0, dtype=torch.int32, device=device)).encode()
+    if not _compiling():
+        q_offset, kv_offset = int(q_offset), int(kv_offset)
+    sizes = _Sizes(batch_size, q_length, kv_length, q_offset, kv_offset, device)
     if mask_function is not None and mask_function not in _PLAIN:
         starts = _check_pattern(mask_function, left, right, sizes, may_be_packed=attention_mask is None)
         if starts is not None:
@@ -202,16 +212,17 @@ class _Sizes(NamedTuple):
 def _check_pattern(
     mask_function: Callable[..., Tensor], left: int | None, right: int | None, sizes: _Sizes, may_be_packed: bool
 ) -> Tensor | None:
-    """Checks that mask_function is what the bounds say, by asking it about both sides of both ends of a query's keys.
+    """Checks that mask_function is what the bounds say, by asking it about keys on both sides of either bound.
 
     Returns: (B, Sq) bool, where documents start, or None if every row is one document.
     """
     rows = torch.arange(sizes.batch, device=sizes.device)[:, None]
     query = torch.arange(sizes.q_length, device=sizes.device)[None] + sizes.q_offset
-    start, last = query * 0 + sizes.kv_offset, query * 0 + sizes.kv_offset + sizes.kv_length - 1
+    start = first = query * 0 + sizes.kv_offset
+    last = first + sizes.kv_length - 1
 
     def visible(key: Tensor) -> Tensor:
-        key = torch.minimum(torch.maximum(key, start), last)
+        key = torch.minimum(torch.maximum(key, first), last)
         return mask_function(rows, rows * 0, query, key).expand(sizes.batch, sizes.q_length)
 
     document_starts = None
@@ -221,9 +232,11 @@ def _check_pattern(
         start = torch.where(document_starts, query, 0).cummax(dim=1).values
     low = start if left is None else torch.maximum(start, query - left)
     high = last if right is None else torch.minimum(last, query + right)
-    sees = (visible(low) & visible(high)) | (low > high)
-    sees_no_more = (~visible(low - 1) | (low <= start)) & (~visible(high + 1) | (high >= last))
-    fits = (sees & sees_no_more).all()
+    inside = (low, high, (low + high) // 2, torch.minimum(torch.maximum(query - 1, low), high))
+    sees = torch.stack([visible(key) for key in inside]).all(dim=0) | (low > high)
+    no_more_before = ~(visible(low - 1) | visible(first)) | (low <= first)
+    no_more_after = ~(visible(high + 1) | visible(last)) | (high >= last)
+    fits = (sees & no_more_before & no_more_after).all()
     if _compiling():
         packed = "documents are packed (compiling, pass attention_mask=document_mask(position_ids))"
         torch._assert_async(fits, f"the model's mask has another pattern, or {packed}: {_EXPECTED}")
@@ -246,9 +259,10 @@ def _ranges(padding: Tensor | None, left: int | None, right: int | None, sizes: 
         first = torch.zeros(sizes.batch, dtype=torch.int64, device=sizes.device)
         end = first + kv_end
     else:
-        count, first = padding.sum(dim=1), padding.to(torch.int64).argmax(dim=1)
-        end = first + count
-        _check_contiguous(padding, first, end)
+        tokens = (padding != 0).to(torch.int64)
+        first = tokens.argmax(dim=1)
+        end = first + tokens.sum(dim=1)
+        _check_contiguous(tokens, first, end)
     if aligned is True and (padding is None or not _compiling() and not first.any() and bool((end == kv_end).all())):
         return torch.empty(0, 5, dtype=torch.int32, device=sizes.device)
     k_first, k_end = (x.clamp(sizes.kv_offset, kv_end) for x in (first, end))
@@ -262,9 +276,9 @@ def _ranges(padding: Tensor | None, left: int | None, right: int | None, sizes: 
     return torch.stack(columns, dim=1).to(torch.int32)
 
 
-def _check_contiguous(padding: Tensor, first: Tensor, end: Tensor) -> None:
-    index = torch.arange(padding.shape[1], device=padding.device)
-    whole = (((index >= first[:, None]) & (index < end[:, None])) == padding.bool()).all()
+def _check_contiguous(tokens: Tensor, first: Tensor, end: Tensor) -> None:
+    index = torch.arange(tokens.shape[1], device=tokens.device)
+    whole = (((index >= first[:, None]) & (index < end[:, None])) == tokens.bool()).all()
     message = f"attention_mask has padding between tokens of a row: {_EXPECTED}"
     if _compiling():
         torch._assert_async(whole, message)
@@ -402,8 +416,6 @@ def _pattern(
             call["allow_is_bidirectional_skip"] = True
         mask = make_mask(q_shape[0], kv_length, None, mask, **call)
     pattern = Pattern.decode(mask)
-    if pattern.ranges.shape[1] == 0:  # made inside of attention(...): the layer alone knows its bounds
-        pattern = pattern._replace(right=0 if causal else None)
     if sliding_window is None or pattern.right != 0:
         return pattern
     left = sliding_window - 1

@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -112,8 +112,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan, exchange: Exchange,
     out_acc = q.new_empty(T, H, E, dtype=sum_dtype)
     lse = q.new_empty(H, T, dtype=sum_dtype)
 
-    def attend(step: _PlannedStep, k: Tensor, v: Tensor, sm_margin: int) -> None:
-        for launch in step.forward:
+    def attend(launches: Sequence[Launch], k: Tensor, v: Tensor, sm_margin: int) -> None:
+        for launch in launches:
             ops.forward_into(q, k, v, out_acc, lse, out, **launch, **options, sm_margin=sm_margin)
 
     if plan.remote:
@@ -124,7 +124,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan, exchange: Exchange,
         k_s, v_s = arriving.wait().split((D, E), dim=-1)
         if following is not None:
             arriving = _fetch(kv, following.step, exchange)
-        attend(step, k_s, v_s, 0 if following is None else exchange.sm_margin)
+        attend(step.forward, k_s, v_s, 0 if following is None else exchange.sm_margin)
     return out, lse
 
 
@@ -232,7 +232,11 @@ Launches = tuple[tuple[Visit, ...], ...]  # as the schedule has them
 Launch = dict[str, Any]  # visits as an operator's keyword arguments: int32 (n,) tensors on the device
 
 
-class _PlannedStep(NamedTuple):
+FORWARD_COLUMNS = ("q_start", "q_len", "k_start", "k_len", "offsets", "flags")
+BACKWARD_COLUMNS = FORWARD_COLUMNS[:-1]
+
+
+class _RemoteStep(NamedTuple):
     step: Step
     forward: tuple[Launch, ...]
     backward: tuple[Launch, ...]
@@ -241,8 +245,8 @@ class _PlannedStep(NamedTuple):
 class _Plan(NamedTuple):
     """A rank's schedule with its tables of visits on the device."""
 
-    local: _PlannedStep
-    remote: tuple[_PlannedStep, ...]
+    local: tuple[Launch, ...]  # the local forward
+    remote: tuple[_RemoteStep, ...]
     opening: tuple[Launch, ...]  # the local backward in two parts: this one hides the first K/V,
     closing: tuple[Launch, ...]  # and this one the last dK/dV
 
@@ -253,12 +257,12 @@ def _plan(layout: Layout, rank: int, window_left: int | None, window_right: int 
     steps = ring_schedule(layout, rank, window_left=window_left, window_right=window_right)
     assert steps[0].shift == 0 and all(step.shift for step in steps[1:]), "the local step comes first"
     closing, opening = _split_keys(steps[0].backward) if len(steps) > 1 else (steps[0].backward, ())
-    forward = _upload([step.forward for step in steps], device)
-    backward = _upload([step.backward for step in steps[1:]] + [opening, closing], device)
-    for launch in chain.from_iterable(backward):
-        del launch["flags"]
-    local, *remote = (_PlannedStep(*planned) for planned in zip(steps, forward, [(), *backward[:-2]], strict=True))
-    return _Plan(local, tuple(remote), *backward[-2:])
+    local, *forward = _upload([step.forward for step in steps], FORWARD_COLUMNS, device)
+    *backward, opening_launches, closing_launches = _upload(
+        [*(step.backward for step in steps[1:]), opening, closing], BACKWARD_COLUMNS, device
+    )
+    remote = tuple(_RemoteStep(*planned) for planned in zip(steps[1:], forward, backward, strict=True))
+    return _Plan(local, remote, opening_launches, closing_launches)
 
 
 def _split_keys(launches: Launches) -> tuple[Launches, Launches]:
@@ -277,12 +281,11 @@ def _split_keys(launches: Launches) -> tuple[Launches, Launches]:
     return tuple(first), tuple(rest)
 
 
-def _upload(steps: Sequence[Launches], device: torch.device) -> list[tuple[Launch, ...]]:
+def _upload(steps: Sequence[Launches], names: tuple[str, ...], device: torch.device) -> list[tuple[Launch, ...]]:
     """Launches as tables, all in one tensor; launches without visits are left out."""
     visits = [visit for launches in steps for launch in launches for visit in launch]
-    rows = [(*visit[:5], ops.FIRST * visit.first | ops.LAST * visit.last) for visit in visits]
-    table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 6).T.contiguous().to(device)
-    names = ("q_start", "q_len", "k_start", "k_len", "offsets", "flags")
+    rows = [(*visit[:5], ops.FIRST * visit.first | ops.LAST * visit.last)[: len(names)] for visit in visits]
+    table = torch.tensor(rows, dtype=torch.int32).reshape(-1, len(names)).T.contiguous().to(device)
     end, result = 0, []
     for launches in steps:
         tables = []
