@@ -123,7 +123,7 @@ def measure_copy(timer: Timer) -> dict:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+" if files differ from it; outside a checkout what FA3_DIST_COMMIT says, or None."""
+    """The checkout's commit, with "+" if files differ from it; elsewhere FA3_DIST_COMMIT, or None."""
     root = Path(__file__).resolve().parent.parent
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
     if head.returncode:

@@ -7,8 +7,12 @@ from fa3_dist.interface import (
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
 )
+from fa3_dist.layers import FA3Attention
+from fa3_dist.parallel import ContextParallel
 
 __all__ = [
+    "ContextParallel",
+    "FA3Attention",
     "__version__",
     "flash_attn_func",
     "flash_attn_kvpacked_func",

@@ -415,8 +415,8 @@ def _has_compiled_kernel(device: torch.device, request: _Request) -> bool:
     else:
         have = f"the compiled library has the sm_90a kernels {', '.join(variants)}, for dense calls"
     message = (
-        f"{request} was called on {torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]}), but {have}. "
-        "It runs through PyTorch's FlashAttention-2 kernels where they can express the call and otherwise in exact "
+        f"{request} was called on {torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]}), but {have}."
+        " It runs through PyTorch's FlashAttention-2 kernels where they can express the call and otherwise in exact "
         "blockwise PyTorch code: right, but several times slower, and packed calls read their ranges on the host"
     )
     if os.environ.get("FA3_DIST_STRICT") == "1":

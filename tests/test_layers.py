@@ -265,11 +265,11 @@ FROM_LLAMA = {
 def test_is_llama():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    rope = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 16}
     config = transformers.LlamaConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters=rope, initializer_range=0.3,
+        num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=500.0, rope_scaling=rope, initializer_range=0.3,
         attn_implementation="eager",
     )
     llama = transformers.LlamaForCausalLM(config)

@@ -150,9 +150,10 @@ HF_ROPE = {
 def test_matches_transformers(case):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     torch.manual_seed(0)
+    rope = dict(HF_ROPE[case])
+    longest = int(rope.get("factor", 1.0) * rope.get("original_max_position_embeddings", 128))
     config = llama.LlamaConfig(
-        hidden_size=128, num_attention_heads=2, max_position_embeddings=512,
-        rope_parameters={"rope_theta": 10000.0, **HF_ROPE[case]},
+        hidden_size=128, num_attention_heads=2, max_position_embeddings=longest, rope_theta=10000.0, rope_scaling=rope,
     )
     theirs = llama.LlamaRotaryEmbedding(config)
     ours = RotaryEmbedding.from_hf_config(config.to_dict())
