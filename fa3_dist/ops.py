@@ -440,6 +440,21 @@ def _full_precision(device_type: str) -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
 
 
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """PyTorch's kernels take this from a global setting and not as an argument."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if before or not wanted:
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
 def _run_on_cpu(op: str, *args: Any) -> Any:
     _CHECKS[op](*args)
     with _full_precision("cpu"):
@@ -453,7 +468,8 @@ def _run_on_cuda(op: str, *args: Any) -> Any:
         if op == "forward":
             args = (*torch_kernels.with_plain_rows(*args[:3]), *args[3:])
         return getattr(torch.ops.fa3_dist, f"{op}_sm90")(*args)
-    with torch.cuda.device(device), _full_precision("cuda"):
+    deterministic = dict(zip(SCHEMA_ARGS[op], args)).get("deterministic", False)
+    with torch.cuda.device(device), _full_precision("cuda"), _deterministic(deterministic):
         return getattr(reference, op)(*args)
 
 

@@ -230,7 +230,7 @@ def test_the_gates_pass_right_answers_and_fail_wrong_ones(dtype):
     rounded = oracle.Grads(*(x.to(dtype) for x in right[:5]), None)
     accuracy.assert_solves(problem, rounded._replace(lse=right.lse.to(torch.promote_types(dtype, torch.float32))))
 
-    factor = 1 + {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    factor = 1 + {torch.float64: 1e-11, torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     for name in ("out", "dq", "dk", "dv"):
         value = getattr(right, name)
         faults = {"scaled": value * factor, "zero": value * 0, "NaN": torch.full_like(value, torch.nan)}

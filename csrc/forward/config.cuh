@@ -24,7 +24,7 @@ struct TileShape {
 constexpr TileShape forward_tile(int head_dim, bool masked) {
   if (head_dim <= 64) return {192, 128};
   if (head_dim <= 128) return masked ? TileShape{128, 128} : TileShape{128, 160};
-  return {128, 80};
+  return {128, 64};
 }
 
 template <DType>
