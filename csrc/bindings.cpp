@@ -237,6 +237,11 @@ std::tuple<Tensor, Tensor> forward_sm90(
   Tensor out = torch::stable::new_empty(q, {batch, seqlen_q, heads, head_dim_v});
   Tensor lse = torch::stable::new_empty(q, {batch, heads, seqlen_q}, ScalarType::Float);
   if (batch * seqlen_q * heads == 0) return {out, lse};
+  if (seqlen_k == 0) {
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+    return {out, lse};
+  }
   Tensor tile_counter = torch::stable::new_empty(q, {1}, ScalarType::Int);
 
   fa3::ForwardParams params{};

@@ -358,7 +358,7 @@ def sample(job: Job, model: Transformer) -> str:
         return ""
     whole = Transformer(transformer_config(job.args))
     whole.load_state_dict(weights)
-    whole.to(job.device).eval()
+    whole.to(job.device, torch.bfloat16 if job.args.precision == "bf16" else torch.float32).eval()
     prompt = job.held_out[0].tokens[0, :PROMPT].tolist()
     return bytes(generate(whole, prompt, job.args.sample, job.args.seed)).decode(errors="replace")
 
@@ -378,8 +378,8 @@ def generate(model: Transformer, tokens: list[int], count: int, seed: int, tempe
 def describe(args: argparse.Namespace, device: torch.device) -> str:
     kind = "packed sequences" if args.packing else "sequences"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    ranks = f"{args.cp} ranks a sequence" + (f", {args.dp} times" if args.dp > 1 else "")
-    return f"{args.model} model, {kind} of {args.seqlen:,} bytes, {ranks}, {args.precision} on {where}"
+    size = f"{args.model} model, {kind} of {args.seqlen:,} bytes"
+    return f"{size}, cp {args.cp} x dp {args.dp}, {args.precision} on {where}"
 
 
 @record  # torchrun then reports the first exception of any rank

@@ -345,7 +345,8 @@ class Watchdog:
         self._changed = threading.Condition()
         self._stopped = False
         self._failure: RingError | None = None
-        threading.Thread(target=self._run, name="fa3_dist-watchdog", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="fa3_dist-watchdog", daemon=True)
+        self._thread.start()
 
     def watch(self, transfer: Watched) -> None:
         """Takes over a transfer that has just been started."""
@@ -359,10 +360,15 @@ class Watchdog:
             raise self._failure
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Ends the thread and waits until it has ended.
+
+        NOTE: an interpreter that shuts down under a thread which is looking at a CUDA event aborts the process.
+        """
         with self._changed:
             self._stopped = True
             self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5)
 
     def _run(self) -> None:
         while self._wait_for_work():
