@@ -336,8 +336,8 @@ def report(job: Job, metrics: MetricsFile | None, bar: tqdm, first: bool, line: 
         return
     metrics.write(**line)
     short = f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
+    bar.set_postfix_str(short, refresh=False)
     bar.update()
-    bar.set_postfix_str(short)
     if first or (bar.disable and line["step"] % max(1, job.args.steps // 12) == 0):
         say(f"step {line['step']}/{job.args.steps}: {short}")
 
@@ -360,7 +360,8 @@ def sample(job: Job, model: Transformer) -> str:
     whole.load_state_dict(weights)
     whole.to(job.device, torch.bfloat16 if job.args.precision == "bf16" else torch.float32).eval()
     prompt = job.held_out[0].tokens[0, :PROMPT].tolist()
-    return bytes(generate(whole, prompt, job.args.sample, job.args.seed)).decode(errors="replace")
+    text = bytes(generate(whole, prompt, job.args.sample, job.args.seed)).decode(errors="replace")
+    return text.replace("\0", "")
 
 
 @torch.no_grad()
