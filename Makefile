@@ -54,6 +54,7 @@ check: $$(call environment,dev) lint test ## lint, types and tests: what CI runs
 lint: $$(call environment,dev)
 	$(RUN) -m ruff check
 	$(RUN) -m mypy
+	$(RUN) benchmarks/check_results.py
 
 .PHONY: bench
 bench: $$(call environment,train) ## measure the kernels on a GPU against a device copy
@@ -77,7 +78,7 @@ requirements = $(VENV)/bin/python -c 'import tomllib; \
 TOOLKIT := $(foreach name,cuda-nvcc cuda-crt nvvm cuda-runtime cuda-cccl,'nvidia-$(name)==13.0.*')
 
 $(VENV)/.python:
-	@$(PYTHON) -c 'import sys; sys.exit("make needs Python 3.11 or newer: make PYTHON=..." * (sys.version_info < (3, 11)))'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "make needs Python 3.11 or newer: make PYTHON=...")'
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
