@@ -87,7 +87,7 @@ def flash_attn_func(
     """
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     _check_flags(attention_chunk, num_splits, pack_gqa)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
     _check_dim("flash_attn_func", q, 4, "(batch, seqlen, heads, head_dim)")
     window_left, window_right = window_bounds(causal, window_size)
     out, lse = ops.forward(
@@ -124,7 +124,7 @@ def flash_attn_varlen_func(
     """
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     _check_flags(attention_chunk, num_splits, pack_gqa)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
     _check_dim("flash_attn_varlen_func", q, 3, "(total_q, heads, head_dim)")
     q_start, q_len = _starts_and_lengths("q", cu_seqlens_q, seqused_q, max_seqlen_q, q)
     if cu_seqlens_k is cu_seqlens_q and seqused_k is seqused_q:
@@ -199,7 +199,7 @@ def _check_dim(function: str, x: Tensor, dim: int, layout: str, name: str = "q")
         raise ValueError(f"{name} has shape {tuple(x.shape)}: {function} expected {layout}")
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """fp32 inputs in the dtype of an active autocast region."""
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):

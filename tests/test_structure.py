@@ -46,9 +46,11 @@ def tracked_files() -> list[Path]:
 
 
 def texts() -> dict[str, str]:
-    """Tracked text files by their path from the root."""
+    """Tracked text files by their path from the root, without what benchmarks recorded."""
     found = {}
     for path in tracked_files():
+        if path.is_relative_to(ROOT / "benchmarks" / "results"):
+            continue
         try:
             found[path.relative_to(ROOT).as_posix()] = path.read_text()
         except UnicodeDecodeError:

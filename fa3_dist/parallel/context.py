@@ -34,7 +34,7 @@ from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from fa3_dist.interface import _autocast, apply_sink, window_bounds
+from fa3_dist.interface import apply_sink, cast_for_autocast, window_bounds
 from fa3_dist.parallel import sharding
 from fa3_dist.parallel.exchange import DistributedExchange, Exchange, Pending, Traffic
 from fa3_dist.parallel.ring import ring_attention
@@ -370,7 +370,7 @@ class LocalAttention:
                     f"{self.shape} of this batch's layout on rank {self.rank}. Does the layer cut the sequence, or "
                     "compute from another batch?"
                 )
-        q, k, v = _autocast(q, k, v)
+        q, k, v = cast_for_autocast(q, k, v)
         window_left, window_right = window_bounds(causal, window_size)
         out, lse = ring_attention(
             *(tensor.flatten(0, 1) for tensor in (q, k, v)),
