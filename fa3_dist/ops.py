@@ -189,7 +189,8 @@ def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor, dt
         raise ValueError(f"{name} is on {x.device}: expected {like.device}, where q is; move it there")
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises TypeError or ValueError unless q, k and v fit together, dense or packed."""
     if q.dim() not in (3, 4):
         raise ValueError(
             f"q has shape {_shape(q)}: expected (batch, seqlen, heads, head_dim), or packed (tokens, heads, head_dim)"
@@ -238,7 +239,8 @@ def _check_ranges(q: Tensor, packed: Mapping[str, Tensor | None], offsets: Tenso
             _check_tensor(name, x, (count,), q, (torch.int32,))
 
 
-def _check_scores(softmax_scale: float, window_left: int | None, window_right: int | None, softcap: float) -> None:
+def check_scores(softmax_scale: float, window_left: int | None, window_right: int | None, softcap: float) -> None:
+    """Raises ValueError unless scores can be scaled, masked and capped so."""
     if not (math.isfinite(softmax_scale) and softmax_scale > 0):
         raise ValueError(f"softmax_scale is {softmax_scale}: expected a finite number above 0")
     if not (math.isfinite(softcap) and softcap >= 0):
@@ -263,10 +265,10 @@ def _check_forward(
     k_len: Tensor | None, offsets: Tensor | None, offset: int | None, softmax_scale: float, window_left: int | None,
     window_right: int | None, softcap: float, out_dtype: torch.dtype | None, deterministic: bool, sm_margin: int,
 ) -> None:
-    _check_qkv(q, k, v)
+    check_qkv(q, k, v)
     packed = {"q_start": q_start, "q_len": q_len, "k_start": k_start, "k_len": k_len}
     _check_ranges(q, packed, offsets, offset)
-    _check_scores(softmax_scale, window_left, window_right, softcap)
+    check_scores(softmax_scale, window_left, window_right, softcap)
     _check_sm_margin(sm_margin)
     if out_dtype not in (None, q.dtype, accumulator_dtype(q.dtype)):
         raise TypeError(f"out_dtype is {out_dtype}: expected q's {q.dtype}, or {accumulator_dtype(q.dtype)}")
@@ -277,13 +279,13 @@ def _check_forward_into(
     k_start: Tensor, k_len: Tensor, offsets: Tensor, flags: Tensor, softmax_scale: float, window_left: int | None,
     window_right: int | None, softcap: float, sm_margin: int,
 ) -> None:
-    _check_qkv(q, k, v)
+    check_qkv(q, k, v)
     if q.dim() != 3:
         raise ValueError(f"q has shape {_shape(q)}: expected packed (tokens, heads, head_dim); flatten the batch")
     packed = {"q_start": q_start, "q_len": q_len, "k_start": k_start, "k_len": k_len}
     _check_ranges(q, packed, offsets, None)
     _check_tensor("flags", flags, _shape(q_start), q, (torch.int32,))
-    _check_scores(softmax_scale, window_left, window_right, softcap)
+    check_scores(softmax_scale, window_left, window_right, softcap)
     _check_sm_margin(sm_margin)
     state_dtype = accumulator_dtype(q.dtype)
     out_shape = (*_shape(q)[:-1], v.shape[-1])
@@ -312,10 +314,10 @@ def _check_backward(
     offset: int | None, softmax_scale: float, window_left: int | None, window_right: int | None, softcap: float,
     accumulate: bool, deterministic: bool, sm_margin: int,
 ) -> None:
-    _check_qkv(q, k, v)
+    check_qkv(q, k, v)
     packed = {"q_start": q_start, "q_len": q_len, "k_start": k_start, "k_len": k_len}
     _check_ranges(q, packed, offsets, offset)
-    _check_scores(softmax_scale, window_left, window_right, softcap)
+    check_scores(softmax_scale, window_left, window_right, softcap)
     _check_sm_margin(sm_margin)
     _check_tensor("dout", dout, (*_shape(q)[:-1], v.shape[-1]), q, DTYPES)
     sums = accumulator_dtype(q.dtype)

@@ -177,6 +177,17 @@ def test_documents_that_nobody_would_separate_are_refused(tokens):
             model(tokens[:1], position_ids=positions, **options)
 
 
+def assert_equals_eager(model, tokens, atol):
+    """The hidden states of an encoder's real tokens, without a mask and with padding on either side."""
+    for side in ("no mask", "left", "right"):
+        mask, outputs = padding(side), []
+        for implementation in ("eager", "fa3_dist"):
+            model.set_attn_implementation(implementation)
+            hidden = model(tokens, attention_mask=mask).last_hidden_state
+            outputs.append(hidden if mask is None else hidden[mask.bool()])
+        torch.testing.assert_close(outputs[1], outputs[0], atol=atol, rtol=0)
+
+
 def test_bidirectional_encoder(tokens):
     if int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("transformers 4 gives encoders 4-D masks")
@@ -185,13 +196,7 @@ def test_bidirectional_encoder(tokens):
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.4,
     ))
-    for side in ("no mask", "left", "right"):
-        mask, outputs = padding(side), []
-        for implementation in ("eager", "fa3_dist"):
-            model.set_attn_implementation(implementation)
-            hidden = model(tokens, attention_mask=mask).last_hidden_state
-            outputs.append(hidden if mask is None else hidden[mask.bool()])
-        torch.testing.assert_close(outputs[1], outputs[0], atol=2e-5, rtol=0)
+    assert_equals_eager(model, tokens, atol=2e-5)
 
 
 @pytest.mark.parametrize("window", [4, 8, 40])
@@ -203,13 +208,7 @@ def test_bidirectional_window(tokens, window):
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         local_attention=window, global_attn_every_n_layers=3, initializer_range=0.4, pad_token_id=0,
     )).eval()
-    for side in ("no mask", "left", "right"):
-        mask, outputs = padding(side), []
-        for implementation in ("eager", "fa3_dist"):
-            model.set_attn_implementation(implementation)
-            hidden = model(tokens, attention_mask=mask).last_hidden_state
-            outputs.append(hidden if mask is None else hidden[mask.bool()])
-        torch.testing.assert_close(outputs[1], outputs[0], atol=5e-5, rtol=0)
+    assert_equals_eager(model, tokens, atol=5e-5)
 
 
 def test_encoder_and_decoder(tokens):

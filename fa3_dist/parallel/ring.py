@@ -26,7 +26,6 @@ as one (N, G, D + E) tensor, in which any range of rows is contiguous; dK and dV
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import zip_longest
@@ -309,22 +308,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rank: int, exchange:
         if x.dim() != 3 or x.shape[0] != layout.tokens(rank):
             raise ValueError(f"{name} has shape {tuple(x.shape)}: expected (tokens, heads, head_dim) with the "
                              f"{layout.tokens(rank)} tokens that the layout gives rank {rank}")
-        if x.dtype != q.dtype or x.dtype not in ops.DTYPES:
-            raise TypeError(f"{name} has dtype {x.dtype}: expected one dtype for q, k and v, out of "
-                            f"{', '.join(map(str, ops.DTYPES))}")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}: expected {q.device}, where q is; move it there")
-    (H, D), G = q.shape[1:], k.shape[1]
+    (H, _), G = q.shape[1:], k.shape[1]
     if v.shape[1] != G or G == 0 or H % G != 0:
         raise ValueError(f"q, k and v have {H}, {G} and {v.shape[1]} heads: expected as many for v as for k, and a "
                          "multiple of that for q")
-    if k.shape[2] != D:
-        raise ValueError(f"k has head_dim {k.shape[2]}: expected {D}, the head_dim of q")
-    scale, softcap = options["softmax_scale"], options["softcap"]
-    if scale is not None and not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"softmax_scale is {scale}: expected a finite number above 0, or None for head_dim ** -0.5")
-    if not (math.isfinite(softcap) and softcap >= 0):
-        raise ValueError(f"softcap is {softcap}: expected a finite number above 0, or 0 for none")
-    for name in ("window_left", "window_right"):
-        if options[name] is not None and options[name] < 0:
-            raise ValueError(f"{name} is {options[name]}: expected a number of keys, 0 or more, or None for no bound")
+    ops.check_qkv(q, k, v)
+    scale = options["softmax_scale"]
+    ops.check_scores(1.0 if scale is None else scale, options["window_left"], options["window_right"],
+                     options["softcap"])
