@@ -1,7 +1,6 @@
 """Lists committed results that are stale against csrc/, and figures of the README that no result file stands behind.
 
-    python benchmarks/check_results.py        # exit status 1 if the README names a file that is not there
-
+Part of `make check`; the exit status is 1 if the README names a file that is not there.
 A stale result is listed and no error: it was measured, but on kernels that have changed since.
 """
 
@@ -12,11 +11,9 @@ import re
 import sys
 from pathlib import Path
 
+from fa3_dist import _build
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from fa3_dist import _build  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results"
 
 

@@ -1,4 +1,4 @@
-"""Speed of the delta kernel against a device copy in the same process: `python benchmarks/delta.py`.
+"""Speed of the delta kernel against a device copy in the same process: `make bench`.
 
 delta = rowsum(dout * out) - dlse reads two tensors once and writes one number a row, so its bar is the bandwidth of a
 device copy (bytes read and written); below 80 % of that at any shape the exit status is 1. Each shape is first checked
