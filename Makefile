@@ -27,7 +27,7 @@ environment = $(if $(GPUS),,$(VENV)/.$(1))
 help: ## print this text
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo
-	@echo '  ARGS="..."           passed on to train, test and bench'
+	@echo '  ARGS="..."           passed on to train, test, bench, attention and tune'
 	@echo '  RANKS=N              processes of make train (default: one a GPU, else 2)'
 	@echo '  FA3_DIST_ROWS="..."  kernels to build: patterns ("delta_bf16,*fp16"), or one-per-family'
 	@echo '  TORCH="torch==..."   the torch that goes into .venv (default: $(TORCH))'
@@ -59,6 +59,15 @@ lint: $$(call environment,dev)
 .PHONY: bench
 bench: $$(call environment,train) ## measure the kernels on a GPU against a device copy
 	$(RUN) benchmarks/delta.py $(ARGS)
+
+.PHONY: attention
+attention: $$(call environment,train) ## measure attention on a GPU beside its peers (SUITE=forward, host, continuation, ablation)
+	$(RUN) benchmarks/attention.py --suite $(or $(SUITE),forward) $(ARGS)
+
+.PHONY: tune
+tune: $$(call environment,kernels) ## build tile shapes (HEAD_DIM=128 TILES=128x128,128x112) and, on a GPU, time them
+	$(if $(TILES),$(RUN) benchmarks/tune.py build --head-dim $(HEAD_DIM) --candidates $(TILES))
+	$(if $(GPUS),$(RUN) benchmarks/tune.py run $(ARGS))
 
 .PHONY: clean
 clean: ## remove what was built (.venv stays; remove it by hand to start over)

@@ -2,28 +2,25 @@
 
 delta = rowsum(dout * out) - dlse reads two tensors once and writes one number a row, so its bar is the bandwidth of a
 device copy (bytes read and written); below 80 % of that at any shape the exit status is 1. Each shape is first checked
-against fp64. Timings are CUDA events around one call; before each, a buffer larger than L2 is written and then another
-read, so that nothing of the inputs is cached and no dirty line of ours is written back inside the timed span.
+against fp64. Before each timed call a buffer larger than L2 is written and then another read, so that nothing of the
+inputs is cached and no dirty line of ours is written back inside the timed span.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import Flush, measured_on, rate, spread, time_in_turn, why_no_hopper, why_no_library, write_result
 from torch import Tensor
 
-from fa3_dist import __version__, _build, ops
+from fa3_dist import ops
 
 BAR = 0.80  # of the copy's bandwidth
 WARMUPS, TIMINGS = 5, 50
-FLUSH_BYTES = 256 * 2**20  # L2 holds 50 to 60 MB
 COPY_BYTES = 2**30
 # (batch, seqlen, heads, head_dim), dtype of dout, dtype of out, whether dlse is given
 CASES = [
@@ -40,35 +37,15 @@ CASES = [
 ]
 
 
-class Timer:
-    """Times single calls on the current stream with a cold L2."""
-
-    def __init__(self) -> None:
-        words = FLUSH_BYTES // 4
-        self.written = torch.empty(words, dtype=torch.int32, device="cuda")
-        self.read = torch.zeros(words, dtype=torch.int32, device="cuda")
-
-    def __call__(self, call: Callable[[], object]) -> dict[str, float]:
-        """Minimum, median and maximum of the call's microseconds."""
-        microseconds = []
-        for index in range(WARMUPS + TIMINGS):
-            self.written.zero_()
-            self.read.max()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            if index >= WARMUPS:
-                microseconds.append(start.elapsed_time(end) * 1000)
-        microseconds.sort()
-        return {"min": microseconds[0], "median": microseconds[len(microseconds) // 2], "max": microseconds[-1]}
+def time_call(flush: Flush, call: Callable[[], object]) -> dict[str, float]:
+    """Minimum, median and maximum of the call's microseconds."""
+    milliseconds = time_in_turn({"call": call}, flush.overwrite_and_clean, TIMINGS, WARMUPS)["call"]
+    return spread([1000 * value for value in milliseconds])
 
 
 def terabytes_per_second(moved: int, microseconds: dict[str, float]) -> dict[str, float]:
     """Bandwidth of `moved` bytes: best, median and worst."""
-    names = {"best": "min", "median": "median", "worst": "max"}
-    return {name: moved / microseconds[of] / 1e6 for name, of in names.items()}
+    return rate(moved / 1e6, microseconds)
 
 
 def error_against_fp64(delta: Tensor, dout: Tensor, out: Tensor, dlse: Tensor | None) -> float:
@@ -87,7 +64,7 @@ def error_against_fp64(delta: Tensor, dout: Tensor, out: Tensor, dlse: Tensor | 
 
 
 def measure_case(
-    timer: Timer, shape: tuple[int, int, int, int], dout_dtype: torch.dtype, out_dtype: torch.dtype, with_dlse: bool
+    flush: Flush, shape: tuple[int, int, int, int], dout_dtype: torch.dtype, out_dtype: torch.dtype, with_dlse: bool
 ) -> dict:
     """Checks and times one case; dout and out are (B, S, H, Dv), the result (B, H, S)."""
     batch, seqlen, heads, _ = shape
@@ -95,7 +72,7 @@ def measure_case(
     out = torch.randn(shape, device="cuda").to(out_dtype)
     dlse = torch.randn(batch, heads, seqlen, device="cuda") if with_dlse else None
     error = error_against_fp64(ops.delta(dout, out, dlse), dout, out, dlse)
-    microseconds = timer(lambda: ops.delta(dout, out, dlse))
+    microseconds = time_call(flush, lambda: ops.delta(dout, out, dlse))
     rows = batch * seqlen * heads
     moved = dout.nbytes + out.nbytes + rows * 4 * (2 if with_dlse else 1)
     return {
@@ -110,11 +87,11 @@ def measure_case(
     }
 
 
-def measure_copy(timer: Timer) -> dict:
+def measure_copy(flush: Flush) -> dict:
     """Times a device copy of COPY_BYTES; its bytes are those read plus those written."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    microseconds = timer(lambda: target.copy_(source))
+    microseconds = time_call(flush, lambda: target.copy_(source))
     return {
         "bytes": 2 * COPY_BYTES,
         "microseconds": microseconds,
@@ -122,35 +99,19 @@ def measure_copy(timer: Timer) -> dict:
     }
 
 
-def commit() -> str | None:
-    """The checkout's commit, with "+" if files differ from it; elsewhere FA3_DIST_COMMIT, or None."""
-    root = Path(__file__).resolve().parent.parent
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
-    if head.returncode:
-        return os.environ.get("FA3_DIST_COMMIT")
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True).stdout
-    return head.stdout.strip() + ("+" if changed else "")
-
-
 def measure() -> dict:
     """The copy and all cases, with what they were measured on."""
     torch.manual_seed(0)
-    timer = Timer()
-    copy = measure_copy(timer)
+    flush = Flush()
+    copy = measure_copy(flush)
     cases = []
     for case in CASES:
-        result = measure_case(timer, *case)
+        result = measure_case(flush, *case)
         result["of_copy"] = result["tb_per_s"]["median"] / copy["tb_per_s"]["median"]
         cases.append(result)
     return {
         "benchmark": "delta",
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "fa3_dist": __version__,
-        "commit": commit(),
-        "csrc_hash": _build.csrc_hash(),
-        "library": ops.library_info(),
+        **measured_on(),
         "bar_of_copy": BAR,
         "copy": copy,
         "cases": cases,
@@ -189,18 +150,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Speed of the delta kernel against a device copy.")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        print("this benchmark needs a Hopper GPU; `python -m fa3_dist doctor` tells what is here", file=sys.stderr)
-        return 2
-    info = ops.library_info()
-    if info is None or info["csrc_hash"] != _build.csrc_hash():
-        print("the compiled library is missing or from other sources: `make kernels` builds it", file=sys.stderr)
+    if trouble := why_no_hopper() or why_no_library():
+        print(trouble, file=sys.stderr)
         return 2
     result = measure()
     print_table(result)
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(arguments.output, result)
     complaints = complain(result)
     for complaint in complaints:
         print(complaint, file=sys.stderr)

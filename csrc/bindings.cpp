@@ -9,7 +9,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -20,6 +23,7 @@
 #include "backward/delta.h"
 #include "build_info.h"
 #include "forward/forward.h"
+#include "forward/schedule.h"
 #include "params.h"
 
 // NOTE: exists only in a Torch with CUDA; weak, so that the library loads everywhere. It resolves only because the
@@ -185,75 +189,134 @@ ForwardLauncher find_forward([[maybe_unused]] fa3::DType wanted, [[maybe_unused]
   return found;
 }
 
-// Strides of a dense tensor, checked for what the copy engine can address.
+// Strides of a dense or packed tensor, checked for what the copy engine can address.
 fa3::Strides mapped_strides(const char* name, const Tensor& tensor) {
   const fa3::Strides strides = row_strides(tensor);
   bool fits = strides.head_dim == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
   const int64_t outer[3] = {strides.batch, strides.seqlen, strides.heads};
-  for (int dim = 0; dim < 3; ++dim) {
-    fits = fits && outer[dim] * 2 % 16 == 0 && outer[dim] >= 0 && (outer[dim] > 0 || tensor.size(dim) == 1);
+  for (int64_t dim = 3, at = tensor.dim() - 2; at >= 0; --at) {
+    --dim;
+    fits = fits && outer[dim] * 2 % 16 == 0 && outer[dim] >= 0 && (outer[dim] > 0 || tensor.size(at) == 1);
   }
   FA3_CHECK(fits, "forward: ", name, " must have a contiguous head_dim, 16-byte aligned rows and strides above 0; pass ",
             name, ".contiguous()");
   return strides;
 }
 
-// out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) of q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv).
-std::tuple<Tensor, Tensor> forward_sm90(
-    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& q_start,
-    const std::optional<Tensor>& q_len, const std::optional<Tensor>& k_start, const std::optional<Tensor>& k_len,
-    const std::optional<Tensor>& offsets, std::optional<int64_t> offset, double softmax_scale,
-    std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
-    std::optional<ScalarType> out_dtype, bool /* deterministic: it always is */, int64_t sm_margin) {
-  constexpr int64_t kMaxExtent = int64_t{1} << 30;
-  FA3_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "forward: q, k and v must have shape (batch, seqlen, heads, "
-            "head_dim), got ", shape_of(q), ", ", shape_of(k), " and ", shape_of(v));
-  FA3_CHECK(!q_start && !q_len && !k_start && !k_len && !offsets, "forward: this kernel takes dense batches with one "
-            "offset; q_start, q_len, k_start, k_len and offsets must be None");
-  FA3_CHECK(softcap == 0.0, "forward: this kernel has no softcap, got ", softcap);
-  FA3_CHECK(!out_dtype || *out_dtype == q.scalar_type(), "forward: this kernel gives out in the dtype of q");
-  const int64_t batch = q.size(0), seqlen_q = q.size(1), heads = q.size(2), head_dim = q.size(3);
-  const int64_t seqlen_k = k.size(1), kv_heads = k.size(2), head_dim_v = v.size(3);
-  FA3_CHECK(same_shape(k, {batch, seqlen_k, kv_heads, head_dim}), "forward: k must have shape (batch, seqlen_k, kv_heads, "
-            "head_dim) to go with q ", shape_of(q), ", got ", shape_of(k));
-  FA3_CHECK(same_shape(v, {batch, seqlen_k, kv_heads, head_dim_v}), "forward: v must have shape (batch, seqlen_k, "
-            "kv_heads, head_dim_v) to go with k ", shape_of(k), ", got ", shape_of(v));
-  FA3_CHECK(kv_heads > 0 && heads % kv_heads == 0, "forward: the heads of q, ", heads, ", must be a multiple of those of "
-            "k, ", kv_heads);
-  FA3_CHECK(head_dim % 8 == 0 && head_dim_v % 8 == 0, "forward: head dims must be multiples of 8, got ", head_dim, " and ",
-            head_dim_v);
-  FA3_CHECK(std::max(seqlen_q, seqlen_k) <= kMaxExtent && heads * batch <= kMaxExtent, "forward: sequences and batch * "
-            "heads may reach ", kMaxExtent);
-  for (const Tensor& tensor : {q, k, v}) {
-    FA3_CHECK(tensor.is_cuda() && tensor.get_device_index() == q.get_device_index() &&
-              tensor.scalar_type() == q.scalar_type(), "forward: q, k and v must share a CUDA device and a dtype");
+// Everything that the two forms of the forward share.
+struct ForwardCall {
+  fa3::ForwardParams params{};
+  ForwardLauncher launch;
+  cudaStream_t stream;
+  bool packed;
+  bool empty;  // nothing is to be computed: no query, or no key
+  std::optional<Tensor> scratch;
+};
+
+constexpr int64_t kMaxExtent = fa3::kMaxSequence;
+
+int32_t window_bound(const std::optional<int64_t>& window) {
+  if (!window) return fa3::kNoBound;
+  FA3_CHECK(*window >= 0, "forward: a window reaches over 0 or more keys, got ", *window);
+  return static_cast<int32_t>(std::min(*window, kMaxExtent));
+}
+
+// An int32 tensor of `count` elements that the kernel may index, or nullptr where there is none.
+const int32_t* column(const char* name, const std::optional<Tensor>& tensor, int64_t count, const Tensor& q) {
+  if (!tensor) return nullptr;
+  FA3_CHECK(tensor->dim() == 1 && tensor->size(0) == count && tensor->scalar_type() == ScalarType::Int &&
+            tensor->is_cuda() && tensor->get_device_index() == q.get_device_index() &&
+            (count <= 1 || tensor->stride(0) == 1),
+            "forward: ", name, " must be a contiguous int32 tensor of shape (", count, ",) on q's device, got shape ",
+            shape_of(*tensor));
+  return static_cast<const int32_t*>(tensor->const_data_ptr());
+}
+
+// The tile counter of a stream: launches on one stream follow each other, so they share it. A launch that is captured into
+// a graph gets one of its own, since replays of it may run beside anything.
+int32_t* tile_counter(const Tensor& like, cudaStream_t stream, std::optional<Tensor>& owner) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  const bool asked = cudaStreamIsCapturing(stream, &capture) == cudaSuccess;
+  // NOTE: the handle of the per-thread default stream stands for a stream of each thread.
+  if (!asked || capture != cudaStreamCaptureStatusNone || stream == cudaStreamPerThread) {
+    owner = torch::stable::new_zeros(like, {2}, ScalarType::Int);
+    return static_cast<int32_t*>(owner->mutable_data_ptr());
   }
+  static std::mutex mutex;
+  // NOTE: never destroyed: at exit the allocator that its tensors belong to may be gone first.
+  static auto& counters = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::pair<int32_t, cudaStream_t> key(like.get_device_index(), stream);
+  auto found = counters.find(key);
+  if (found == counters.end()) {
+    found = counters.emplace(key, torch::stable::new_zeros(like, {2}, ScalarType::Int)).first;
+  }
+  return static_cast<int32_t*>(found->second.mutable_data_ptr());
+}
+
+ForwardCall prepare_forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& q_start,
+                            const std::optional<Tensor>& q_len, const std::optional<Tensor>& k_start,
+                            const std::optional<Tensor>& k_len, const std::optional<Tensor>& offsets,
+                            std::optional<int64_t> offset, double softmax_scale, std::optional<int64_t> window_left,
+                            std::optional<int64_t> window_right, double softcap, int64_t sm_margin) {
+  ForwardCall call{};
+  call.packed = q.dim() == 3;
+  const int64_t packed = call.packed;
+  FA3_CHECK((packed || q.dim() == 4) && k.dim() == q.dim() && v.dim() == q.dim(), "forward: q, k and v must have shape "
+            "(batch, seqlen, heads, head_dim) or (tokens, heads, head_dim), got ", shape_of(q), ", ", shape_of(k),
+            " and ", shape_of(v));
+  const int64_t batch = packed ? 1 : q.size(0), seqlen_q = q.size(1 - packed), heads = q.size(2 - packed);
+  const int64_t head_dim = q.size(3 - packed), seqlen_k = k.size(1 - packed), kv_heads = k.size(2 - packed);
+  const int64_t head_dim_v = v.size(3 - packed);
+  std::vector<int64_t> k_shape{seqlen_k, kv_heads, head_dim}, v_shape{seqlen_k, kv_heads, head_dim_v};
+  if (!packed) {
+    k_shape.insert(k_shape.begin(), batch);
+    v_shape.insert(v_shape.begin(), batch);
+  }
+  FA3_CHECK(same_shape(k, k_shape), "forward: k must have q's batch and head_dim; got ", shape_of(k), " beside q ",
+            shape_of(q));
+  FA3_CHECK(same_shape(v, v_shape), "forward: v must have k's shape but for head_dim; got ", shape_of(v), " beside k ",
+            shape_of(k));
+  FA3_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "forward: the heads of q, ", heads,
+            ", must be a multiple of those of k, ", kv_heads);
+  FA3_CHECK(head_dim > 0 && head_dim % 8 == 0 && head_dim_v > 0 && head_dim_v % 8 == 0,
+            "forward: head dims must be multiples of 8, got ", head_dim, " and ", head_dim_v);
+  FA3_CHECK(std::max({seqlen_q, seqlen_k, heads * batch}) <= kMaxExtent, "forward: sequences and batch * heads may reach ",
+            kMaxExtent);
+  for (const Tensor* tensor : {&q, &k, &v}) {
+    FA3_CHECK(tensor->is_cuda() && tensor->get_device_index() == q.get_device_index() &&
+              tensor->scalar_type() == q.scalar_type(), "forward: q, k and v must share a CUDA device and a dtype");
+  }
+  FA3_CHECK(std::isfinite(softmax_scale) && softmax_scale > 0 && std::isfinite(softcap) && softcap >= 0,
+            "forward: softmax_scale must be above 0 and softcap at least 0, got ", softmax_scale, " and ", softcap);
+  FA3_CHECK(sm_margin >= 0, "forward: sm_margin must be 0 or more, got ", sm_margin);
   const auto dtype = dtype_of(q);
-  const ForwardLauncher launch = dtype ? find_forward(*dtype, head_dim, head_dim_v) : nullptr;
-  FA3_CHECK(launch != nullptr, "forward: this library has no kernel for q's dtype and head dims ", head_dim, " and ",
+  call.launch = dtype ? find_forward(*dtype, head_dim, head_dim_v) : nullptr;
+  FA3_CHECK(call.launch != nullptr, "forward: this library has no kernel for q's dtype and head dims ", head_dim, " and ",
             head_dim_v, "; 'python -m fa3_dist doctor' lists its variants");
 
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  Tensor out = torch::stable::new_empty(q, {batch, seqlen_q, heads, head_dim_v});
-  Tensor lse = torch::stable::new_empty(q, {batch, heads, seqlen_q}, ScalarType::Float);
-  if (batch * seqlen_q * heads == 0) return {out, lse};
-  if (seqlen_k == 0) {
-    torch::stable::zero_(out);
-    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
-    return {out, lse};
+  fa3::ForwardParams& params = call.params;
+  if (packed) {
+    FA3_CHECK(q_start && q_len && k_start && k_len, "forward: packed tensors need q_start, q_len, k_start and k_len");
+    const int64_t ranges = q_start->dim() == 1 ? q_start->size(0) : -1;
+    FA3_CHECK(ranges <= kMaxExtent, "forward: there may be ", kMaxExtent, " ranges, got ", ranges);
+    params.q_start = column("q_start", q_start, ranges, q);
+    params.q_len = column("q_len", q_len, ranges, q);
+    params.k_start = column("k_start", k_start, ranges, q);
+    params.k_len = column("k_len", k_len, ranges, q);
+    params.ranges = static_cast<int32_t>(ranges);
+  } else {
+    FA3_CHECK(!q_start && !q_len && !k_start && !k_len, "forward: dense tensors go without q_start, q_len, k_start and "
+              "k_len");
   }
-  Tensor tile_counter = torch::stable::new_empty(q, {1}, ScalarType::Int);
-
-  fa3::ForwardParams params{};
-  params.q = q.const_data_ptr();
-  params.k = k.const_data_ptr();
-  params.v = v.const_data_ptr();
-  params.out = out.mutable_data_ptr();
-  params.lse = static_cast<float*>(lse.mutable_data_ptr());
-  params.tile_counter = static_cast<int32_t*>(tile_counter.mutable_data_ptr());
-  params.q_stride = mapped_strides("q", q);
-  params.k_stride = mapped_strides("k", k);
-  params.v_stride = mapped_strides("v", v);
+  FA3_CHECK(!offset || !offsets, "forward: give offset or offsets, not both");
+  params.offsets = column("offsets", offsets, packed ? params.ranges : batch, q);
+  params.default_offset = !offset && !offsets;
+  // NOTE: past these an offset hides all or nothing, whatever the window.
+  params.offset = static_cast<int32_t>(std::clamp(offset.value_or(0), int64_t{std::numeric_limits<int32_t>::min()},
+                                                  int64_t{std::numeric_limits<int32_t>::max()}));
+  params.window_left = window_bound(window_left);
+  params.window_right = window_bound(window_right);
   params.batch = static_cast<int32_t>(batch);
   params.seqlen_q = static_cast<int32_t>(seqlen_q);
   params.seqlen_k = static_cast<int32_t>(seqlen_k);
@@ -261,24 +324,103 @@ std::tuple<Tensor, Tensor> forward_sm90(
   params.kv_heads = static_cast<int32_t>(kv_heads);
   params.head_dim = static_cast<int32_t>(head_dim);
   params.head_dim_v = static_cast<int32_t>(head_dim_v);
-  // Query i sees [i + shift - window_left, i + shift + window_right]; past these limits a diagonal hides all or nothing.
-  const int64_t shift = offset.value_or(seqlen_k - seqlen_q);
-  const auto diagonal = [&](int64_t at) {
-    return static_cast<int32_t>(std::clamp(at, -seqlen_q - seqlen_k, seqlen_q + seqlen_k));
-  };
-  const auto bounded = [](int64_t value) { return std::clamp<int64_t>(value, -(kMaxExtent << 4), kMaxExtent << 4); };
-  params.first_diagonal = window_left ? diagonal(bounded(shift) - bounded(*window_left)) : diagonal(-seqlen_q);
-  params.last_diagonal = window_right ? diagonal(bounded(shift) + bounded(*window_right)) : diagonal(seqlen_k);
   params.softmax_scale = static_cast<float>(softmax_scale);
-  params.sm_margin = static_cast<int32_t>(std::clamp<int64_t>(sm_margin, 0, 1 << 20));
-  check_launch(launch(params, current_stream(q.get_device_index())), "forward");
+  params.softcap = static_cast<float>(softcap);
+  params.sm_margin = static_cast<int32_t>(std::min<int64_t>(sm_margin, 1 << 20));
+  params.out_dtype = *dtype;
+  call.empty = batch * seqlen_q == 0 || (packed ? params.ranges == 0 : seqlen_k == 0);
+  call.stream = current_stream(q.get_device_index());
+  if (call.empty) return call;
+
+  params.q = q.const_data_ptr();
+  params.q_stride = mapped_strides("q", q);
+  if (seqlen_k > 0) {
+    params.k = k.const_data_ptr();
+    params.v = v.const_data_ptr();
+    params.k_stride = mapped_strides("k", k);
+    params.v_stride = mapped_strides("v", v);
+  } else {
+    params.k = params.v = params.q;  // an address that a tensor map may hold; no key will be loaded from it
+  }
+  if (packed) {
+    const int64_t elements = fa3::workspace_elements(seqlen_q, heads, kv_heads, params.ranges);
+    call.scratch = torch::stable::new_empty(q, {elements}, ScalarType::Int);
+    params.workspace = static_cast<int32_t*>(call.scratch->mutable_data_ptr());
+  } else {
+    params.tile_counter = tile_counter(q, call.stream, call.scratch);
+  }
+  return call;
+}
+
+// out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), or packed (Tq, Hq, Dv) and (Hq, Tq).
+std::tuple<Tensor, Tensor> forward_sm90(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& q_start,
+    const std::optional<Tensor>& q_len, const std::optional<Tensor>& k_start, const std::optional<Tensor>& k_len,
+    const std::optional<Tensor>& offsets, std::optional<int64_t> offset, double softmax_scale,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
+    std::optional<ScalarType> out_dtype, bool /* deterministic: it always is */, int64_t sm_margin) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  ForwardCall call = prepare_forward(q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left,
+                                     window_right, softcap, sm_margin);
+  const ScalarType wanted = out_dtype.value_or(q.scalar_type());
+  FA3_CHECK(wanted == q.scalar_type() || wanted == ScalarType::Float, "forward: out_dtype must be q's dtype or float32");
+  const int64_t packed = call.packed;
+  std::vector<int64_t> out_shape = sizes_of(q), lse_shape{q.size(2 - packed), q.size(1 - packed)};
+  out_shape.back() = v.size(3 - packed);
+  if (!packed) lse_shape.insert(lse_shape.begin(), q.size(0));
+  Tensor out = torch::stable::new_empty(q, out_shape, wanted);
+  Tensor lse = torch::stable::new_empty(q, lse_shape, ScalarType::Float);
+  if (call.empty) {
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+    return {out, lse};
+  }
+  call.params.out = out.mutable_data_ptr();
+  call.params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  if (wanted == ScalarType::Float) call.params.out_dtype = fa3::DType::fp32;
+  check_launch(call.launch(call.params, call.stream), "forward");
   return {out, lse};
+}
+
+// A contiguous output of this shape and dtype, on q's device.
+void* state_pointer(const char* name, Tensor& tensor, const std::vector<int64_t>& shape, ScalarType dtype,
+                    const Tensor& q) {
+  FA3_CHECK(same_shape(tensor, shape) && tensor.scalar_type() == dtype && tensor.is_cuda() &&
+            tensor.get_device_index() == q.get_device_index() && tensor.is_contiguous() &&
+            reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0,
+            "forward_into: ", name, " has a shape, dtype, device or strides that this kernel does not write: it must be "
+            "contiguous, 16-byte aligned and go with q ", shape_of(q), ", got ", shape_of(tensor));
+  return tensor.mutable_data_ptr();
+}
+
+// Continues the running state out_acc (Tq, Hq, Dv), lse (Hq, Tq) over the visits; those flagged last end in out.
+void forward_into_sm90(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& out_acc, Tensor& lse,
+                       std::optional<Tensor> out, const Tensor& q_start, const Tensor& q_len, const Tensor& k_start,
+                       const Tensor& k_len, const Tensor& offsets, const Tensor& flags, double softmax_scale,
+                       std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
+                       int64_t sm_margin) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  FA3_CHECK(q.dim() == 3, "forward_into: q must have shape (tokens, heads, head_dim), got ", shape_of(q));
+  ForwardCall call = prepare_forward(q, k, v, q_start, q_len, k_start, k_len, offsets, std::nullopt, softmax_scale,
+                                     window_left, window_right, softcap, sm_margin);
+  std::vector<int64_t> out_shape{q.size(0), q.size(1), v.size(2)};
+  call.params.out_acc = static_cast<float*>(state_pointer("out_acc", out_acc, out_shape, ScalarType::Float, q));
+  call.params.lse = static_cast<float*>(state_pointer("lse", lse, {q.size(1), q.size(0)}, ScalarType::Float, q));
+  if (out) {
+    const bool is_float = out->scalar_type() == ScalarType::Float;
+    call.params.out = state_pointer("out", *out, out_shape, is_float ? ScalarType::Float : q.scalar_type(), q);
+    if (is_float) call.params.out_dtype = fa3::DType::fp32;
+  }
+  call.params.flags = column("flags", flags, call.params.ranges, q);
+  if (call.empty) return;
+  check_launch(call.launch(call.params, call.stream), "forward_into");
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fa3_dist, CUDA, m) {
   m.impl("forward_sm90", TORCH_BOX(&forward_sm90));
+  m.impl("forward_into_sm90", TORCH_BOX(&forward_into_sm90));
   m.impl("delta_sm90", TORCH_BOX(&delta_sm90));
 }
 

@@ -35,32 +35,57 @@ struct DeltaParams {
   DType out_dtype;
 };
 
-// Attention of a dense batch. Query i sees the keys j with i + first_diagonal <= j <= i + last_diagonal; without a
-// bound on a side its diagonal lies outside of the keys.
+// What a visit of the continuation form does with the running state; also in reference.py.
+constexpr int32_t kVisitFirst = 1;  // it is not read
+constexpr int32_t kVisitLast = 2;   // the result goes to out instead
+
+// A diagonal that bounds nothing.
+constexpr int32_t kNoBound = -1;
+
+// Attention of a dense batch, or of ranges of packed tensors: batch 1, and range i holds the queries [q_start[i],
+// q_start[i] + q_len[i]) and the keys [k_start[i], k_start[i] + k_len[i]), cut to the tensors. Query j of a sequence sees
+// the keys [j + offset - window_left, j + offset + window_right].
 // q, k, v: head_dim contiguous, 16-byte aligned, other strides multiples of 16 bytes and not 0 where an extent is > 1.
 struct ForwardParams {
-  const void* q;  // (batch, seqlen_q, heads, head_dim)
-  const void* k;  // (batch, seqlen_k, kv_heads, head_dim)
-  const void* v;  // (batch, seqlen_k, kv_heads, head_dim_v)
-  void* out;      // (batch, seqlen_q, heads, head_dim_v), contiguous, q's dtype
-  float* lse;     // (batch, heads, seqlen_q), contiguous
-  int32_t* tile_counter;  // one element of scratch memory
+  const void* q;   // (batch, seqlen_q, heads, head_dim)
+  const void* k;   // (batch, seqlen_k, kv_heads, head_dim)
+  const void* v;   // (batch, seqlen_k, kv_heads, head_dim_v)
+  void* out;       // (batch, seqlen_q, heads, head_dim_v), contiguous, of out_dtype; nullptr if no visit is the last
+  float* lse;      // (batch, heads, seqlen_q), contiguous
+  float* out_acc;  // like out, contiguous: the running state, or nullptr if nothing is continued
+
+  const int32_t* q_start;  // (ranges,) each; nullptr: dense
+  const int32_t* q_len;
+  const int32_t* k_start;
+  const int32_t* k_len;
+  const int32_t* offsets;  // (ranges,) or (batch,), or nullptr: `offset`
+  const int32_t* flags;    // (ranges,) of kVisit*; given together with out_acc
+  int32_t ranges;
+  int32_t* workspace;      // packed only: workspace_elements() of scratch memory
+  int32_t* tile_counter;   // dense only: 2 elements that are 0 before and after every launch, used by one at a time
 
   Strides q_stride;
   Strides k_stride;
   Strides v_stride;
 
   int32_t batch;
-  int32_t seqlen_q;
+  int32_t seqlen_q;    // at most kMaxSequence, as are seqlen_k, heads * batch and ranges
   int32_t seqlen_k;
   int32_t heads;
   int32_t kv_heads;
   int32_t head_dim;    // at most the row's; columns beyond count as 0
   int32_t head_dim_v;
-  int32_t first_diagonal;
-  int32_t last_diagonal;
+
+  bool default_offset;    // the end of the queries meets the end of the keys; `offset` is not read
+  int32_t offset;
+  int32_t window_left;    // >= 0, or kNoBound
+  int32_t window_right;
   float softmax_scale;
-  int32_t sm_margin;  // SMs left to other kernels
+  float softcap;          // 0: none
+  DType out_dtype;        // the inputs' or fp32
+  int32_t sm_margin;      // SMs left to other kernels
 };
+
+constexpr int32_t kMaxSequence = 1 << 30;
 
 }  // namespace fa3

@@ -126,17 +126,24 @@ def _advise_packages(packages: dict[str, str | None]) -> list[str]:
 
 
 def _describe(info: dict[str, Any], matches_csrc: bool | None) -> list[str]:
-    """What the library says of itself, its variants one line a family."""
+    """What the library says of itself, and what runs on its kernels, one line an operator."""
     matches = {True: "matches csrc/", False: "does NOT match csrc/", None: "no csrc/ to compare with"}[matches_csrc]
-    families: dict[str, list[str]] = {}
-    for name in info["variants"]:
-        family, _, traits = name.partition("_")
-        families.setdefault(family, []).append(traits)
     return [
         f"version {info['version']}, sources {info['csrc_hash']} ({matches})",
         f"nvcc {info['nvcc']}, CUTLASS {info['cutlass'] or 'not used'}",
-        *(f"{family:<10} {' '.join(traits)}" for family, traits in families.items()),
+        *_describe_operators(info["variants"]),
     ]
+
+
+def _describe_operators(variants: list[str]) -> list[str]:
+    """A line an operator: the dtypes of its compiled kernels, each with the largest head_dim/head_dim_v of them."""
+    lines, compiled = [], ops.compiled_sizes(variants)
+    for op in ops.SCHEMAS:
+        kernels = []
+        for dtype, sizes in compiled.get(op, {}).items():
+            kernels.append(" ".join([dtype, *("/".join(map(str, size)) for size in sizes if size)]))
+        lines.append(f"{op:<12} {', '.join(kernels) or 'none: it runs through PyTorch'}")
+    return lines
 
 
 def render(found: dict[str, Any]) -> str:

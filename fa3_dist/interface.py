@@ -50,8 +50,10 @@ def window_bounds(causal: bool, window_size: tuple[int, int]) -> tuple[int | Non
     """FlashAttention's (causal, window_size) as the operators' bounds: -1, like any negative number, is no bound."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"window_size is {window_size!r}: expected (left, right), two ints, -1 for no bound")
-    left, right = (None if bound is None or bound < 0 else bound for bound in window_size)
-    return left, 0 if causal else right
+    left, right = window_size
+    window_left = None if left is None or left < 0 else left
+    window_right = None if right is None or right < 0 else right
+    return window_left, 0 if causal else window_right
 
 
 def flash_attn_func(
@@ -85,8 +87,7 @@ def flash_attn_func(
         ValueError, TypeError: an argument of the wrong form, or one that we do not honour (qv, descales,
             attention_chunk, num_splits > 1); the message names it, what came and what was expected.
     """
-    _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    _check_flags(attention_chunk, num_splits, pack_gqa)
+    _check_options(qv, q_descale, k_descale, v_descale, attention_chunk, num_splits, pack_gqa)
     q, k, v = cast_for_autocast(q, k, v)
     _check_dim("flash_attn_func", q, 4, "(batch, seqlen, heads, head_dim)")
     window_left, window_right = window_bounds(causal, window_size)
@@ -122,8 +123,7 @@ def flash_attn_varlen_func(
     Raises:
         ValueError, TypeError: as in `flash_attn_func`.
     """
-    _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    _check_flags(attention_chunk, num_splits, pack_gqa)
+    _check_options(qv, q_descale, k_descale, v_descale, attention_chunk, num_splits, pack_gqa)
     q, k, v = cast_for_autocast(q, k, v)
     _check_dim("flash_attn_varlen_func", q, 3, "(total_q, heads, head_dim)")
     q_start, q_len = _starts_and_lengths("q", cu_seqlens_q, seqused_q, max_seqlen_q, q)
@@ -177,13 +177,15 @@ def _split_qkv(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, ...]:
     )
 
 
-def _refuse(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(f"{name} is a {type(value).__name__}: expected None, fa3_dist does not support it yet")
-
-
-def _check_flags(attention_chunk: int, num_splits: int, pack_gqa: bool | None) -> None:
+def _check_options(
+    qv: Tensor | None, q_descale: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None,
+    attention_chunk: int, num_splits: int, pack_gqa: bool | None,
+) -> None:
+    """Raises for options of FlashAttention-3 that we do not honour."""
+    if not (qv is None and q_descale is None and k_descale is None and v_descale is None):
+        refused = {"qv": qv, "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+        name, value = next((name, value) for name, value in refused.items() if value is not None)
+        raise ValueError(f"{name} is a {type(value).__name__}: expected None, fa3_dist does not support it yet")
     if attention_chunk != 0:
         raise ValueError(f"attention_chunk is {attention_chunk}: expected 0, chunked attention is not supported")
     if num_splits not in (0, 1):
@@ -201,6 +203,8 @@ def _check_dim(function: str, x: Tensor, dim: int, layout: str, name: str = "q")
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """fp32 inputs in the dtype of an active autocast region."""
+    if not torch._C._is_any_autocast_enabled():  # first, because it is the cheapest to ask
+        return tensors
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
         return tensors

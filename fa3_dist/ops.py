@@ -5,6 +5,9 @@ module of the same names are how the rest of the package calls them (keywords, d
 by the device of the inputs: `reference` on the CPU; on CUDA the compiled sm_90a library where it has the variant, else
 PyTorch's kernels through `reference`, with one warning a variant (`FA3_DIST_STRICT=1` makes that an error).
 
+An operator's way through the dispatcher costs more host time than a short kernel runs. `forward` and `forward_into`
+therefore call the compiled library directly where that comes to the same: see `_is_direct`.
+
 Shapes: dense q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), lse and delta (B, Hq, Sq); packed q (Tq, Hq, D),
 k (Tk, Hkv, D), v (Tk, Hkv, Dv), lse and delta (Hq, Tq), with int32 (n,) starts and lengths of the n ranges.
 """
@@ -18,7 +21,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +36,7 @@ __all__ = ["FIRST", "LAST", "backward", "delta", "forward", "forward_into", "lib
 
 NAMESPACE = "fa3_dist"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+RANGES = ("q_start", "q_len", "k_start", "k_len")
 
 _RANGES = "Tensor? q_start, Tensor? q_len, Tensor? k_start, Tensor? k_len, Tensor? offsets, SymInt? offset"
 _VISITS = "Tensor q_start, Tensor q_len, Tensor k_start, Tensor k_len, Tensor offsets, Tensor flags"
@@ -48,7 +52,10 @@ SCHEMAS = {
 }
 # names of dtypes in csrc/instances.def
 _VARIANT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-COMPILED = ("forward", "delta")  # operators with an `<op>_sm90` implementation in the compiled library
+# Operators with an `<op>_sm90` implementation in the compiled library, and the family of rows in csrc/instances.def
+# that says which dtypes and head dims it has.
+COMPILED = {"forward": "forward", "forward_into": "forward", "delta": "delta"}
+VECTOR = 8  # the compiled forward takes head dims that are multiples of it: 16 bytes of bf16 or fp16
 
 
 # ---- public wrappers -------------------------------------------------------------------------------------------------
@@ -83,11 +90,21 @@ def forward(
     Raises:
         TypeError, ValueError: an argument is not of the form above; the message names it.
     """
-    softmax_scale = _default_scale(q, softmax_scale)
-    return torch.ops.fa3_dist.forward(
-        q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left, window_right, softcap,
-        out_dtype, deterministic, sm_margin,
-    )
+    if softmax_scale is None:
+        softmax_scale = _default_scale(q)
+    rest = (
+        q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left, window_right, softcap, out_dtype,
+        deterministic, sm_margin,
+    )  # fmt: skip
+    try:
+        if _is_direct("forward", q, k, v, q_start):
+            if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+                return _DirectForward.apply(q, k, v, rest)
+            return _forward_sm90(q, k, v, *rest)
+    except _REPEATED:
+        pass
+    _check_is_tensor("q", q)
+    return torch.ops.fa3_dist.forward.default(q, k, v, *rest)
 
 
 def forward_into(
@@ -112,10 +129,19 @@ def forward_into(
     Raises:
         TypeError, ValueError: an argument is not of the form above; the message names it.
     """
-    torch.ops.fa3_dist.forward_into(
-        q, k, v, out_acc, lse, out, q_start, q_len, k_start, k_len, offsets, flags, _default_scale(q, softmax_scale),
-        window_left, window_right, softcap, sm_margin,
-    )
+    if softmax_scale is None:
+        softmax_scale = _default_scale(q)
+    args = (
+        q, k, v, out_acc, lse, out, q_start, q_len, k_start, k_len, offsets, flags, softmax_scale, window_left,
+        window_right, softcap, sm_margin,
+    )  # fmt: skip
+    try:
+        if _is_direct("forward_into", q, k, v, q_start):
+            return _forward_into_sm90(*args)
+    except _REPEATED:
+        pass
+    _check_is_tensor("q", q)
+    torch.ops.fa3_dist.forward_into.default(*args)
 
 
 def delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
@@ -133,7 +159,7 @@ def delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: shapes or dtypes disagree; the message names the argument.
     """
-    return torch.ops.fa3_dist.delta(dout, out, dlse)
+    return torch.ops.fa3_dist.delta.default(dout, out, dlse)
 
 
 def backward(
@@ -154,17 +180,21 @@ def backward(
     Raises:
         TypeError, ValueError: an argument is not of the form above; the message names it.
     """
-    torch.ops.fa3_dist.backward(
-        dout, q, k, v, lse, delta, dq, dk, dv, q_start, q_len, k_start, k_len, offsets, offset,
-        _default_scale(q, softmax_scale), window_left, window_right, softcap, accumulate, deterministic, sm_margin,
+    _check_is_tensor("q", q)
+    if softmax_scale is None:
+        softmax_scale = _default_scale(q)
+    torch.ops.fa3_dist.backward.default(
+        dout, q, k, v, lse, delta, dq, dk, dv, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale,
+        window_left, window_right, softcap, accumulate, deterministic, sm_margin,
     )
 
 
-def _default_scale(q: Tensor, softmax_scale: float | None) -> float:
-    _check_is_tensor("q", q)
-    if softmax_scale is not None:
-        return softmax_scale
-    return q.shape[-1] ** -0.5 if q.dim() > 0 and q.shape[-1] > 0 else 1.0
+def _default_scale(q: Tensor) -> float:
+    try:
+        return q.shape[-1] ** -0.5
+    except (AttributeError, IndexError, ZeroDivisionError):
+        _check_is_tensor("q", q)
+        return 1.0  # the operator refuses q
 
 
 # ---- argument checks, shared by every back end -----------------------------------------------------------------------
@@ -183,7 +213,7 @@ def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor, dt
     _check_is_tensor(name, x)
     if x.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {x.dtype}: expected {' or '.join(map(str, dtypes))}")
-    if _shape(x) != tuple(shape):
+    if x.shape != shape:
         raise ValueError(f"{name} has shape {_shape(x)}: expected {tuple(shape)}")
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}: expected {like.device}, where q is; move it there")
@@ -209,7 +239,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k has head_dim {k.shape[-1]}: expected {q.shape[-1]}, the head_dim of q, at least 1")
     if q.dim() == 4 and k.shape[0] != q.shape[0]:
         raise ValueError(f"k has batch size {k.shape[0]}: expected {q.shape[0]}, the batch size of q")
-    if _shape(v)[:-1] != _shape(k)[:-1]:
+    if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(f"v has shape {_shape(v)}: expected {(*_shape(k)[:-1], 'head_dim_v')} beside k {_shape(k)}")
     heads, kv_heads = q.shape[-2], k.shape[-2]
     if kv_heads == 0 or heads % kv_heads != 0 or heads == 0:
@@ -218,23 +248,23 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_ranges(q: Tensor, packed: Mapping[str, Tensor | None], offsets: Tensor | None, offset: int | None) -> None:
+def _check_ranges(q: Tensor, ranges: Sequence[Tensor | None], offsets: Tensor | None, offset: int | None) -> None:
     if offsets is not None and offset is not None:
         raise ValueError(f"offset = {offset} and offsets were both given: expected at most one of them")
-    count = q.shape[0]
-    for name, x in packed.items():
-        if q.dim() == 4 and x is not None:
+    packed = q.dim() == 3
+    for name, x in zip(RANGES, ranges):
+        if not packed and x is not None:
             raise ValueError(f"{name} was given with dense q {_shape(q)}: expected packed q (tokens, heads, head_dim)")
-        if q.dim() == 3 and x is None:
+        if packed and x is None:
             raise ValueError(f"{name} is None with packed q {_shape(q)}: expected an int32 tensor, an entry a sequence")
-    columns = {**packed, "offsets": offsets}
-    if q.dim() == 3:
-        q_start = packed["q_start"]
+    count = q.shape[0]
+    if packed:
+        q_start = ranges[0]
         assert q_start is not None
         if q_start.dim() != 1:
             raise ValueError(f"q_start has shape {_shape(q_start)}: expected one dimension, an entry a sequence")
         count = q_start.shape[0]
-    for name, x in columns.items():
+    for name, x in zip((*RANGES, "offsets"), (*ranges, offsets)):
         if x is not None:
             _check_tensor(name, x, (count,), q, (torch.int32,))
 
@@ -266,8 +296,7 @@ def _check_forward(
     window_right: int | None, softcap: float, out_dtype: torch.dtype | None, deterministic: bool, sm_margin: int,
 ) -> None:
     check_qkv(q, k, v)
-    packed = {"q_start": q_start, "q_len": q_len, "k_start": k_start, "k_len": k_len}
-    _check_ranges(q, packed, offsets, offset)
+    _check_ranges(q, (q_start, q_len, k_start, k_len), offsets, offset)
     check_scores(softmax_scale, window_left, window_right, softcap)
     _check_sm_margin(sm_margin)
     if out_dtype not in (None, q.dtype, accumulator_dtype(q.dtype)):
@@ -282,8 +311,7 @@ def _check_forward_into(
     check_qkv(q, k, v)
     if q.dim() != 3:
         raise ValueError(f"q has shape {_shape(q)}: expected packed (tokens, heads, head_dim); flatten the batch")
-    packed = {"q_start": q_start, "q_len": q_len, "k_start": k_start, "k_len": k_len}
-    _check_ranges(q, packed, offsets, None)
+    _check_ranges(q, (q_start, q_len, k_start, k_len), offsets, None)
     _check_tensor("flags", flags, _shape(q_start), q, (torch.int32,))
     check_scores(softmax_scale, window_left, window_right, softcap)
     _check_sm_margin(sm_margin)
@@ -315,8 +343,7 @@ def _check_backward(
     accumulate: bool, deterministic: bool, sm_margin: int,
 ) -> None:
     check_qkv(q, k, v)
-    packed = {"q_start": q_start, "q_len": q_len, "k_start": k_start, "k_len": k_len}
-    _check_ranges(q, packed, offsets, offset)
+    _check_ranges(q, (q_start, q_len, k_start, k_len), offsets, offset)
     check_scores(softmax_scale, window_left, window_right, softcap)
     _check_sm_margin(sm_margin)
     _check_tensor("dout", dout, (*_shape(q)[:-1], v.shape[-1]), q, DTYPES)
@@ -369,39 +396,51 @@ class _Request(NamedTuple):
     op: str
     dtypes: tuple[torch.dtype, ...]
     head_dims: tuple[int, ...] = ()
-    needs: tuple[str, ...] = ()  # what the call asks for beyond dense tensors
+    needs: tuple[str, ...] = ()  # what the call asks for and no compiled kernel has
 
     def __str__(self) -> str:
         dims = f", head_dim {' and '.join(map(str, self.head_dims))}" if self.head_dims else ""
-        needs = "".join(f", {need}" for need in self.needs)
-        return f"fa3_dist::{self.op} for {' and '.join(map(str, self.dtypes))}{dims}{needs}"
+        needs = "".join(f", with {need}" for need in self.needs)
+        return f"fa3_dist::{self.op} for {' and '.join(map(str, dict.fromkeys(self.dtypes)))}{dims}{needs}"
 
 
 def _request(op: str, args: tuple[Any, ...]) -> _Request:
-    dtypes = tuple(dict.fromkeys(x.dtype for x in args[:2]))
     if op == "delta":
-        return _Request(op, dtypes)
-    call = dict(zip(SCHEMA_ARGS[op], args))
-    needs = {
-        "packed ranges": call["q"].dim() == 3,
-        "offsets": call["q"].dim() == 4 and call.get("offsets") is not None,
-        "softcap": call["softcap"] != 0,
-        "fp32 output": call.get("out_dtype") not in (None, call["q"].dtype),
-    }
-    head_dims = (call["q"].shape[-1], call["v"].shape[-1])
-    return _Request(op, dtypes, head_dims, tuple(need for need, asked in needs.items() if asked))
+        dout, out = args[:2]
+        return _Request(op, (dout.dtype, out.dtype))
+    q, k, v = args[1:4] if op == "backward" else args[:3]
+    request = _Request(op, (q.dtype,), (q.shape[-1], v.shape[-1]))
+    if op != "forward_into":
+        return request
+    out, needs = args[5], []
+    if out is not None and out.dtype not in (q.dtype, torch.float32):
+        needs.append(f"an out of {out.dtype}")
+    if q.shape[-1] % VECTOR or v.shape[-1] % VECTOR:  # the operator pads inputs, but not a state that it does not own
+        needs.append(f"a state whose head dims are not multiples of {VECTOR}")
+    return request._replace(needs=tuple(needs))
 
 
-def _covers(variants: list[str], request: _Request) -> bool:
-    """Whether one of the compiled variants (names as in csrc/instances.def) runs such calls."""
-    if request.needs or torch.float64 in request.dtypes or any(dim % 8 for dim in request.head_dims):
-        return False
+def compiled_sizes(variants: Sequence[str]) -> dict[str, dict[str, list[tuple[int, ...]]]]:
+    """What the compiled variants (names as in csrc/instances.def) run: operator -> dtype -> sizes.
+
+    A size is the largest (head_dim, head_dim_v) that a kernel takes; it is () for one that takes all. Operators without
+    a compiled kernel are missing.
+    """
+    sizes: dict[str, dict[str, list[tuple[int, ...]]]] = {}
     for variant in variants:
-        op, dtype, *largest = variant.split("_")
-        fits = all(dim <= int(most) for dim, most in zip(request.head_dims, largest))
-        if (op, dtype) == (request.op, _VARIANT_DTYPES.get(request.dtypes[0])) and fits:
-            return True
-    return False
+        family, dtype, *largest = variant.split("_")
+        for op in (op for op, rows in COMPILED.items() if rows == family):
+            sizes.setdefault(op, {}).setdefault(dtype, []).append(tuple(map(int, largest)))
+    return sizes
+
+
+def _covers(variants: Sequence[str], request: _Request) -> bool:
+    """Whether one of the compiled variants runs such calls: one that holds both head dims (the smallest will do it)."""
+    dtypes = [_VARIANT_DTYPES.get(dtype) for dtype in request.dtypes]
+    if request.needs or None in dtypes or 0 in request.head_dims:
+        return False
+    kernels = compiled_sizes(variants).get(request.op, {}).get(str(dtypes[0]), [])
+    return any(all(dim <= most for dim, most in zip(request.head_dims, size)) for size in kernels)
 
 
 @functools.cache
@@ -415,7 +454,7 @@ def _has_compiled_kernel(device: torch.device, request: _Request) -> bool:
     if info is None:
         have = f"no compiled library was loaded from {LIBRARY}; `make kernels` builds it"
     else:
-        have = f"the compiled library has the sm_90a kernels {', '.join(variants)}, for dense calls"
+        have = f"the compiled library has the sm_90a kernels {', '.join(variants)}"
     message = (
         f"{request} was called on {torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]}), but {have}."
         " It runs through PyTorch's FlashAttention-2 kernels where they can express the call and otherwise in exact "
@@ -465,14 +504,102 @@ def _run_on_cpu(op: str, *args: Any) -> Any:
 
 def _run_on_cuda(op: str, *args: Any) -> Any:
     _CHECKS[op](*args)
-    device = args[0].device
-    if _has_compiled_kernel(device, _request(op, args)):
-        if op == "forward":
-            args = (*torch_kernels.with_plain_rows(*args[:3]), *args[3:])
-        return getattr(torch.ops.fa3_dist, f"{op}_sm90")(*args)
+    device, request = args[0].device, _request(op, args)
+    if _has_compiled_kernel(device, request):
+        if os.environ.get("FA3_DIST_DEBUG") == "1":
+            _check_contents(op, args)
+        _direct_calls.add((op, device, *request.dtypes, *request.head_dims))
+        return _RUN_COMPILED[op](*args)
     deterministic = dict(zip(SCHEMA_ARGS[op], args)).get("deterministic", False)
     with torch.cuda.device(device), _full_precision("cuda"), _deterministic(deterministic):
         return getattr(reference, op)(*args)
+
+
+def _check_contents(op: str, args: tuple[Any, ...]) -> None:
+    """What the compiled kernels take on trust: reads the ranges and flags, and so waits for the GPU."""
+    call = dict(zip(SCHEMA_ARGS[op], args))
+    if call.get("q_start") is None:
+        return
+    q_start, q_len, k_start, k_len, offsets = (call[name] for name in (*RANGES, "offsets"))
+    total_q, total_k = call["q"].shape[0], call["k"].shape[0]
+    ranges = reference.read_ranges(
+        q_start, q_len, k_start, k_len, offsets, call.get("offset"), call.get("flags"), total_q, total_k
+    )
+    if op == "forward_into" and call["out"] is None and any(r.flags & LAST for r in ranges):
+        raise ValueError("out is None, but a visit has the flag LAST: expected a tensor for its result; pass out")
+
+
+def _compiled_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    head_dim_v = v.shape[-1]
+    q, k, v = torch_kernels.with_plain_rows(*(torch_kernels.pad_head_dim(x, VECTOR) for x in (q, k, v)))
+    out, lse = _forward_sm90(q, k, v, *_with_plain_columns(rest))
+    return (out if out.shape[-1] == head_dim_v else out[..., :head_dim_v].contiguous()), lse
+
+
+def _compiled_forward_into(
+    q: Tensor, k: Tensor, v: Tensor, out_acc: Tensor, lse: Tensor, out: Tensor | None, *rest: Any
+) -> None:
+    state = [out_acc, lse] if out is None else [out_acc, lse, out]
+    written = [x if _is_writable(x) else x.clone(memory_format=torch.contiguous_format) for x in state]
+    q, k, v = torch_kernels.with_plain_rows(q, k, v)
+    _forward_into_sm90(q, k, v, *written, *[None] * (3 - len(state)), *_with_plain_columns(rest))
+    for x, copy in zip(state, written):
+        if x is not copy:
+            x.copy_(copy)
+
+
+def _with_plain_columns(rest: Sequence[Any]) -> list[Any]:
+    """The arguments after q, k, v and a state, their tensors contiguous: ranges may be columns of a table."""
+    return [x.contiguous() if isinstance(x, Tensor) else x for x in rest]
+
+
+def _is_writable(x: Tensor) -> bool:
+    """Whether a kernel can write its rows, aligned and one behind the other, to x itself."""
+    return x.is_contiguous() and x.data_ptr() % 16 == 0
+
+
+# ---- direct calls of the compiled library ----------------------------------------------------------------------------
+
+# The calls that an operator has found to run on the compiled library: (op, device, dtype, head_dim, head_dim_v). What
+# runs a call is decided there alone, with its warning or error; the set remembers it at the price of a look-up.
+_direct_calls: set[tuple[Any, ...]] = set()
+
+# What a direct call may fail with, always before it writes anything. The operator then repeats the call, which says
+# what is wrong with the arguments, makes the copies that an odd layout needs, or meets the same error.
+_REPEATED = (IndexError, RuntimeError)
+
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_functorch, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+
+
+def _is_direct(op: str, q: Tensor, k: Tensor, v: Tensor, q_start: Tensor | None) -> bool:
+    """Whether a call may leave out the operator and go to `<op>_sm90`.
+
+    It may if one like it has run on the compiled library, and nothing listens to operators (compiler, mode, transform,
+    tensor subclass, FA3_DIST_DEBUG). Arguments need no check here: the library refuses whatever the operator refuses,
+    and strides that its kernels cannot load or write.
+    """
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and type(q) is type(k) is type(v) is Tensor
+        and (op, q.device, q.dtype, q.shape[-1], v.shape[-1]) in _direct_calls
+        and not (_dispatch_modes() or _function_modes() or _functorch() or _tracing())
+        and (q_start is None or os.environ.get("FA3_DIST_DEBUG") != "1")
+    )
+
+
+class _DirectForward(torch.autograd.Function):
+    """What `register_autograd` makes of the operator, made of the compiled kernel: same formula, less host time."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        result = _forward_sm90(q, k, v, *rest)
+        _save_for_backward(ctx, (q, k, v, *rest), result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_forward_autograd(ctx, dout, dlse)[:3], None
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
@@ -491,18 +618,14 @@ def _fake_delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ranges = inputs[: SCHEMA_ARGS["forward"].index("offset")]
-    ctx.save_for_backward(q, k, v, *output, *ranges)
-    named = dict(zip(SCHEMA_ARGS["forward"], inputs))
-    ctx.options = {
-        name: named[name]
-        for name in ("offset", "softmax_scale", "window_left", "window_right", "softcap", "deterministic", "sm_margin")
-    }
+    tensors, ctx.options = inputs[:_TENSORS], inputs[_TENSORS:]
+    ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
 def _forward_autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, q_start, q_len, k_start, k_len, offsets = ctx.saved_tensors
+    q, k, v, q_start, q_len, k_start, k_len, offsets, out, lse = ctx.saved_tensors
+    offset, softmax_scale, window_left, window_right, softcap, _, deterministic, sm_margin = ctx.options
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, dout, dlse)):
         raise RuntimeError(
             "fa3_dist attention was differentiated with create_graph=True: expected a first derivative only, it has no "
@@ -512,11 +635,12 @@ def _forward_autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tup
     if dout is None and dlse is None:
         return (None, None, None, *unused)
     dout = torch.zeros_like(out) if dout is None else dout
-    deterministic = ctx.options["deterministic"] or torch.are_deterministic_algorithms_enabled()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     backward(
         dout, q, k, v, lse, delta(dout, out, dlse), dq, dk, dv, q_start=q_start, q_len=q_len, k_start=k_start,
-        k_len=k_len, offsets=offsets, **{**ctx.options, "deterministic": deterministic},
+        k_len=k_len, offsets=offsets, offset=offset, softmax_scale=softmax_scale, window_left=window_left,
+        window_right=window_right, softcap=softcap,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(), sm_margin=sm_margin,
     )
     return (dq, dk, dv, *unused)
 
@@ -533,10 +657,21 @@ for _op, _schema in SCHEMAS.items():
     _definitions.define(_op + _schema)
     if _op in COMPILED:
         _definitions.define(f"{_op}_sm90{_schema}")
+        # NOTE: autograd is the operator's business; without this PyTorch would look at every argument of every call.
+        _definitions.impl(f"{_op}_sm90", torch.library.fallthrough_kernel, "Autograd")
     _definitions.impl(_op, functools.partial(_run_on_cpu, _op), "CPU")
     _definitions.impl(_op, functools.partial(_run_on_cuda, _op), "CUDA")
     torch.library.register_vmap(f"{NAMESPACE}::{_op}", functools.partial(_vmap, _op), lib=_definitions)
 SCHEMA_ARGS = {op: [a.name for a in getattr(torch.ops.fa3_dist, op).default._schema.arguments] for op in SCHEMAS}
+_TENSORS = SCHEMA_ARGS["forward"].index("offset")  # arguments of forward before it are tensors
+
+_forward_sm90 = torch.ops.fa3_dist.forward_sm90.default
+_forward_into_sm90 = torch.ops.fa3_dist.forward_into_sm90.default
+_RUN_COMPILED: dict[str, Callable[..., Any]] = {
+    "forward": _compiled_forward,
+    "forward_into": _compiled_forward_into,
+    "delta": torch.ops.fa3_dist.delta_sm90.default,
+}
 
 torch.library.register_fake(f"{NAMESPACE}::forward", _fake_forward, lib=_definitions)
 torch.library.register_fake(f"{NAMESPACE}::delta", _fake_delta, lib=_definitions)

@@ -76,21 +76,33 @@ def attend_backward(
 
 
 def with_plain_rows(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, copied where a kernel could not address their rows.
+    """The tensors (..., heads, head_dim), dense or packed, copied where a kernel could not address their rows.
 
     PyTorch's kernels take the last stride for 1 without looking, and on CUDA every row for 16-byte aligned; the copy
-    engine of a Hopper GPU asks for the same and takes no strides of 0.
+    engine of a Hopper GPU asks for the same and takes no strides of 0. So a tensor stays as it is if its last dimension
+    is contiguous and, on CUDA, its data pointer and other strides are multiples of 16 bytes, the strides above 0; the
+    stride of a dimension with one element does not matter. Any other is copied: contiguous, of its own.
     """
     return [x if _has_plain_rows(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors]
 
 
 def _has_plain_rows(x: Tensor) -> bool:
-    if x.stride(-1) != 1:
+    *strides, last = x.stride()
+    if last != 1:
         return False
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return True
-    strides = [stride for stride, extent in zip(x.stride()[:-1], x.shape) if extent > 1]
-    return x.data_ptr() % 16 == 0 and all(n > 0 and n * x.element_size() % 16 == 0 for n in strides)
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and all(n > 0 and n * size % 16 == 0 for n, m in zip(strides, x.shape) if m > 1)
+
+
+def pad_head_dim(x: Tensor, multiple: int) -> Tensor:
+    """x (..., D) with columns of zeros up to a multiple; x itself if D is one.
+
+    Zeros at the end of q and k leave their products as they are, and zeros at the end of v add columns of 0 to out.
+    """
+    missing = -x.shape[-1] % multiple
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

@@ -50,15 +50,16 @@ def attention(
     offset: int | None = None,
     softcap: float = 0.0,
     sink: Tensor | None = None,
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """softmax(mask(cap(softmax_scale * q k^T))) v with one optional extra logit per query head in the denominator.
 
-    q (B, Sq, H, D), k (B, Sk, G, D), v (B, Sk, G, E) of any float dtype, sink (H,): computed in fp64 on the CPU.
+    q (B, Sq, H, D), k (B, Sk, G, D), v (B, Sk, G, E) of any float dtype, sink (H,): computed in fp64 on `device`.
     offset None is bottom-right alignment, Sk - Sq. softcap c > 0 replaces a score s by c * tanh(s / c).
     Returns out (B, Sq, H, E) and lse (B, H, Sq), the natural log of the sum of exponentials without the sink.
     A row that sees nothing gives out 0, lse -inf and passes no gradient. Differentiable in q, k, v and sink.
     """
-    q, k, v = (x.cpu().double() for x in (q, k, v))
+    q, k, v = (x.to(device).double() for x in (q, k, v))
     groups = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -67,7 +68,7 @@ def attention(
         scores = softcap * torch.tanh(scores / softcap)
 
     offset = k.shape[1] - q.shape[1] if offset is None else offset
-    visible = visible_mask(q.shape[1], k.shape[1], window_left, window_right, offset)
+    visible = visible_mask(q.shape[1], k.shape[1], window_left, window_right, offset).to(device)
     sees_any = visible.any(dim=-1)
     lse = _masked_logsumexp(scores, visible, sees_any)
     finite_lse = torch.where(sees_any, lse, 0.0)
@@ -76,7 +77,7 @@ def attention(
     probabilities = torch.where(visible, torch.exp(shifted), 0.0)
     out = torch.einsum("bhij,bjhe->bihe", probabilities, v)
     if sink is not None:
-        share = torch.sigmoid(finite_lse - sink.cpu().double()[None, :, None])
+        share = torch.sigmoid(finite_lse - sink.to(device).double()[None, :, None])
         out = out * share.transpose(1, 2)[..., None]
     return out, lse
 
@@ -84,7 +85,7 @@ def attention(
 def _masked_logsumexp(scores: Tensor, visible: Tensor, sees_any: Tensor) -> Tensor:
     """log of the sum of exp over visible columns, (B, H, Sq); -inf, without a gradient, for rows that see nothing."""
     if scores.shape[-1] == 0:
-        return torch.full(scores.shape[:-1], -torch.inf, dtype=scores.dtype)
+        return scores.new_full(scores.shape[:-1], -torch.inf)
     row_max = torch.where(visible, scores.detach(), -torch.inf).amax(dim=-1)
     row_max = torch.where(sees_any, row_max, 0.0)
     shifted = torch.where(visible, scores - row_max[..., None], 0.0)

@@ -137,6 +137,9 @@ LOAD = "LDG.E.128 R4, desc[UR18][R4.64]"
 BULK = "@P0 UTMALDG.4D [UR8], [UR4], desc[UR6]"
 HGMMA = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24"
 QGMMA = "QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR4], R24"
+WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+EXP2 = "MUFU.EX2 R2, R2"
+SOFTMAX = [WAIT, EXP2, WAIT]  # while a product runs
 
 
 def test_sass_is_parsed_by_function() -> None:
@@ -149,9 +152,10 @@ def test_sass_is_parsed_by_function() -> None:
     ("kind", "instructions"),
     [
         ("memory", [LOAD]),
-        ("matrix", [BULK, HGMMA, "@P0 BRA 0x10"]),
-        ("matrix8", [BULK, QGMMA, "@P0 BRA 0x10"]),
-        ("matrix", [BULK, "STL [R1], R2", HGMMA, "@P0 BRA 0x20", "LDL R2, [R1]", "@P1 BRA 0x0"]),  # outside
+        ("control", ["IADD3 R2, R2, R3, RZ"]),
+        ("matrix", [BULK, HGMMA, *SOFTMAX, "@P0 BRA 0x10"]),
+        ("matrix8", [BULK, QGMMA, *SOFTMAX, "@P0 BRA 0x10"]),
+        ("matrix", [BULK, "STL [R1], R2", HGMMA, *SOFTMAX, "@P0 BRA 0x20", "LDL R2, [R1]", "@P1 BRA 0x0"]),  # outside
     ],
 )
 def test_a_good_kernel_passes(kind: str, instructions: list[str]) -> None:
@@ -164,7 +168,10 @@ def test_a_good_kernel_passes(kind: str, instructions: list[str]) -> None:
         ("memory", ["LDG.E.64 R4, desc[UR18][R4.64]", "LDG.E R4, R5"], "has no LDG.E.128"),
         ("memory", [], "has no LDG.E.128"),
         ("matrix", [BULK, "HMMA.16816.F32.BF16 R4, R8, R12, R4"], "has no HGMMA"),
-        ("matrix", [HGMMA, LOAD, "@P0 BRA 0x0"], "has no UTMALDG"),
+        ("matrix", [HGMMA, LOAD, *SOFTMAX, "@P0 BRA 0x0"], "has no UTMALDG"),
+        ("matrix", [BULK, HGMMA, WAIT, WAIT, EXP2, "@P0 BRA 0x10"], "do not overlap"),
+        ("matrix", [BULK, HGMMA, WAIT, EXP2, HGMMA, WAIT, "@P0 BRA 0x10"], "do not overlap"),
+        ("matrix", [BULK, HGMMA, WAIT, "@P0 BRA 0x10"], "do not overlap"),
         ("matrix", [BULK, HGMMA], "in no loop"),
         ("matrix8", [BULK, HGMMA], "has no QGMMA"),
         ("tensor", [BULK, HGMMA], "the kind 'tensor'"),
@@ -178,11 +185,12 @@ def test_a_missing_instruction_fails(kind: str, instructions: list[str], expecte
 def test_a_spill_fails() -> None:
     (problem,) = problems("memory", LOAD, spill=4)
     assert "spills registers (4 bytes stored" in problem
+    assert "spills registers" in problems("control", LOAD, spill=4)[0]
 
 
 @pytest.mark.parametrize("spill", ["STL.64 [R1+0x8], R2", "@P1 LDL.LU R2, [R1]"])
 def test_a_spill_in_a_main_loop_fails(spill: str) -> None:
-    (problem,) = problems("matrix", BULK, HGMMA, spill, "@P0 BRA 0x10", "@P1 BRA 0x0", spill=8)
+    (problem,) = problems("matrix", BULK, HGMMA, spill, *SOFTMAX, "@P0 BRA 0x10", "@P1 BRA 0x0", spill=8)
     assert "spills registers in a main loop (1 instructions, the first at 0x20)" in problem
 
 
@@ -248,7 +256,7 @@ def findings(**changes: object) -> dict:
 def test_doctor_has_nothing_to_say_where_nothing_is_missing() -> None:
     assert cli.advise(findings()) == []
     text = cli.render(findings())
-    assert "Nothing is missing." in text and "delta      bf16" in text and "H200, capability 9.0" in text
+    assert "Nothing is missing." in text and "delta        bf16" in text and "H200, capability 9.0" in text
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,9 @@ def test_every_family_has_one_kernel_header_and_is_dispatched() -> None:
     for family in {row.family for row in _build.instances()}:
         assert len(list(CSRC.rglob(f"{family}.cuh"))) == 1
         macro = f"FA3_{family.upper()}"
-        assert re.search(rf"#define {macro}\(", bindings), f"bindings.cpp dispatches nothing over {macro}"
+        callers = [path for path in CSRC.rglob("*.cuh") if f" launch_{family}(" in path.read_text()]
+        called = any(path.stem != family for path in callers)  # by another family's launcher
+        assert called or re.search(rf"#define {macro}\(", bindings), f"nothing dispatches over {macro}"
         assert f"#ifndef {macro}\n" in definitions and f"#undef {macro}\n" in definitions
 
 

@@ -19,22 +19,26 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encode;
 }
 
-// Describes a (batch, seqlen, heads, head_dim) tensor of 16-bit elements, read in boxes of `rows` rows by `columns` (32
-// or 64) columns of a head, swizzled; what lies outside of the tensor reads as 0. False if the driver refuses.
-inline bool make_tensor_map(CUtensorMap& map, DType dtype, const void* data, const Strides& stride, int batch,
-                            int seqlen, int heads, int head_dim, int rows, int columns) {
+// Describes a tensor of 16-bit elements whose dim 0 is contiguous, read in boxes of 32 or 64 columns, swizzled; what lies
+// outside of the tensor reads as 0. Strides are those of dims 1 and up, in elements. False if the driver refuses.
+template <int kDims>
+bool make_tensor_map(CUtensorMap& map, DType dtype, const void* data, const int64_t (&extents)[kDims],
+                     const int64_t (&strides)[kDims - 1], const int (&box)[kDims]) {
   const auto encode = tensor_map_encoder();
   if (encode == nullptr) return false;
   constexpr cuuint64_t kElementBytes = 2;
-  // NOTE: dims of extent 1 have stride 0, which the engine does not take; any multiple of 16 bytes will do there.
-  const auto bytes = [](int64_t elements) { return elements == 0 ? 16 : elements * kElementBytes; };
-  const cuuint64_t extents[4] = {cuuint64_t(head_dim), cuuint64_t(seqlen), cuuint64_t(heads), cuuint64_t(batch)};
-  const cuuint64_t strides[3] = {bytes(stride.seqlen), bytes(stride.heads), bytes(stride.batch)};
-  const cuuint32_t box[4] = {cuuint32_t(columns), cuuint32_t(rows), 1, 1};
-  const cuuint32_t every[4] = {1, 1, 1, 1};
+  cuuint64_t sizes[kDims], bytes[kDims - 1];
+  cuuint32_t boxes[kDims], every[kDims];
+  for (int dim = 0; dim < kDims; ++dim) {
+    sizes[dim] = static_cast<cuuint64_t>(extents[dim]);
+    boxes[dim] = static_cast<cuuint32_t>(box[dim]);
+    every[dim] = 1;
+    // NOTE: dims of extent 1 have stride 0, which the engine does not take; any multiple of 16 bytes will do there.
+    if (dim > 0) bytes[dim - 1] = strides[dim - 1] == 0 ? 16 : strides[dim - 1] * kElementBytes;
+  }
   const auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const auto swizzle = columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-  return encode(&map, type, 4, const_cast<void*>(data), extents, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+  const auto swizzle = box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  return encode(&map, type, kDims, const_cast<void*>(data), sizes, bytes, boxes, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 

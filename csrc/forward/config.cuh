@@ -8,23 +8,22 @@
 #include <cutlass/arch/barrier.h>
 #include <cutlass/numeric_types.h>
 
+#include "forward/forward.h"
 #include "params.h"
 
 namespace fa3 {
 
 using namespace cute;
 
-// Rows of queries and of keys that a block works on at a time; 64 rows of queries a consumer warpgroup.
-struct TileShape {
-  int queries;
-  int keys;
-};
-
-// Measured on an H200. A full mask has no diagonal blocks to waste, so it takes more keys at a time.
-constexpr TileShape forward_tile(int head_dim, bool masked) {
+// The winners of benchmarks/tune.py on an H200.
+constexpr TileShape forward_tile(int head_dim, int head_dim_v) {
+#ifdef FA3_FORWARD_TILE
+  return FA3_FORWARD_TILE;
+#endif
   if (head_dim <= 64) return {192, 128};
-  if (head_dim <= 128) return masked ? TileShape{128, 128} : TileShape{128, 160};
-  return {128, 64};
+  if (head_dim <= 128 || head_dim_v <= 128) return {128, 128};
+  if (head_dim <= 192) return {128, 112};
+  return {128, 80};
 }
 
 template <DType>
@@ -38,23 +37,38 @@ struct MatrixElement<DType::fp16> {
   using type = cutlass::half_t;
 };
 
-template <DType kDType, int kHeadDim_, int kHeadDimV_, int kQueries_, int kKeys_>
+template <DType kDType_, int kHeadDim_, int kHeadDimV_>
 struct ForwardConfig {
+  static constexpr DType kDType = kDType_;
   using Element = typename MatrixElement<kDType>::type;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
-  static constexpr int kQueries = kQueries_;
-  static constexpr int kKeys = kKeys_;
+  static constexpr TileShape kTile = forward_tile(kHeadDim, kHeadDimV);
+  static constexpr int kQueries = kTile.queries;
+  static constexpr int kKeys = kTile.keys;
+
+  static constexpr int kBytesQ = kQueries * kHeadDim * sizeof(Element);
+  static constexpr int kBytesK = kKeys * kHeadDim * sizeof(Element);
+  static constexpr int kBytesV = kKeys * kHeadDimV * sizeof(Element);
   static constexpr int kStages = 2;  // of K and of V
+  // The next tile's queries arrive under this tile's last blocks where there is room.
+  static constexpr int kStagesQ = 2 * kBytesQ + kStages * (kBytesK + kBytesV) <= (kQueries == 64 ? 112 : 224) * 1024 ? 2 : 1;
 
   // One producer warpgroup and the consumers.
   static constexpr int kConsumers = kQueries / 64;
   static constexpr int kThreads = 128 * (kConsumers + 1);
+  // Blocks of a single consumer come in pairs, which hide each other's pauses.
+  static constexpr int kBlocksPerProcessor = kConsumers == 1 ? 2 : 1;
   // NOTE: the consumers take exactly what the producer gives back; asking for more would wait for ever.
-  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  static constexpr int kLaunchRegisters = 65536 / (kThreads * kBlocksPerProcessor) / 8 * 8;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kConsumers == 1 || kHeadDim > 128 ? 24 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kHeadDim > 128 ? 240 : 232;
   static_assert(kLaunchRegisters - kProducerRegisters >= kConsumers * (kConsumerRegisters - kLaunchRegisters));
+
+  // Registers of a consumer's output, scores and weights. Two copies of the weights let a block's be rounded while the
+  // product before still reads the other's; where that does not fit, rounding waits for the product.
+  static constexpr int kTileRegisters = kHeadDimV / 2 + kKeys / 2 + kKeys / 4;
+  static constexpr bool kTwoWeights = kTileRegisters + kKeys / 4 + 40 <= kConsumerRegisters && kHeadDim <= 128;
 
   // Shared memory holds a tile as panels of kPanel columns, which is what one bulk load brings and one swizzle spans.
   static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;
@@ -78,38 +92,9 @@ struct ForwardConfig {
       GMMA::rs_op_selector<Element, Element, float, Shape<Int<kQueries>, Int<kHeadDimV>, Int<kKeys>>, GMMA::Major::K,
                            GMMA::Major::MN>(),
       Warpgroups{}));
-
-  static constexpr int kBytesQ = kQueries * kHeadDim * sizeof(Element);
-  static constexpr int kBytesK = kKeys * kHeadDim * sizeof(Element);
-  static constexpr int kBytesV = kKeys * kHeadDimV * sizeof(Element);
 };
-
-template <DType kDType, int kHeadDim, int kHeadDimV, bool kMasked>
-using ForwardConfigFor = ForwardConfig<kDType, kHeadDim, kHeadDimV, forward_tile(kHeadDim, kMasked).queries,
-                                       forward_tile(kHeadDim, kMasked).keys>;
 
 using Barrier = cutlass::arch::ClusterBarrier;
 using LoadBarrier = cutlass::arch::ClusterTransactionBarrier;
-
-// The plan of shared memory.
-template <class Config>
-struct alignas(1024) ForwardShared {
-  alignas(1024) typename Config::Element q[Config::kQueries * Config::kHeadDim];
-  alignas(1024) typename Config::Element k[Config::kStages][Config::kKeys * Config::kHeadDim];
-  alignas(1024) typename Config::Element v[Config::kStages][Config::kKeys * Config::kHeadDimV];
-
-  LoadBarrier q_full;
-  Barrier q_empty;
-  LoadBarrier k_full[Config::kStages];
-  Barrier k_empty[Config::kStages];
-  LoadBarrier v_full[Config::kStages];
-  Barrier v_empty[Config::kStages];
-
-  // Tiles on their way from the producer, which draws them, to the consumers.
-  int tile[2];
-  Barrier tile_full[2];
-  Barrier tile_empty[2];
-};
-
 
 }  // namespace fa3

@@ -1,4 +1,4 @@
-// Host entry of the forward family; defined in forward.cuh, one instance a row of instances.def.
+// Host entries of the forward; each is defined in a .cuh, one instance a row of instances.def.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,9 +7,18 @@
 
 namespace fa3 {
 
-// Writes every element of params.out and params.lse, of which there is at least one.
-// cudaErrorInvalidValue: a tensor that the copy engine cannot address (see ForwardParams).
+// Rows of queries and of keys that a block works on at a time; 64 rows of queries a consumer warpgroup.
+struct TileShape {
+  int queries;
+  int keys;
+};
+
+// Attention of `params`, of which no extent is 0. Writes every row of out and lse, or, where params.flags is given, those
+// of the visits. cudaErrorInvalidValue: a tensor that the copy engine cannot address (see ForwardParams).
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream);
+
+// Lists the tiles of params' ranges in params.workspace, those with the most keys first.
+cudaError_t launch_schedule(const ForwardParams& params, TileShape tile, cudaStream_t stream);
 
 }  // namespace fa3

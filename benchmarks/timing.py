@@ -1,0 +1,142 @@
+"""What the benchmarks of this folder share: timing of GPU calls, and where a result file says that it comes from.
+
+A call is timed by CUDA events round it, with a cold L2 and with the GPU kept busy while the host gets the call ready;
+several calls take turns, so that a drift of clocks or temperature meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fa3_dist import __version__, _build, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FLUSH_BYTES = 256 * 2**20  # L2 holds 50 to 60 MB
+SPIN_CYCLES = 200_000  # 0.1 ms at 2 GHz, longer than the host takes to launch a call
+GEMM_SIZE = 8192
+GEMM_FLOP = 2 * GEMM_SIZE**3
+
+Calls = Mapping[str, Callable[[], object]]
+
+
+class Flush:
+    """Ways to push out of L2 what the calls read."""
+
+    def __init__(self) -> None:
+        words = FLUSH_BYTES // 4
+        self.written = torch.empty(words, dtype=torch.int32, device="cuda")
+        self.clean = torch.zeros(words, dtype=torch.int32, device="cuda")
+
+    def overwrite(self) -> None:
+        """Fills L2 with dirty lines, as the kernel before attention does in a model."""
+        self.written.zero_()
+
+    def overwrite_and_clean(self) -> None:
+        """Leaves no dirty line behind that would be written back during the call."""
+        self.written.zero_()
+        self.clean.max()
+
+
+def time_in_turn(calls: Calls, flush: Callable[[], None], repeats: int, warmups: int = 3) -> dict[str, list[float]]:
+    """Milliseconds on the GPU of `repeats` runs of each call, after `warmups` runs that do not count."""
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    for index in range(warmups + repeats):
+        for name, call in calls.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush()
+            torch.cuda._sleep(SPIN_CYCLES)
+            start.record()
+            call()
+            end.record()
+            if index >= warmups:
+                events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Minimum, median and maximum."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def rate(amount: float, times: Mapping[str, float]) -> dict[str, float]:
+    """`amount` over a spread of times: best, median and worst."""
+    return {"best": amount / times["min"], "median": amount / times["median"], "worst": amount / times["max"]}
+
+
+def speed(milliseconds: list[float], flop: float) -> dict[str, dict[str, float]]:
+    """Times of a call that takes `flop` operations, as milliseconds and as TFLOP/s."""
+    ms = spread(milliseconds)
+    return {"ms": ms, "tflops": rate(flop / 1e9, ms)}
+
+
+def gemm() -> Callable[[], object]:
+    """A bf16 matrix product, GEMM_SIZE cubed: how fast this GPU is today."""
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return lambda: a @ b
+
+
+# ---- what was measured on what ---------------------------------------------------------------------------------------
+
+
+def why_no_hopper() -> str | None:
+    """What keeps sm_90a kernels from running here, or None."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return "this benchmark needs a Hopper GPU; `python -m fa3_dist doctor` tells what is here"
+    return None
+
+
+def why_no_library() -> str | None:
+    """Why the compiled library is not the one of this source tree, or None."""
+    info = ops.library_info()
+    if info is None or info["csrc_hash"] != _build.csrc_hash():
+        return "the compiled library is missing or from other sources: `make kernels` builds it"
+    return None
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+" if files differ from it; elsewhere FA3_DIST_COMMIT, or None."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if head.returncode:
+        return os.environ.get("FA3_DIST_COMMIT")
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+    return head.stdout.strip() + ("+" if changed else "")
+
+
+def cudnn_version() -> str | None:
+    """cuDNN's version as in "9.19.0"; None where torch has none."""
+    number = torch.backends.cudnn.version()
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else None
+
+
+def measured_on() -> dict[str, Any]:
+    """Device, versions and sources, as every result file has them."""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": cudnn_version(),
+        "fa3_dist": __version__,
+        "commit": commit(),
+        "csrc_hash": _build.csrc_hash(),
+        "library": ops.library_info(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result file whole or not at all: a reader never sees half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    unfinished.replace(path)

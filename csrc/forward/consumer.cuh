@@ -1,0 +1,281 @@
+// A consumer warpgroup: 64 rows of queries of every tile.
+//
+// One stream of steps runs through all tiles of a block without a pause. A step starts the product S = Q K^T of a block of
+// keys and the product O += P V of the block before it, and computes the softmax of the former while the tensor cores
+// finish the latter; that the two may belong to different tiles is what keeps short sequences busy. Turns on the tensor
+// cores are handed from warpgroup to warpgroup, so that one computes softmax while another multiplies.
+#pragma once
+
+#include "forward/epilogue.cuh"
+#include "forward/shared.cuh"
+#include "forward/softmax.cuh"
+
+namespace fa3 {
+
+// Starts c = a b, or c += a b, as one group of asynchronous products.
+template <class Mma, class A, class B, class C>
+__device__ __forceinline__ void multiply(Mma& mma, const A& a, const B& b, C& c, bool accumulate) {
+  warpgroup_fence_operand(c);
+  warpgroup_arrive();
+  mma.accumulate_ = accumulate ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero;
+#pragma unroll
+  for (int k = 0; k < size<2>(a); ++k) {
+    cute::gemm(mma, a(_, _, k), b(_, _, k), c);
+    mma.accumulate_ = GMMA::ScaleOut::One;
+  }
+  warpgroup_commit_batch();
+}
+
+// A warpgroup's turn on the tensor cores: it waits for its own barrier, and arrives at the next warpgroup's.
+template <class Config>
+struct Turn {
+  int warpgroup;
+
+  __device__ explicit Turn(int warpgroup) : warpgroup(warpgroup) {
+    if (warpgroup == Config::kConsumers - 1) pass();  // the first turn is warpgroup 0's
+  }
+  __device__ __forceinline__ void take() const {
+    if constexpr (Config::kConsumers > 1) cutlass::arch::NamedBarrier::sync(256, warpgroup);
+  }
+  __device__ __forceinline__ void pass() const {
+    if constexpr (Config::kConsumers > 1) {
+      cutlass::arch::NamedBarrier::arrive(256, warpgroup + 1 == Config::kConsumers ? 0 : warpgroup + 1);
+    }
+  }
+};
+
+// The lowest `count` bits, all or none where it is out of [0, 32].
+__device__ __forceinline__ uint32_t low_bits(int count) {
+  uint32_t bits;
+  asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(bits) : "r"(max(count, 0)));
+  return bits;
+}
+
+// How many of a thread's columns 0, 1, 8, 9, 16, 17, ... come before `column`.
+__device__ __forceinline__ int columns_before(int column) {
+  return column <= 0 ? 0 : column / 8 * 2 + min(column % 8, 2);
+}
+
+// Hides the scores that the mask or the end of the keys hide. Rows past the last query see what that one sees.
+template <class Config, class Scores>
+__device__ __forceinline__ void hide(Scores& scores, const ForwardArguments& arguments, const Tile& tile,
+                                     ThreadRows rows, int first_key) {
+  constexpr int kColumns = Config::kKeys / 4;  // a thread's
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = rows.row + 8 * r;
+    const int in_tile = arguments.heads_in_tile == 1 ? row : row / arguments.heads_in_tile;
+    const int query = min(tile.first_query + in_tile, tile.last_query);
+    const int end = min(query + tile.sequence.last_diagonal + 1, tile.sequence.k_len) - first_key - rows.column;
+    const int first = query + tile.sequence.first_diagonal - first_key - rows.column;
+    const int hidden = columns_before(first), seen = columns_before(end);
+#pragma unroll
+    for (int word = 0; word < kColumns; word += 32) {
+      const uint32_t visible = low_bits(seen - word) & ~low_bits(hidden - word);
+#pragma unroll
+      for (int column = word; column < word + 32 && column < kColumns; ++column) {
+        float& score = scores(column / 2 * 4 + 2 * r + column % 2);
+        score = visible >> (column - word) & 1 ? score : -INFINITY;
+      }
+    }
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void consume(const ForwardArguments& arguments, ForwardShared<Config>& shared) {
+  using Element = typename Config::Element;
+  const ForwardParams& params = arguments.params;
+  const int thread = threadIdx.x - 128;
+  const ThreadRows rows{thread / 32 * 16 + thread % 32 / 4, thread % 4 * 2};
+  const Turn<Config> turn(thread / 128);
+  constexpr float kLog2E = 1.4426950408889634f;
+  const float scale_log2 = (params.softcap == 0.f ? params.softmax_scale : params.softcap) * kLog2E;
+
+  typename Config::MmaQK mma_qk;
+  typename Config::MmaPV mma_pv;
+  const auto thread_qk = mma_qk.get_slice(thread);
+  const auto thread_pv = mma_pv.get_slice(thread);
+  auto sQ = [&](int stage) {
+    // NOTE: opaque, since else the compiler keeps every descriptor of Q in registers, and there are none to spare.
+    int opaque = thread;
+    asm volatile("" : "+r"(opaque));
+    return mma_qk.get_slice(opaque).partition_fragment_A(
+        make_tensor(make_smem_ptr(shared.q[stage]), typename Config::LayoutQ{}));
+  };
+  auto sK = [&](int stage) {
+    return thread_qk.partition_fragment_B(make_tensor(make_smem_ptr(shared.k[stage]), typename Config::LayoutK{}));
+  };
+  auto sVt = [&](int stage) {
+    return thread_pv.partition_fragment_B(make_tensor(make_smem_ptr(shared.v[stage]), typename Config::LayoutVt{}));
+  };
+  Tensor rS = partition_fragment_C(mma_qk, Shape<Int<Config::kQueries>, Int<Config::kKeys>>{});
+  Tensor rO = partition_fragment_C(mma_pv, Shape<Int<Config::kQueries>, Int<Config::kHeadDimV>>{});
+  // Rounded weights: those that the running product reads, and those of the block after it.
+  Tensor rP = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kKeys / 16>>>{});
+  [[maybe_unused]] Tensor rNext = make_tensor_like(rP);
+  static_assert(size(rS) == size(rP));
+  const auto round_into = [&](auto& weights, int i) __attribute__((always_inline)) {
+    reinterpret_cast<uint32_t&>(weights(i)) = round_pair<Element>(rS(i), rS(i + 1));
+  };
+
+  Ring<Config::kStagesQ> q_ring;  // of the scores' tile
+  Ring<Config::kStages> k_ring, v_ring;
+  Ring<kTileSlots> tile_ring;     // of the tile after the scores'
+  int slot = 0;                   // of the scores' tile
+  int block = 0;                  // to be multiplied next: the tile has those down to first_block
+  int first_block = 1;
+  bool running = false;           // rP holds the weights of a tile's last block
+  bool has_output = false;        // rO holds what the blocks before it gave
+  OnlineSoftmax softmax;
+  float rescale[2];
+
+  const auto release_scores = [&](bool last_of_tile) __attribute__((always_inline)) {
+    arrive_as_warp(shared.k_empty[k_ring.stage]);
+    k_ring.advance();
+    if (last_of_tile) {
+      arrive_as_warp(shared.q_empty[q_ring.stage]);
+      q_ring.advance();
+    }
+  };
+
+  // A step between two blocks of a tile of which every query has seen a key and none of whose scores is hidden. `weights`
+  // are those of the block before; the block's own go to `next_weights`.
+  const auto plain_step = [&](auto& weights, auto& next_weights, auto early) __attribute__((always_inline)) {
+    shared.k_full[k_ring.stage].wait(k_ring.parity);
+    shared.v_full[v_ring.stage].wait(v_ring.parity);
+    turn.take();
+    multiply(mma_qk, sQ(q_ring.stage), sK(k_ring.stage), rS, false);
+    multiply(mma_pv, weights, sVt(v_ring.stage), rO, has_output);
+    has_output = true;
+    turn.pass();
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(rS);
+    release_scores(block == first_block);
+    const bool grows = softmax.step_unseen(rS, scale_log2, rescale, [&](int i) __attribute__((always_inline)) {
+      if constexpr (decltype(early)::value) round_into(next_weights, i);
+    });
+    // NOTE: what keeps ptxas from moving this wait in front of the softmax, which would then hide nothing, is that a
+    // branch (on `grows`, inside) ends the basic block before it.
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rO);
+    arrive_as_warp(shared.v_empty[v_ring.stage]);
+    v_ring.advance();
+    if constexpr (!decltype(early)::value) {
+#pragma unroll
+      for (int i = 0; i < decltype(size(rS))::value; i += 2) round_into(next_weights, i);
+    }
+    if (grows) {
+#pragma unroll
+      for (int i = 0; i < decltype(size(rO))::value; ++i) rO(i) *= rescale[i / 2 % 2];
+    }
+    --block;
+  };
+
+  clear(rP);
+  while (true) {
+    // A step of any kind. The scores are those of the tile's next block, or of the next tile's first one.
+    const bool same_tile = block >= first_block;
+    bool more = true;  // there are scores to compute
+    const int output_slot = slot;
+    if (!same_tile) {
+      const int next = tile_ring.stage;
+      shared.tile_full[next].wait(tile_ring.parity);
+      const Tile& tile = shared.tile[next];
+      if (tile.kind == Tile::kWork && tile.blocks.first == tile.blocks.end) {
+        if (tile.only_warp == kAllWarps) write_unseen_tile<Config>(arguments, tile);
+        arrive_as_warp(shared.tile_empty[next]);
+        tile_ring.advance();
+        continue;
+      }
+      more = tile.kind == Tile::kWork;
+      if (!more && !running) {
+        if (tile.kind == Tile::kEnd) break;
+        arrive_as_warp(shared.drained);
+        arrive_as_warp(shared.tile_empty[next]);
+        tile_ring.advance();
+        continue;
+      }
+      if (more) {
+        slot = next;
+        tile_ring.advance();
+        block = tile.blocks.end - 1;
+        first_block = tile.blocks.first;
+        shared.q_full[q_ring.stage].wait(q_ring.parity);
+      }
+    }
+    if (more) shared.k_full[k_ring.stage].wait(k_ring.parity);
+    if (running) shared.v_full[v_ring.stage].wait(v_ring.parity);
+    // NOTE: at the start there is no P V, and at the end no Q K^T, yet both are multiplied, from whatever lies there, and
+    // forgotten: a product that depends on a branch makes the compiler wait for each.
+    turn.take();
+    multiply(mma_qk, sQ(q_ring.stage), sK(k_ring.stage), rS, false);
+    multiply(mma_pv, rP, sVt(v_ring.stage), rO, has_output);
+    turn.pass();
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(rS);
+    OnlineSoftmax next_softmax;
+    if (same_tile) next_softmax = softmax;
+    bool grows = false;
+    if (more) {
+      release_scores(block == first_block);
+      const Tile& tile = shared.tile[slot];
+      if (params.softcap != 0.f) {
+        const float inner = params.softmax_scale / params.softcap;
+#pragma unroll
+        for (int i = 0; i < decltype(size(rS))::value; ++i) rS(i) = tanh_accurate(rS(i) * inner);
+      }
+      if (block < tile.blocks.first_plain || block >= tile.blocks.end_open) {
+        hide<Config>(rS, arguments, tile, rows, block * Config::kKeys);
+      }
+      grows = next_softmax.step(rS, scale_log2, rescale);
+    }
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rO);
+    if (running) {
+      arrive_as_warp(shared.v_empty[v_ring.stage]);
+      v_ring.advance();
+    }
+#pragma unroll
+    for (int i = 0; i < decltype(size(rS))::value; i += 2) round_into(rP, i);
+    if (same_tile) {
+      if (grows) {
+#pragma unroll
+        for (int i = 0; i < decltype(size(rO))::value; ++i) rO(i) *= rescale[i / 2 % 2];
+      }
+    } else {
+      if (running) {
+        const Tile& tile = shared.tile[output_slot];
+        const int warp = thread / 32;
+        if (__any_sync(0xffffffffu, softmax.lost)) {
+          if (thread % 32 == 0) shared.repeat[atomicAdd(&shared.repeats, 1)] = {tile.index, warp};
+        } else if (tile.only_warp == kAllWarps || tile.only_warp == warp) {
+          write_tile<Config>(arguments, tile, rows, softmax, rO);
+        }
+        arrive_as_warp(shared.tile_empty[output_slot]);
+      }
+    }
+    softmax = next_softmax;
+    running = more;
+    has_output = same_tile;
+    --block;
+    if (!more) continue;
+
+    const int first_plain = max(first_block, shared.tile[slot].blocks.first_plain);
+    if (block >= shared.tile[slot].blocks.end_plain) continue;
+    if constexpr (Config::kTwoWeights) {
+      // In pairs, so that the compiler knows which weights are whose.
+#pragma unroll 1
+      while (block > first_plain) {
+        plain_step(rP, rNext, true_type{});
+        plain_step(rNext, rP, true_type{});
+      }
+      if (block == first_plain) plain_step(rP, rP, false_type{});
+    } else {
+#pragma unroll 1
+      while (block >= first_plain) plain_step(rP, rP, false_type{});
+    }
+  }
+  write_uncovered_rows<Config>(arguments);
+}
+
+}  // namespace fa3

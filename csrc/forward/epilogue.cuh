@@ -1,0 +1,218 @@
+// From a tile's unnormalised output and its softmax to what memory gets: out and lse, or the merged running state.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include "forward/shared.cuh"
+#include "forward/softmax.cuh"
+
+namespace fa3 {
+
+constexpr float kLn2 = 0.6931471805599453f;
+
+// Where a thread's elements lie in a tile (softmax.cuh).
+struct ThreadRows {
+  int row;     // the other one is row + 8
+  int column;  // of element 0
+};
+
+// A row of a tile in memory.
+struct OutputRow {
+  bool exists;
+  int64_t at;      // of (batch, seqlen, heads)
+  int64_t lse_at;  // of (batch, heads, seqlen)
+};
+
+__device__ __forceinline__ OutputRow output_row(const ForwardArguments& arguments, const Tile& tile, int row) {
+  const ForwardParams& params = arguments.params;
+  const int in_tile = arguments.heads_in_tile == 1 ? row : row / arguments.heads_in_tile;
+  const int query = tile.first_query + in_tile;
+  const int head = tile.first_head + row - in_tile * arguments.heads_in_tile;
+  const int64_t token = tile.sequence.q_base + query;
+  return {in_tile < arguments.queries && query <= tile.last_query,
+          (int64_t{tile.batch} * params.seqlen_q + token) * params.heads + head,
+          (int64_t{tile.batch} * params.heads + head) * params.seqlen_q + token};
+}
+
+// Whether a tile starts from the running state, and whether it ends in out.
+__device__ __forceinline__ bool continues(const ForwardParams& params, const Tile& tile) {
+  return params.out_acc != nullptr && !(tile.sequence.flags & kVisitFirst);
+}
+__device__ __forceinline__ bool finishes(const ForwardParams& params, const Tile& tile) {
+  return params.out_acc == nullptr || (params.out != nullptr && (tile.sequence.flags & kVisitLast));
+}
+
+// Rounds fp32 values to the operand of the next product or to the output. For 16-bit types the accumulator's order is the
+// operand's.
+template <class Element>
+__device__ __forceinline__ uint32_t round_pair(float first, float second) {
+  cutlass::Array<float, 2> pair;
+  pair[0] = first;
+  pair[1] = second;
+  const auto rounded = cutlass::NumericArrayConverter<Element, float, 2>{}(pair);
+  return reinterpret_cast<const uint32_t&>(rounded);
+}
+
+// Stores rows of 16-bit elements straight from registers. The threads of a quad first trade columns, so that each holds 8
+// neighbours, 16 bytes, of a row.
+template <class Element, class Output>
+__device__ __forceinline__ void store_rounded(const Output& rO, void* out, const OutputRow (&rows)[2], int head_dim) {
+  const int lane = threadIdx.x % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    Element* const row = static_cast<Element*>(out) + rows[r].at * head_dim;
+#pragma unroll
+    for (int block = 0; block < decltype(size(rO))::value / 16; ++block) {
+      uint32_t pair[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int i = 4 * (4 * block + j) + 2 * r;
+        pair[j] = round_pair<Element>(rO(i), rO(i + 1));
+      }
+      // Transposes the quad's 4 x 4 pairs, one bit of the lane and of j at a time.
+#pragma unroll
+      for (int bit = 1; bit <= 2; bit *= 2) {
+        const bool upper = lane & bit;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (j & bit) continue;
+          const uint32_t received = __shfl_xor_sync(0xffffffffu, upper ? pair[j] : pair[j | bit], bit);
+          (upper ? pair[j] : pair[j | bit]) = received;
+        }
+      }
+      const int column = 32 * block + 8 * lane;
+      if (rows[r].exists && column < head_dim) {
+        *reinterpret_cast<uint4*>(row + column) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+      }
+    }
+  }
+}
+
+// Stores rows in fp32: a quad writes 32 bytes of a row at a time.
+template <class Output>
+__device__ __forceinline__ void store_float(const Output& rO, float* out, const OutputRow (&rows)[2], int head_dim) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float* const row = out + rows[r].at * head_dim;
+#pragma unroll
+    for (int i = 0; i < decltype(size(rO))::value / 4; ++i) {
+      const int column = 8 * i + 2 * (threadIdx.x % 4);
+      if (rows[r].exists && column < head_dim) {
+        *reinterpret_cast<float2*>(row + column) = make_float2(rO(4 * i + 2 * r), rO(4 * i + 2 * r + 1));
+      }
+    }
+  }
+}
+
+// out = O / sum, lse = log(2^reference sum); where the tile continues, both merged with the state by their lse's.
+template <class Config, class Output>
+__device__ __forceinline__ void write_tile(const ForwardArguments& arguments, const Tile& tile, ThreadRows rows,
+                                           const OnlineSoftmax& softmax, Output& rO) {
+  const ForwardParams& params = arguments.params;
+  const bool merges = continues(params, tile);
+  OutputRow row[2];
+  float factor[2], kept[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    row[r] = output_row(arguments, tile, rows.row + 8 * r);
+    const float sum = quad_sum(softmax.sum[r]);
+    float lse = sum == 0.f ? -INFINITY : (softmax.reference[r] + __log2f(sum)) * kLn2;
+    factor[r] = sum == 0.f ? 0.f : __fdividef(1.f, sum);
+    kept[r] = 0.f;
+    if (merges) {
+      const float before = row[r].exists ? params.lse[row[r].lse_at] : -INFINITY;
+      const float most = fmaxf(before, lse);
+      if (most != -INFINITY) {
+        const float merged = most + logf(expf(before - most) + expf(lse - most));
+        kept[r] = expf(before - merged);
+        factor[r] *= expf(lse - merged);
+        lse = merged;
+      }
+    }
+    __syncwarp();  // the quad has read the lse that one of it writes
+    if (threadIdx.x % 4 == 0 && row[r].exists) params.lse[row[r].lse_at] = lse;
+  }
+#pragma unroll
+  for (int i = 0; i < decltype(size(rO))::value; ++i) rO(i) *= factor[i / 2 % 2];
+  if (merges) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float* const state = params.out_acc + row[r].at * params.head_dim_v;
+#pragma unroll
+      for (int i = 0; i < decltype(size(rO))::value / 4; ++i) {
+        const int column = 8 * i + 2 * (threadIdx.x % 4);
+        if (kept[r] != 0.f && column < params.head_dim_v) {
+          const float2 before = *reinterpret_cast<const float2*>(state + column);
+          rO(4 * i + 2 * r) += kept[r] * before.x;
+          rO(4 * i + 2 * r + 1) += kept[r] * before.y;
+        }
+      }
+    }
+  }
+  if (!finishes(params, tile)) {
+    store_float(rO, params.out_acc, row, params.head_dim_v);
+  } else if (params.out_dtype == DType::fp32) {
+    store_float(rO, static_cast<float*>(params.out), row, params.head_dim_v);
+  } else {
+    store_rounded<typename Config::Element>(rO, params.out, row, params.head_dim_v);
+  }
+}
+
+// A row that sees no key: out 0 and lse -inf, or the running state as it is. Called by all lanes of a warp.
+template <class Config>
+__device__ __forceinline__ void write_unseen_row(const ForwardParams& params, const OutputRow& row, bool merges,
+                                                 bool ends) {
+  using Element = typename Config::Element;
+  if (merges && !ends) return;
+  for (int column = threadIdx.x % 32; column < params.head_dim_v; column += 32) {
+    const int64_t at = row.at * params.head_dim_v + column;
+    const float value = merges ? params.out_acc[at] : 0.f;
+    if (!ends) params.out_acc[at] = value;
+    else if (params.out_dtype == DType::fp32) static_cast<float*>(params.out)[at] = value;
+    else static_cast<Element*>(params.out)[at] = Element(value);
+  }
+  if (!merges && threadIdx.x % 32 == 0) params.lse[row.lse_at] = -INFINITY;
+}
+
+// A tile none of whose queries sees a key.
+template <class Config>
+__device__ __forceinline__ void write_unseen_tile(const ForwardArguments& arguments, const Tile& tile) {
+  const ForwardParams& params = arguments.params;
+  const int warp = threadIdx.x / 32 - 4;
+#pragma unroll 1
+  for (int row = 16 * warp; row < 16 * warp + 16; ++row) {
+    const OutputRow at = output_row(arguments, tile, row);
+    if (at.exists) write_unseen_row<Config>(params, at, continues(params, tile), finishes(params, tile));
+  }
+}
+
+// Rows of packed queries that lie in no range.
+template <class Config>
+__device__ __forceinline__ void write_uncovered_rows(const ForwardArguments& arguments) {
+  const ForwardParams& params = arguments.params;
+  if (params.q_start == nullptr || params.out_acc != nullptr) return;
+  if (!reinterpret_cast<const ScheduleHeader*>(params.workspace)->uncovered) return;
+  constexpr int kWarps = 4 * Config::kConsumers;
+  const int warp = blockIdx.x * kWarps + threadIdx.x / 32 - 4;
+#pragma unroll 1
+  for (int first = 32 * warp; first < params.seqlen_q; first += 32 * kWarps * gridDim.x) {
+    const int token = first + threadIdx.x % 32;
+    bool covered = token >= params.seqlen_q;
+#pragma unroll 1
+    for (int i = 0; i < params.ranges; ++i) {
+      const Sequence sequence = sequence_at(params, i);
+      covered = covered || (token >= sequence.q_base && token - sequence.q_base < sequence.q_len);
+    }
+    unsigned uncovered = __ballot_sync(0xffffffffu, !covered);
+    for (; uncovered != 0; uncovered &= uncovered - 1) {
+      const int64_t row = first + __ffs(uncovered) - 1;
+#pragma unroll 1
+      for (int head = 0; head < params.heads; ++head) {
+        const OutputRow at{true, row * params.heads + head, int64_t{head} * params.seqlen_q + row};
+        write_unseen_row<Config>(params, at, false, true);
+      }
+    }
+  }
+}
+
+}  // namespace fa3

@@ -1,0 +1,132 @@
+// What the warpgroups of a forward block share, and how they hand it to each other.
+#pragma once
+
+#include <cuda.h>
+
+#include "forward/config.cuh"
+#include "forward/tiles.cuh"
+
+namespace fa3 {
+
+// What the kernel gets: the parameters, and what the host derives from them.
+struct ForwardArguments {
+  CUtensorMap q;  // (head_dim, heads of a KV head, seqlen, kv_heads, batch), loaded in boxes of a panel
+  CUtensorMap k;  // dense: (head_dim, seqlen, heads, batch); packed: see load_keys
+  CUtensorMap v;
+  ForwardParams params;
+  TileCounter* counter;
+  int heads_in_tile;
+  int queries;          // of a sequence in a tile: rows / heads_in_tile
+  int units;            // heads / heads_in_tile
+  int units_per_group;  // units that are walked together (dense)
+};
+
+// A tile on its way from the thread that draws it to the one that loads it and to the consumers, which keep it until they
+// have written its results.
+struct Tile {
+  enum Kind { kWork, kPause, kEnd };  // kPause: no more tiles until all consumers have finished theirs
+
+  Kind kind;
+  int index;       // in the order of drawing
+  int only_warp;   // the consumer warp that repeats its rows, or kAllWarps
+  int batch;
+  int first_head;  // of queries
+  int first_query;
+  int last_query;
+  Sequence sequence;
+  KeyBlocks blocks;
+};
+constexpr int kAllWarps = -1;
+constexpr int kTileSlots = 3;
+constexpr int kLongTile = 4;  // blocks of keys; a longer tile's successor is drawn when no more than these are to come
+
+// Tiles whose weights overflowed (OnlineSoftmax::step_unseen) are drawn again with known maxima: at the end, or when
+// kManyRepeats have come together. By the time that this is seen, every warp may have added those of the tiles under way.
+constexpr int kManyRepeats = 32;
+struct Repeat {
+  int index;
+  int warp;
+};
+
+// A barrier under which ordinary memory changes hands.
+// NOTE: CUTLASS's own let the compiler move loads and stores past them.
+struct HandOver : Barrier {
+  __device__ __forceinline__ void wait(uint32_t parity) {
+    Barrier::wait(parity);
+    asm volatile("" ::: "memory");
+  }
+  __device__ __forceinline__ void arrive() {
+    asm volatile("" ::: "memory");
+    Barrier::arrive();
+  }
+};
+
+template <class Config>
+struct alignas(1024) ForwardShared {
+  alignas(1024) typename Config::Element q[Config::kStagesQ][Config::kQueries * Config::kHeadDim];
+  alignas(1024) typename Config::Element k[Config::kStages][Config::kKeys * Config::kHeadDim];
+  alignas(1024) typename Config::Element v[Config::kStages][Config::kKeys * Config::kHeadDimV];
+
+  LoadBarrier q_full[Config::kStagesQ];
+  Barrier q_empty[Config::kStagesQ];
+  LoadBarrier k_full[Config::kStages];
+  Barrier k_empty[Config::kStages];
+  LoadBarrier v_full[Config::kStages];
+  Barrier v_empty[Config::kStages];
+
+  Tile tile[kTileSlots];
+  HandOver tile_full[kTileSlots];
+  HandOver tile_empty[kTileSlots];
+
+  int repeats;
+  Repeat repeat[kManyRepeats + 4 * Config::kConsumers * (kTileSlots + 1)];
+  HandOver drained;
+  Barrier nearly_loaded;
+};
+
+template <class Config>
+__device__ __forceinline__ void init_shared(ForwardShared<Config>& shared) {
+  constexpr int kConsumerWarps = 4 * Config::kConsumers;
+  for (int stage = 0; stage < Config::kStagesQ; ++stage) {
+    shared.q_full[stage].init(1);
+    shared.q_empty[stage].init(kConsumerWarps);
+  }
+  for (int stage = 0; stage < Config::kStages; ++stage) {
+    shared.k_full[stage].init(1);
+    shared.v_full[stage].init(1);
+    shared.k_empty[stage].init(kConsumerWarps);
+    shared.v_empty[stage].init(kConsumerWarps);
+  }
+  for (int slot = 0; slot < kTileSlots; ++slot) {
+    shared.tile_full[slot].init(1);
+    shared.tile_empty[slot].init(kConsumerWarps + 1);  // and the thread that loads
+  }
+  shared.drained.init(kConsumerWarps);
+  shared.nearly_loaded.init(1);
+  shared.repeats = 0;
+  cutlass::arch::fence_barrier_init();
+}
+
+// Position in a ring of stages, with the parity its barriers are waited for with.
+// NOTE: a wait with the opposite parity passes at once on a barrier that nobody has arrived at.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// One arrival a warp: 32 on the same barrier would queue up in front of the tensor cores' reads.
+template <class AnyBarrier>
+__device__ __forceinline__ void arrive_as_warp(AnyBarrier& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier.arrive();
+}
+
+}  // namespace fa3

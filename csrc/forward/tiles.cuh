@@ -1,0 +1,90 @@
+// Which tiles there are, which keys each of them visits, and in which order they are drawn.
+#pragma once
+
+#include "params.h"
+
+namespace fa3 {
+
+// A batch element, or a range of a packed tensor. Query j sees the keys [j + first_diagonal, j + last_diagonal].
+struct Sequence {
+  int q_base;  // token of query 0
+  int q_len;
+  int k_base;
+  int k_len;
+  int first_diagonal;
+  int last_diagonal;
+  int flags;
+};
+
+__device__ __forceinline__ Sequence sequence_at(const ForwardParams& params, int index) {
+  Sequence sequence{0, params.seqlen_q, 0, params.seqlen_k, 0, 0, 0};
+  if (params.q_start != nullptr) {
+    // NOTE: nobody has looked at these numbers; whatever they say must not lead outside of the tensors.
+    sequence.q_base = min(max(params.q_start[index], 0), params.seqlen_q);
+    sequence.k_base = min(max(params.k_start[index], 0), params.seqlen_k);
+    sequence.q_len = min(max(params.q_len[index], 0), params.seqlen_q - sequence.q_base);
+    sequence.k_len = min(max(params.k_len[index], 0), params.seqlen_k - sequence.k_base);
+  }
+  if (params.flags != nullptr) sequence.flags = params.flags[index];
+  int64_t shift = params.offset;
+  if (params.default_offset) shift = sequence.k_len - sequence.q_len;
+  if (params.offsets != nullptr) shift = params.offsets[index];
+  // Past these limits a diagonal hides all keys or none.
+  const auto diagonal = [&](int64_t at) {
+    return static_cast<int>(min(max(at, -int64_t{sequence.q_len}), int64_t{sequence.k_len}));
+  };
+  sequence.first_diagonal = params.window_left == kNoBound ? -sequence.q_len : diagonal(shift - params.window_left);
+  sequence.last_diagonal = params.window_right == kNoBound ? sequence.k_len : diagonal(shift + params.window_right);
+  return sequence;
+}
+
+// Blocks of keys [first, end) that the queries [first_query, first_query + queries) visit. They walk from the last to the
+// first. In [first_plain, end_open) no score is hidden; in [first_plain, end_plain) every query has seen a key before, too.
+struct KeyBlocks {
+  int first;
+  int end;
+  int first_plain;
+  int end_plain;
+  int end_open;
+};
+
+__device__ __forceinline__ KeyBlocks visible_blocks(const Sequence& sequence, int first_query, int queries, int keys) {
+  const int last_query = min(first_query + queries, sequence.q_len) - 1;
+  const int first_key = max(0, first_query + sequence.first_diagonal);
+  const int end_key = min(sequence.k_len, last_query + sequence.last_diagonal + 1);
+  if (first_key >= end_key) return {0, 0, 0, 0, 0};
+  // What the first query does not see yet, and what the last one sees no more.
+  const int last_common = min(first_query + sequence.last_diagonal, sequence.k_len - 1);
+  const int first_common = max(0, last_query + sequence.first_diagonal);
+  // A block before the one of last_common lies wholly before it, and the first query sees last_common earlier.
+  return {first_key / keys, (end_key + keys - 1) / keys, (first_common + keys - 1) / keys, max(0, last_common) / keys,
+          max(0, last_common + 1) / keys};
+}
+
+// A tile of a listed range. What the schedule kernel writes, and the forward's producer reads.
+struct alignas(16) TileRecord {
+  Sequence sequence;
+  int first_query;
+};
+static_assert(sizeof(TileRecord) == 32);
+
+// Tiles drawn from a launch, and blocks that found none left. Both are 0 between launches.
+struct TileCounter {
+  int drawn;
+  unsigned finished;
+};
+
+// Start of the workspace; the records follow.
+struct alignas(16) ScheduleHeader {
+  TileCounter counter;
+  int records;
+  int units_per_group;  // as in ForwardArguments
+  int uncovered;        // whether some queries may lie in no range
+};
+static_assert(sizeof(ScheduleHeader) == 32);
+
+__host__ __device__ inline const TileRecord* schedule_records(const int32_t* workspace) {
+  return reinterpret_cast<const TileRecord*>(workspace + sizeof(ScheduleHeader) / sizeof(int32_t));
+}
+
+}  // namespace fa3

@@ -1,0 +1,41 @@
+"""The compiled forward under NVIDIA's compute-sanitizer: no access outside of memory, no race, no misused barrier."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SANITIZER = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+CALLS = """
+import torch
+from fa3_dist import ops
+from tests.test_forward_kernel import growing, pack, qkv, visit_columns
+
+for dims in ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)):
+    q, k, v = qkv(0, 300, 420, 4, 2, *dims, batch=1)
+    ops.forward(q, k, v, window_left=150, window_right=0)
+start, length, total = pack([130, 0, 1, 200], gap=3)
+q, k, v = (x[0] for x in qkv(1, total, total, 4, 2, 64, batch=1))
+ops.forward(q, k, v, q_start=start, q_len=length, k_start=start, k_len=length, window_right=0, softcap=5.0)
+out_acc, lse = torch.zeros(total, 4, 64, device="cuda"), torch.zeros(4, total, device="cuda")
+out = torch.empty(total, 4, 64, device="cuda", dtype=q.dtype)
+for flag in (1, 0, 2):
+    ops.forward_into(q, k, v, out_acc, lse, out, **visit_columns((0, 100, 0, 333, 0, flag), (100, 170, 5, 70, 0, flag)))
+ops.forward(*growing(2, [0.0, 0.0, 1000.0, 0.0, 0.0], torch.bfloat16), softmax_scale=1.0)
+torch.cuda.synchronize()
+print("all calls made")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_sanitizer_finds_nothing(tool):
+    command = [str(SANITIZER), "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", CALLS]
+    root = Path(__file__).resolve().parent.parent
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "all calls made" in result.stdout, (result.stdout + result.stderr)[-4000:]
