@@ -93,6 +93,23 @@ fa3::Strides row_strides(const Tensor& tensor) {
           tensor.stride(3 - packed)};
 }
 
+// An uninitialised contiguous CUDA tensor beside `like`.
+// NOTE: torch::stable::new_empty goes through the dispatcher, which takes longer than the allocation.
+Tensor empty_like(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t dim = shape.size(); dim-- > 1;) strides[dim - 1] = strides[dim] * std::max<int64_t>(shape[dim], 1);
+  const int32_t code = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                       : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
+                                                       : aoti_torch_dtype_int32();
+  AtenTensorHandle handle = nullptr;
+  FA3_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), code,
+                                     aoti_torch_device_type_cuda(), like.get_device_index(), &handle) == 0,
+            "fa3_dist: PyTorch could not allocate a tensor of ", shape.size(), " dims on CUDA device ",
+            like.get_device_index());
+  return Tensor(handle);
+}
+
 cudaStream_t current_stream(int32_t device_index) {
   FA3_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
             "fa3_dist: this PyTorch has no CUDA streams (aoti_torch_get_current_cuda_stream is missing); install a "
@@ -150,7 +167,7 @@ Tensor delta_sm90(const Tensor& dout, const Tensor& out, const std::optional<Ten
   }
 
   const torch::stable::accelerator::DeviceGuard guard(dout.get_device_index());
-  Tensor delta = torch::stable::new_empty(dout, result_shape, ScalarType::Float);
+  Tensor delta = empty_like(dout, result_shape, ScalarType::Float);
   if (batch * seqlen * heads == 0) return delta;
 
   fa3::DeltaParams params{};
@@ -344,7 +361,7 @@ ForwardCall prepare_forward(const Tensor& q, const Tensor& k, const Tensor& v, c
   }
   if (packed) {
     const int64_t elements = fa3::workspace_elements(seqlen_q, heads, kv_heads, params.ranges);
-    call.scratch = torch::stable::new_empty(q, {elements}, ScalarType::Int);
+    call.scratch = empty_like(q, {elements}, ScalarType::Int);
     params.workspace = static_cast<int32_t*>(call.scratch->mutable_data_ptr());
   } else {
     params.tile_counter = tile_counter(q, call.stream, call.scratch);
@@ -368,8 +385,8 @@ std::tuple<Tensor, Tensor> forward_sm90(
   std::vector<int64_t> out_shape = sizes_of(q), lse_shape{q.size(2 - packed), q.size(1 - packed)};
   out_shape.back() = v.size(3 - packed);
   if (!packed) lse_shape.insert(lse_shape.begin(), q.size(0));
-  Tensor out = torch::stable::new_empty(q, out_shape, wanted);
-  Tensor lse = torch::stable::new_empty(q, lse_shape, ScalarType::Float);
+  Tensor out = empty_like(q, out_shape, wanted);
+  Tensor lse = empty_like(q, lse_shape, ScalarType::Float);
   if (call.empty) {
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());

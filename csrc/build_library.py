@@ -171,7 +171,10 @@ def cutlass_version(include: Path) -> str:
 
 
 def select_rows(rows: list, selection: str) -> list:
-    """The rows that FA3_DIST_ROWS asks for; "" is all. Raises ValueError for a pattern that no row matches."""
+    """The rows that FA3_DIST_ROWS asks for, and those of kind control, which others call; "" is all.
+
+    Raises ValueError for a pattern that no row matches.
+    """
     if selection == "one-per-family":
         return list({row.family: row for row in reversed(rows)}.values())[::-1]
     patterns = [pattern.strip() for pattern in selection.split(",") if pattern.strip()]
@@ -179,7 +182,8 @@ def select_rows(rows: list, selection: str) -> list:
         if not any(fnmatch.fnmatchcase(row.name, pattern) for row in rows):
             names = ", ".join(row.name for row in rows)
             raise ValueError(f"FA3_DIST_ROWS: '{pattern}' matches no row of instances.def; the rows are {names}")
-    return [row for row in rows if not patterns or any(fnmatch.fnmatchcase(row.name, p) for p in patterns)]
+    wanted = {row for row in rows if not patterns or any(fnmatch.fnmatchcase(row.name, p) for p in patterns)}
+    return [row for row in rows if row in wanted or row.kind == "control"]
 
 
 def kernel_header(row) -> Path:

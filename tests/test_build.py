@@ -62,6 +62,8 @@ def test_selection_of_rows() -> None:
     assert [row.name for row in builder.select_rows(rows, "")] == names
     assert [row.name for row in builder.select_rows(rows, "one-per-family")] == ["a_bf16", "b_bf16_64"]
     assert [row.name for row in builder.select_rows(rows, "b_*, *fp16")] == ["a_fp16", "b_bf16_64"]
+    control = _build.parse_row("FA3_C(control, all)")
+    assert [row.name for row in builder.select_rows([*rows, control], "a_bf16")] == ["a_bf16", "c_all"]
     with pytest.raises(ValueError, match="'c_bf16' matches no row.*a_bf16, a_fp16, b_bf16_64"):
         builder.select_rows(rows, "a_bf16,c_bf16")
 
@@ -70,7 +72,7 @@ def test_generated_list_holds_the_selected_rows_only(tmp_path: Path, monkeypatch
     monkeypatch.setattr(builder, "BUILD", tmp_path)
     rows = builder.select_rows(_build.instances(), "delta_fp16")
     builder.generate(rows, {"version": 'with "quotes" and \\'})
-    assert [row.name for row in _build.instances(tmp_path / "generated")] == ["delta_fp16"]
+    assert [row.name for row in _build.instances(tmp_path / "generated")] == ["schedule_ranges", "delta_fp16"]
     assert "#undef FA3_DELTA" in (tmp_path / "generated" / "instances.def").read_text()
     unit = tmp_path / "generated" / "delta_fp16.cu"
     assert unit.read_text() == '#include "backward/delta.cuh"\n\nFA3_INSTANTIATE(fp16)\n'

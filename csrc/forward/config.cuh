@@ -9,6 +9,7 @@
 #include <cutlass/numeric_types.h>
 
 #include "forward/forward.h"
+#include "forward/schedule.h"
 #include "params.h"
 
 namespace fa3 {
@@ -16,11 +17,11 @@ namespace fa3 {
 using namespace cute;
 
 // The winners of benchmarks/tune.py on an H200.
-constexpr TileShape forward_tile(int head_dim, int head_dim_v) {
+constexpr TileShape forward_tile(int head_dim, int head_dim_v, Sequences sequences) {
 #ifdef FA3_FORWARD_TILE
   return FA3_FORWARD_TILE;
 #endif
-  if (head_dim <= 64) return {192, 128};
+  if (head_dim <= 64) return {sequences == Sequences::kShort ? 128 : 192, 128};
   if (head_dim <= 128 || head_dim_v <= 128) return {128, 128};
   if (head_dim <= 192) return {128, 112};
   return {128, 80};
@@ -37,13 +38,13 @@ struct MatrixElement<DType::fp16> {
   using type = cutlass::half_t;
 };
 
-template <DType kDType_, int kHeadDim_, int kHeadDimV_>
+template <DType kDType_, int kHeadDim_, int kHeadDimV_, Sequences kSequences>
 struct ForwardConfig {
   static constexpr DType kDType = kDType_;
   using Element = typename MatrixElement<kDType>::type;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
-  static constexpr TileShape kTile = forward_tile(kHeadDim, kHeadDimV);
+  static constexpr TileShape kTile = forward_tile(kHeadDim, kHeadDimV, kSequences);
   static constexpr int kQueries = kTile.queries;
   static constexpr int kKeys = kTile.keys;
 

@@ -139,7 +139,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
   };
 
   // A step between two blocks of a tile of which every query has seen a key and none of whose scores is hidden. `weights`
-  // are those of the block before; the block's own go to `next_weights`.
+  // are those of the block before; the block's own go to `next_weights`: early, beside the softmax, or once P V is done.
   const auto plain_step = [&](auto& weights, auto& next_weights, auto early) __attribute__((always_inline)) {
     shared.k_full[k_ring.stage].wait(k_ring.parity);
     shared.v_full[v_ring.stage].wait(v_ring.parity);
@@ -183,7 +183,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       const Tile& tile = shared.tile[next];
       if (tile.kind == Tile::kWork && tile.blocks.first == tile.blocks.end) {
         if (tile.only_warp == kAllWarps) write_unseen_tile<Config>(arguments, tile);
-        arrive_as_warp(shared.tile_empty[next]);
+        shared.tile_empty[next].arrive();
         tile_ring.advance();
         continue;
       }
@@ -191,7 +191,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       if (!more && !running) {
         if (tile.kind == Tile::kEnd) break;
         arrive_as_warp(shared.drained);
-        arrive_as_warp(shared.tile_empty[next]);
+        shared.tile_empty[next].arrive();
         tile_ring.advance();
         continue;
       }
@@ -251,7 +251,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
         } else if (tile.only_warp == kAllWarps || tile.only_warp == warp) {
           write_tile<Config>(arguments, tile, rows, softmax, rO);
         }
-        arrive_as_warp(shared.tile_empty[output_slot]);
+        shared.tile_empty[output_slot].arrive();
       }
     }
     softmax = next_softmax;

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerProcessor)
   extern __shared__ __align__(1024) unsigned char storage[];
   auto& shared = *reinterpret_cast<ForwardShared<Config>*>(storage);
   if (static_cast<uint32_t>(__cvta_generic_to_shared(storage)) % 1024 != 0) __trap();
-  if (threadIdx.x == 0) init_shared(shared);
+  if (threadIdx.x == 0) init_shared(shared, arguments.params.out_acc != nullptr);
   if (arguments.queries * arguments.heads_in_tile < Config::kQueries) {
     // Rows of a tile that no load fills hold zeros: scores of what an earlier kernel left there may overflow.
     for (unsigned i = threadIdx.x; i < sizeof(shared.q) / 16; i += Config::kThreads) {
@@ -38,6 +38,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerProcessor)
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     if (threadIdx.x == 0) load_tiles<Config>(arguments, shared);
     if (threadIdx.x == 32) draw_tiles<Config>(arguments, shared);
+    if (threadIdx.x >= 64 && threadIdx.x < 96 && arguments.params.out_acc != nullptr) {
+      prefetch_state<Config>(arguments, shared);
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
     consume<Config>(arguments, shared);
@@ -74,9 +77,9 @@ cudaError_t allow_shared_memory(int device, int bytes) {
   return error;
 }
 
-template <DType kDType, int kHeadDim, int kHeadDimV>
-cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
-  using Config = ForwardConfig<kDType, kHeadDim, kHeadDimV>;
+template <class Config>
+cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t stream) {
+  constexpr DType kDType = Config::kDType;
   const bool packed = params.q_start != nullptr;
   const int group = params.heads / params.kv_heads;
   ForwardArguments arguments{};
@@ -115,6 +118,16 @@ cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
   const int64_t blocks = std::min<int64_t>(tiles, Config::kBlocksPerProcessor * std::max(1, processors - params.sm_margin));
   forward_kernel<Config><<<dim3(static_cast<unsigned>(blocks)), Config::kThreads, kSharedBytes, stream>>>(arguments);
   return cudaGetLastError();
+}
+
+template <DType kDType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
+  using Long = ForwardConfig<kDType, kHeadDim, kHeadDimV, Sequences::kLong>;
+  using Short = ForwardConfig<kDType, kHeadDim, kHeadDimV, Sequences::kShort>;
+  if constexpr (Long::kQueries != Short::kQueries || Long::kKeys != Short::kKeys) {
+    if (sequences_of(params) == Sequences::kShort) return launch_forward_tiles<Short>(params, stream);
+  }
+  return launch_forward_tiles<Long>(params, stream);
 }
 
 }  // namespace fa3

@@ -1,9 +1,10 @@
-// The two threads that keep the consumers busy: one draws tiles, one brings what they need, each as far ahead as there is
-// room.
+// Who keeps the consumers busy: a thread that draws tiles and one that brings what they need, each as far ahead as there
+// is room, and a warp that has a running state come closer.
 #pragma once
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "forward/epilogue.cuh"
 #include "forward/shared.cuh"
 
 namespace fa3 {
@@ -205,6 +206,31 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
     }
   }
   load_behind(true);
+}
+
+// ---- running state ---------------------------------------------------------------------------------------------------
+
+// Has L2 hold what a tile's epilogue will add to, while the tile is computed.
+template <class Config>
+__device__ __forceinline__ void prefetch_state(const ForwardArguments& arguments, ForwardShared<Config>& shared) {
+  const ForwardParams& params = arguments.params;
+  Ring<kTileSlots> ring;
+  while (true) {
+    shared.tile_full[ring.stage].wait(ring.parity);
+    const Tile& tile = shared.tile[ring.stage];
+    if (tile.kind == Tile::kEnd) break;
+    if (tile.kind == Tile::kWork && tile.blocks.first < tile.blocks.end && continues(params, tile)) {
+#pragma unroll 1
+      for (int i = threadIdx.x % 32; i < Config::kQueries; i += 32) {
+        const OutputRow row = output_row(arguments, tile, i);
+        if (!row.exists) continue;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(params.out_acc + row.at * params.head_dim_v),
+                     "r"(params.head_dim_v * int(sizeof(float))));
+      }
+    }
+    shared.tile_empty[ring.stage].arrive();
+    ring.advance();
+  }
 }
 
 }  // namespace fa3

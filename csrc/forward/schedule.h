@@ -7,12 +7,21 @@
 
 namespace fa3 {
 
+// What a tile shape is chosen for: kShort are masked sequences of which a tile sees few keys.
+enum class Sequences { kLong, kShort };
+
+inline Sequences sequences_of(const ForwardParams& params) {
+  const bool masked = params.window_right != kNoBound;
+  // NOTE: ranges' lengths are on the device; the mean is all that the host knows.
+  const int keys = params.q_start == nullptr ? params.seqlen_k : params.seqlen_k / std::max(params.ranges, 1);
+  return masked && keys <= 2048 ? Sequences::kShort : Sequences::kLong;
+}
+
 // Query heads of a KV head whose rows share a tile: all of them where the queries alone would leave tiles under-filled,
 // else 1.
 inline int heads_per_tile(const ForwardParams& params, int tile_queries) {
   const int group = params.heads / params.kv_heads;
   if (group > tile_queries) return 1;
-  // NOTE: ranges' lengths are on the device; the mean is all that the host knows.
   const int64_t queries = params.q_start == nullptr ? params.seqlen_q : params.seqlen_q / std::max(params.ranges, 1);
   const auto tiles = [&](int heads, int64_t rows) { return (queries + rows - 1) / rows * (params.heads / heads); };
   return tiles(group, tile_queries / group) < tiles(1, tile_queries) ? group : 1;

@@ -85,7 +85,7 @@ struct alignas(1024) ForwardShared {
 };
 
 template <class Config>
-__device__ __forceinline__ void init_shared(ForwardShared<Config>& shared) {
+__device__ __forceinline__ void init_shared(ForwardShared<Config>& shared, bool continues) {
   constexpr int kConsumerWarps = 4 * Config::kConsumers;
   for (int stage = 0; stage < Config::kStagesQ; ++stage) {
     shared.q_full[stage].init(1);
@@ -99,7 +99,8 @@ __device__ __forceinline__ void init_shared(ForwardShared<Config>& shared) {
   }
   for (int slot = 0; slot < kTileSlots; ++slot) {
     shared.tile_full[slot].init(1);
-    shared.tile_empty[slot].init(kConsumerWarps + 1);  // and the thread that loads
+    // All who read a tile: consumers, the thread that loads, and the warp that prefetches a running state.
+    shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + (continues ? 32 : 0));
   }
   shared.drained.init(kConsumerWarps);
   shared.nearly_loaded.init(1);
