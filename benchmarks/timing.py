@@ -105,10 +105,12 @@ def why_no_library() -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+" if files differ from it; elsewhere FA3_DIST_COMMIT, or None."""
+    """FA3_DIST_COMMIT where it is set, for copies of a checkout; else the commit, with "+" if files differ from it."""
+    if given := os.environ.get("FA3_DIST_COMMIT"):
+        return given
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     if head.returncode:
-        return os.environ.get("FA3_DIST_COMMIT")
+        return None
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
     return head.stdout.strip() + ("+" if changed else "")
 
