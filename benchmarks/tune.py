@@ -25,6 +25,9 @@ from typing import Any, NamedTuple
 import attention
 import timing
 import torch
+from attention_cases import HEAD_DIMS, SEQLENS, Case, Inputs, dense_cases, dense_name, label
+from attention_peers import Call, Peer, choose_peers, find_peers
+from attention_report import cell_line
 
 from fa3_dist import _build
 
@@ -176,7 +179,7 @@ def build(candidates: Sequence[Candidate], folder: Path) -> list[Candidate]:
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 
-def launch(candidate: Candidate, library: Path, case: attention.Case, x: attention.Inputs) -> attention.Call:
+def launch(candidate: Candidate, library: Path, case: Case, x: Inputs) -> Call:
     """A candidate's kernel as a call. Its buffers are allocated once; a failing launch raises RuntimeError."""
     function = ctypes.CDLL(str(library)).fa3_tune_forward
     function.argtypes, function.restype = ARGUMENTS, ctypes.c_int
@@ -218,9 +221,9 @@ def winner(cell: dict[str, Any]) -> str | None:
 def winners_table(cells: Sequence[dict[str, Any]], head_dim: int) -> list[str]:
     """The winners of one head_dim, a row a mask and a column a seqlen."""
     by_name = {cell["name"]: cell for cell in cells}
-    lines = [f"{f'd{head_dim}':<8}" + "".join(f"{attention.label(seqlen):>10}" for seqlen in attention.SEQLENS)]
+    lines = [f"{f'd{head_dim}':<8}" + "".join(f"{label(seqlen):>10}" for seqlen in SEQLENS)]
     for causal in (False, True):
-        names = [attention.dense_name(head_dim, causal, seqlen) for seqlen in attention.SEQLENS]
+        names = [dense_name(head_dim, causal, seqlen) for seqlen in SEQLENS]
         best = [(winner(by_name[name]) if name in by_name else None) or "-" for name in names]
         lines.append(f"{'causal' if causal else 'full':<8}" + "".join(f"{tile:>10}" for tile in best))
     return lines
@@ -229,15 +232,15 @@ def winners_table(cells: Sequence[dict[str, Any]], head_dim: int) -> list[str]:
 def run(built: dict[Candidate, Path], setup: attention.Setup, patterns: Sequence[str]) -> list[dict[str, Any]]:
     """Times all candidates of each dense case's head_dim, cuDNN beside them, and prints what came of it."""
     cells = []
-    for case in attention.dense_cases():
+    for case in dense_cases():
         peers = {
-            candidate.tile: attention.Peer(candidate.name, functools.partial(launch, candidate, library))
+            candidate.tile: Peer(candidate.name, functools.partial(launch, candidate, library))
             for candidate, library in built.items()
             if candidate.head_dim == case.head_dim
         }
         if peers and (not patterns or any(pattern in case.name for pattern in patterns)):
             cells.append(attention.measure_case(case, setup._replace(peers={**setup.peers, **peers})))
-            print(f"{attention.cell_line(cells[-1])}  best: {winner(cells[-1]) or 'none'}", flush=True)
+            print(f"{cell_line(cells[-1])}  best: {winner(cells[-1]) or 'none'}", flush=True)
     for head_dim in sorted({cell["head_dim"] for cell in cells}):
         print("\n".join(["", *winners_table(cells, head_dim)]))
     return cells
@@ -251,7 +254,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Which tile shape of the forward kernel is fastest.")
     steps = parser.add_subparsers(dest="step", required=True)
     building = steps.add_parser("build", help="compile candidates into build/tune/")
-    building.add_argument("--head-dim", type=int, required=True, choices=attention.HEAD_DIMS)
+    building.add_argument("--head-dim", type=int, required=True, choices=HEAD_DIMS)
     building.add_argument("--candidates", required=True, help="tile shapes, queries x keys: 128x128,192x112")
     running = steps.add_parser("run", help="time all that is in build/tune/")
     running.add_argument("--cells", type=attention.name_list, default=[], help='parts of case names: "causal_16k"')
@@ -279,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not built:
         print(f"nothing in {parsed.folder}: `tune.py build` puts candidates there", file=sys.stderr)
         return 2
-    cudnn = attention.choose_peers(attention.find_peers(), ["cudnn"])["cudnn"]
+    cudnn = choose_peers(find_peers(), ["cudnn"])["cudnn"]
     time = functools.partial(timing.time_in_turn, flush=timing.Flush().overwrite, repeats=parsed.repeats)
     product = timing.speed(time({"gemm": timing.gemm()})["gemm"], timing.GEMM_FLOP)
     print(f"GEMM of 8192^3: {product['tflops']['median']:.0f} TFLOP/s")

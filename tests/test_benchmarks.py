@@ -22,10 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attention  # noqa: E402
+import attention_cases  # noqa: E402
+import attention_peers  # noqa: E402
+import attention_report  # noqa: E402
 import delta  # noqa: E402
 import timing  # noqa: E402
 import tune  # noqa: E402
-from attention import Case, Peer, Setup  # noqa: E402
+from attention import Setup  # noqa: E402
+from attention_cases import Case  # noqa: E402
+from attention_peers import Peer  # noqa: E402
 
 
 def fake_time(calls: timing.Calls) -> dict[str, list[float]]:
@@ -67,7 +72,7 @@ def visible(case: Case) -> Tensor:
     return seen
 
 
-def naive_attention(case: Case, x: attention.Inputs) -> Tensor:
+def naive_attention(case: Case, x: attention_cases.Inputs) -> Tensor:
     """out in the layout of q, with all scores in memory."""
     q, k, v = (t.reshape(-1, *t.shape[-2:]).transpose(0, 1).double() for t in x[:3])
     k, v = (t.repeat_interleave(case.heads // case.kv_heads, dim=0) for t in (k, v))
@@ -80,7 +85,7 @@ def naive_attention(case: Case, x: attention.Inputs) -> Tensor:
 
 
 def test_the_dense_grid_is_the_papers() -> None:
-    cases = attention.dense_cases()
+    cases = attention_cases.dense_cases()
     assert len(cases) == 36
     for case in cases:
         assert sum(case.lengths) == 16384 and case.heads * case.head_dim == 2048 and len(set(case.lengths)) == 1
@@ -90,8 +95,8 @@ def test_the_dense_grid_is_the_papers() -> None:
 
 
 def test_forward_cases() -> None:
-    cases = {case.name: case for case in attention.forward_cases()}
-    assert len(cases) == len(attention.forward_cases()) == 47
+    cases = {case.name: case for case in attention_cases.forward_cases()}
+    assert len(cases) == len(attention_cases.forward_cases()) == 47
     assert cases["d64_full_512"].describe() == {
         "batch": 32, "seqlen": 512, "heads": 32, "kv_heads": 32, "head_dim": 64, "head_dim_v": 64, "causal": False,
         "window_left": None, "dtype": "bfloat16",
@@ -113,25 +118,25 @@ def test_visible_pairs_against_counting(case: Case) -> None:
 
 
 def test_flop_of_the_dense_grid_is_the_fields() -> None:
-    for case in attention.dense_cases():
+    for case in attention_cases.dense_cases():
         batch, seqlen = len(case.lengths), case.lengths[0]
         assert case.flop == 4 * batch * case.heads * seqlen**2 * case.head_dim // (2 if case.causal else 1)
 
 
 def test_inputs_are_laid_out_and_repeat() -> None:
-    dense = attention.make_inputs(small(kv_heads=2, head_dim_v=8), "cpu")
+    dense = attention_cases.make_inputs(small(kv_heads=2, head_dim_v=8), "cpu")
     assert [tuple(t.shape) for t in dense[:3]] == [(2, 32, 4, 16), (2, 32, 2, 16), (2, 32, 2, 8)]
-    packed = attention.make_inputs(small(lengths=(3, 5), packed=True), "cpu", requires_grad=True)
+    packed = attention_cases.make_inputs(small(lengths=(3, 5), packed=True), "cpu", requires_grad=True)
     assert packed.q.shape == (8, 4, 16) and packed.q.requires_grad
     assert packed.cu_seqlens.tolist() == [0, 3, 8] and packed.cu_seqlens.dtype == torch.int32
-    assert torch.equal(attention.make_inputs(small(), "cpu").v, attention.make_inputs(small(), "cpu").v)
+    assert torch.equal(attention_cases.make_inputs(small(), "cpu").v, attention_cases.make_inputs(small(), "cpu").v)
 
 
 # ---- peers -----------------------------------------------------------------------------------------------------------
 
 
-def check_out(build: Callable[[Case, attention.Inputs], attention.Call], case: Case) -> None:
-    x = attention.make_inputs(case, "cpu")
+def check_out(build: Callable[[Case, attention_cases.Inputs], attention_peers.Call], case: Case) -> None:
+    x = attention_cases.make_inputs(case, "cpu")
     out = build(case, x)()
     assert out.shape == (*x.q.shape[:-1], case.head_dim_v)
     assert attention.relative_l2(out, naive_attention(case, x)) < 1e-5
@@ -139,7 +144,7 @@ def check_out(build: Callable[[Case, attention.Inputs], attention.Call], case: C
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
 def test_ours_sees_what_is_counted(case: Case) -> None:
-    ours = attention.find_peers()["ours"]
+    ours = attention_peers.find_peers()["ours"]
     assert isinstance(ours, Peer)
     check_out(ours.build, case)
 
@@ -149,19 +154,19 @@ def test_ours_sees_what_is_counted(case: Case) -> None:
 def test_sdpa_sees_what_is_counted(backend: SDPBackend, case: Case) -> None:
     if case.head_dim != case.head_dim_v and backend == SDPBackend.FLASH_ATTENTION:
         pytest.skip("FlashAttention-2 has one head_dim")
-    check_out(lambda case, x: attention.sdpa(backend, case, x), case)
+    check_out(lambda case, x: attention_peers.sdpa(backend, case, x), case)
 
 
 @pytest.mark.parametrize("case", SMALL_CASES[4:], ids=lambda case: case.name)
 def test_sdpa_refuses_windows_and_packed_batches(case: Case) -> None:
-    with pytest.raises(attention.CannotRun, match="no packed sequences and no window"):
-        attention.sdpa(SDPBackend.MATH, case, attention.make_inputs(case, "cpu"))
+    with pytest.raises(attention_peers.CannotRun, match="no packed sequences and no window"):
+        attention_peers.sdpa(SDPBackend.MATH, case, attention_cases.make_inputs(case, "cpu"))
 
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
 def test_flex_sees_what_is_counted(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    check_out(attention.flex_attention, case)
+    check_out(attention_peers.flex_attention, case)
 
 
 def with_window(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)): ...
@@ -196,12 +201,12 @@ def test_varlen_attn_of_every_torch(signature: Callable, case: Case, monkeypatch
 
     called.__signature__ = inspect.signature(signature)  # type: ignore[attr-defined]
     monkeypatch.setattr(varlen, "varlen_attn", called)
-    x = attention.make_inputs(case, "cpu")
+    x = attention_cases.make_inputs(case, "cpu")
     if signature is with_causal and case.left is not None:
-        with pytest.raises(attention.CannotRun, match="no windows"):
-            attention.torch_flash(case, x)
+        with pytest.raises(attention_peers.CannotRun, match="no windows"):
+            attention_peers.torch_flash(case, x)
     else:
-        assert attention.torch_flash(case, x)().shape == x.q.shape
+        assert attention_peers.torch_flash(case, x)().shape == x.q.shape
 
 
 def test_flash_attention_packages_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,18 +217,18 @@ def test_flash_attention_packages_are_found(monkeypatch: pytest.MonkeyPatch) -> 
     module = SimpleNamespace(flash_attn_func=attend, flash_attn_varlen_func=None, __version__="x.y")
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    found = attention.find_peers()
+    found = attention_peers.find_peers()
     fa3, case = found["fa3"], SMALL_CASES[4]
     assert isinstance(fa3, Peer) and fa3.about == "flash_attn_interface x.y"
-    x = attention.make_inputs(case, "cpu")
+    x = attention_cases.make_inputs(case, "cpu")
     assert fa3.build(case, x)() is x.q
     assert isinstance(found["flash_attn"], str) and found["flash_attn"].startswith("flash_attn does not import: ")
-    assert list(attention.choose_peers(found, [])) == ["ours", "cudnn", "fa2", "fa3"]
-    assert list(attention.choose_peers(found, ["flex", "cudnn"])) == ["ours", "cudnn", "flex"]
+    assert list(attention_peers.choose_peers(found, [])) == ["ours", "cudnn", "fa2", "fa3"]
+    assert list(attention_peers.choose_peers(found, ["flex", "cudnn"])) == ["ours", "cudnn", "flex"]
     with pytest.raises(ValueError, match="unknown peer 'fa4': the peers are ours, cudnn"):
-        attention.choose_peers(found, ["fa4"])
+        attention_peers.choose_peers(found, ["fa4"])
     with pytest.raises(ValueError, match="peer 'flash_attn' is not here: flash_attn does not import"):
-        attention.choose_peers(found, ["flash_attn"])
+        attention_peers.choose_peers(found, ["flash_attn"])
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -267,13 +272,13 @@ def test_without_ours_the_peers_are_still_measured() -> None:
     peers = {"ours": failing("not built"), "a": peer_of(lambda q: q), "b": peer_of(lambda q: q)}
     cell = attention.measure_case(small(), Setup(peers, fake_time, "cpu"))
     assert cell["peers"]["ours"]["ms"] is None and cell["peers"]["b"]["difference"] == 0 and not cell["errors"]
-    assert "ours: not built" in attention.cell_line(cell) and "unchecked" not in attention.cell_line(cell)
+    assert "ours: not built" in attention_report.cell_line(cell) and "unchecked" not in attention_report.cell_line(cell)
 
 
 def test_an_output_that_nothing_checks_is_called_so() -> None:
     peers = {"ours": peer_of(lambda q: q), "fa2": failing("no windows")}
     cell = attention.measure_case(small(), Setup(peers, fake_time, "cpu"))
-    assert "unchecked: no peer" in attention.cell_line(cell)
+    assert "unchecked: no peer" in attention_report.cell_line(cell)
 
 
 def test_a_lost_gpu_ends_the_run() -> None:
@@ -314,7 +319,7 @@ def test_host_suite(requires_grad: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("ours", "cudnn"):
         us = cell["peers"][name]["us"]
         assert 0 < us["min"] <= us["median"] <= us["max"]
-    assert "ours" in attention.cell_line(cell) and " us" in attention.cell_line(cell)
+    assert "ours" in attention_report.cell_line(cell) and " us" in attention_report.cell_line(cell)
 
 
 def test_calls_take_turns_behind_a_flush_and_a_spin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,22 +358,22 @@ def test_speed_and_spread() -> None:
 # ---- bars ------------------------------------------------------------------------------------------------------------
 
 
-def make_cells(ours: dict[str, float], cudnn: float = 500.0) -> attention.Cells:
+def make_cells(ours: dict[str, float], cudnn: float = 500.0) -> attention_report.Cells:
     """Every cell of the forward suite, ours at 600 TFLOP/s unless said otherwise."""
 
     def entry(tflops: float) -> dict[str, Any]:
         return {"ms": {"median": 1 / tflops}, "tflops": {"best": tflops, "median": tflops, "worst": tflops}}
 
     cells = {}
-    for case in attention.forward_cases():
+    for case in attention_cases.forward_cases():
         peers = {"ours": entry(ours.get(case.name, 600.0)), "cudnn": entry(cudnn)}
         peers["fa2"] = {"ms": None, "tflops": None, "reason": "test"}
         cells[case.name] = {"name": case.name, **case.describe(), "flop": case.flop, "peers": peers, "errors": []}
     return cells
 
 
-def summary_of(cells: attention.Cells, gemm: float = 800.0) -> dict[str, dict[str, Any]]:
-    return {line["what"]: line for line in attention.summarise("forward", cells, gemm)}
+def summary_of(cells: attention_report.Cells, gemm: float = 800.0) -> dict[str, dict[str, Any]]:
+    return {line["what"]: line for line in attention_report.summarise("forward", cells, gemm)}
 
 
 def test_summary_of_the_forward_suite() -> None:
@@ -409,18 +414,18 @@ def test_what_was_not_measured_or_is_wrong_is_not_judged() -> None:
 def test_bars_of_the_other_suites() -> None:
     cells = {"no_grad": {"peers": {"ours": {"us": {"median": 11.0}}}, "errors": []},
              "grad": {"peers": {"ours": {"us": {"median": 26.0}}}, "errors": []}}
-    assert [line["passed"] for line in attention.summarise("host", cells, 800)] == [True, False]
+    assert [line["passed"] for line in attention_report.summarise("host", cells, 800)] == [True, False]
     peers = {"plain": {"ms": {"median": 1.0}}, "continue": {"ms": {"median": 1.06}}}
     cells = {"continue_8k": {"peers": peers, "errors": []}}
-    assert attention.summarise("continuation", cells, 800)[0]["passed"] is False
+    assert attention_report.summarise("continuation", cells, 800)[0]["passed"] is False
     peers["continue"]["ms"]["median"] = 1.04
-    assert attention.summarise("continuation", cells, 800)[0]["passed"] is True
+    assert attention_report.summarise("continuation", cells, 800)[0]["passed"] is True
 
 
 def test_every_bar_is_about_cells_of_its_suite() -> None:
     cells = {name: {"peers": {"ours": {"tflops": {"median": 1.0}}, "cudnn": {"tflops": {"median": 1.0}}}, "errors": []}
              for name in attention.SUITES["forward"]()}
-    assert all(line["value"] == 1.0 for line in attention.summarise("forward", cells, 800))
+    assert all(line["value"] == 1.0 for line in attention_report.summarise("forward", cells, 800))
 
 
 # ---- command line and files ------------------------------------------------------------------------------------------
@@ -442,7 +447,7 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return {name: [gemm_ms] * repeats if name == "gemm" else [1.0 + i] * repeats for i, name in enumerate(calls)}
 
     monkeypatch.setattr(timing, "time_in_turn", time_in_turn)
-    monkeypatch.setattr(attention, "make_inputs", lambda case, device: attention.Inputs(*[torch.ones(2)] * 4))
+    monkeypatch.setattr(attention, "make_inputs", lambda case, device: attention_cases.Inputs(*[torch.ones(2)] * 4))
     peers = {"ours": peer_of(lambda q: q), "cudnn": peer_of(lambda q: q), "fa2": failing("not here"), "fa3": "missing"}
     monkeypatch.setattr(attention, "find_peers", lambda: peers)
 
@@ -456,7 +461,7 @@ def test_forward_suite_writes_figures_and_a_picture(tmp_path: Path, capsys: pyte
     assert result["device"] == "NVIDIA H200" and result["valid"] and result["suite"] == "forward"
     assert result["peers"]["fa3"] == "missing" and result["csrc_hash"] == timing._build.csrc_hash()
     assert {"torch", "cuda", "cudnn", "commit", "date", "library"} <= set(result)
-    assert [cell["name"] for cell in result["cells"]] == [case.name for case in attention.forward_cases()]
+    assert [cell["name"] for cell in result["cells"]] == [case.name for case in attention_cases.forward_cases()]
     first = result["cells"][0]["peers"]
     assert first["cudnn"]["ms"]["median"] == 2.0 and first["fa2"] == {"ms": None, "tflops": None, "reason": "not here"}
     assert result["gemm"]["tflops"]["median"] == pytest.approx(790)
@@ -476,7 +481,7 @@ def test_forward_suite_writes_figures_and_a_picture(tmp_path: Path, capsys: pyte
 def test_a_run_that_is_cut_off_leaves_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = attention.make_inputs
 
-    def lose_the_gpu(case: Case, device: str) -> attention.Inputs:
+    def lose_the_gpu(case: Case, device: str) -> attention_cases.Inputs:
         if case.name == "d64_full_2k":
             raise RuntimeError("CUDA error: unspecified launch failure")
         return inputs(case, device)
@@ -498,7 +503,8 @@ def test_a_part_of_a_suite_overwrites_no_result(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_gpu_needed")
 def test_a_slow_gpu_makes_the_run_invalid(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(attention, "GEMM_LEAST", 791)
+    for module in (attention, attention_report):
+        monkeypatch.setattr(module, "GEMM_LEAST", 791)
     assert attention.main(["--suite", "ablation", "--repeats", "1"]) == 1
     assert "invalid: its GEMM ran at 790 TFLOP/s, 791 is the least" in capsys.readouterr().err
 
@@ -510,9 +516,9 @@ def test_pictures_of_the_small_suites(suite: str, tmp_path: Path) -> None:
     unit = "us" if suite == "host" else "tflops"
     peers = {"ours": {unit: {"median": 3.0}}, "cudnn": {unit: None, "ms": None, "reason": "test"}}
     cells = [{"name": name, "peers": peers, "errors": []} for name in attention.SUITES[suite]()]
-    summary = attention.summarise(suite, {cell["name"]: cell for cell in cells}, 800)
+    summary = attention_report.summarise(suite, {cell["name"]: cell for cell in cells}, 800)
     result = {"suite": suite, "device": "GPU", "cudnn": "x", "valid": False, "cells": cells, "summary": summary}
-    assert attention.draw(result, tmp_path / "picture.png")
+    assert attention_report.draw(result, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
