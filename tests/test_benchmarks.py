@@ -591,6 +591,7 @@ def test_build_goes_on_past_a_failing_candidate(
 ) -> None:
     tools = SimpleNamespace(nvcc="nvcc", gxx="g++", cutlass="/cutlass", cuda_lib="/lib")
     monkeypatch.setattr(tune.builder, "find_toolchain", lambda: tools)
+    monkeypatch.setattr(tune.builder, "job_count", lambda: 1)  # one after the other: the last command is the last link
     report = (
         "ptxas info    : Compiling entry function 'kernel' for 'sm_90a'\n"
         "    0 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads\n"
