@@ -330,10 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"written: {output}")
         if not draw(result, output.with_suffix(".png")):
             print(f"no picture, since matplotlib is not installed; --draw {output} makes it elsewhere")
-    complaints = complain(result)
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
-    return 1 if complaints else 0
+    return timing.exit_status(complain(result))
 
 
 if __name__ == "__main__":

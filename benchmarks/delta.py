@@ -14,7 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import Flush, measured_on, rate, spread, time_in_turn, why_no_hopper, why_no_library, write_result
+from timing import (
+    Flush,
+    exit_status,
+    measured_on,
+    rate,
+    spread,
+    time_in_turn,
+    why_no_hopper,
+    why_no_library,
+    write_result,
+)
 from torch import Tensor
 
 from fa3_dist import ops
@@ -157,10 +167,7 @@ def main() -> int:
     print_table(result)
     if arguments.output:
         write_result(arguments.output, result)
-    complaints = complain(result)
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
-    return 1 if complaints else 0
+    return exit_status(complain(result))
 
 
 if __name__ == "__main__":

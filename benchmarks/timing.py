@@ -11,7 +11,8 @@ import json
 import os
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,13 @@ def measured_on() -> dict[str, Any]:
         "library": ops.library_info(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def exit_status(complaints: Sequence[str]) -> int:
+    """Prints what makes a run a failure, and returns its exit status."""
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    return 1 if complaints else 0
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

@@ -16,6 +16,9 @@ transformers = pytest.importorskip("transformers")
 from fa3_dist import flash_attn_func, ops  # noqa: E402
 from fa3_dist.integrations import huggingface  # noqa: E402
 
+with_2d_encoder_masks = pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 gives encoders 4-D masks"
+)
 VOCABULARY, BATCH, SEQLEN, WINDOW = 67, 3, 20, 6
 
 
@@ -188,9 +191,8 @@ def assert_equals_eager(model, tokens, atol):
         torch.testing.assert_close(outputs[1], outputs[0], atol=atol, rtol=0)
 
 
+@with_2d_encoder_masks
 def test_bidirectional_encoder(tokens):
-    if int(transformers.__version__.split(".")[0]) < 5:
-        pytest.skip("transformers 4 gives encoders 4-D masks")
     torch.manual_seed(0)
     model = transformers.BertModel(transformers.BertConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -199,10 +201,9 @@ def test_bidirectional_encoder(tokens):
     assert_equals_eager(model, tokens, atol=2e-5)
 
 
+@with_2d_encoder_masks
 @pytest.mark.parametrize("window", [4, 8, 40])
 def test_bidirectional_window(tokens, window):
-    if int(transformers.__version__.split(".")[0]) < 5:
-        pytest.skip("transformers 4 gives encoders 4-D masks")
     torch.manual_seed(0)
     model = transformers.ModernBertModel(transformers.ModernBertConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -211,9 +212,8 @@ def test_bidirectional_window(tokens, window):
     assert_equals_eager(model, tokens, atol=5e-5)
 
 
+@with_2d_encoder_masks
 def test_encoder_and_decoder(tokens):
-    if int(transformers.__version__.split(".")[0]) < 5:
-        pytest.skip("transformers 4 gives encoders 4-D masks")
     torch.manual_seed(0)
     model = transformers.BartModel(transformers.BartConfig(
         vocab_size=VOCABULARY, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
