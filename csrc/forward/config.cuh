@@ -16,7 +16,7 @@ namespace fa3 {
 
 using namespace cute;
 
-// The winners of benchmarks/tune.py on an H200.
+// Chosen by timing candidates on an H200: benchmarks/LOG.md, 14 and 19. benchmarks/tune.py times others.
 constexpr TileShape forward_tile(int head_dim, int head_dim_v, Sequences sequences) {
 #ifdef FA3_FORWARD_TILE
   return FA3_FORWARD_TILE;

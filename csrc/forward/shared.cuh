@@ -11,7 +11,7 @@ namespace fa3 {
 // What the kernel gets: the parameters, and what the host derives from them.
 struct ForwardArguments {
   CUtensorMap q;  // (head_dim, heads of a KV head, seqlen, kv_heads, batch), loaded in boxes of a panel
-  CUtensorMap k;  // dense: (head_dim, seqlen, heads, batch); packed: see load_keys
+  CUtensorMap k;  // dense: (head_dim, seqlen, heads, batch); packed: see load_block
   CUtensorMap v;
   ForwardParams params;
   TileCounter* counter;
