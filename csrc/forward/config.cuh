@@ -21,10 +21,11 @@ constexpr TileShape forward_tile(int head_dim, int head_dim_v, Sequences sequenc
 #ifdef FA3_FORWARD_TILE
   return FA3_FORWARD_TILE;
 #endif
-  if (head_dim <= 64) return {sequences == Sequences::kShort ? 128 : 192, 128};
+  const bool is_short = sequences == Sequences::kShort;
+  if (head_dim <= 64) return {is_short ? 128 : 192, 128};
   if (head_dim <= 128 || head_dim_v <= 128) return {128, 128};
   if (head_dim <= 192) return {128, 112};
-  return {128, 80};
+  return {128, is_short ? 64 : 80};
 }
 
 template <DType>
@@ -54,6 +55,9 @@ struct ForwardConfig {
   static constexpr int kStages = 2;  // of K and of V
   // The next tile's queries arrive under this tile's last blocks where there is room.
   static constexpr int kStagesQ = 2 * kBytesQ + kStages * (kBytesK + kBytesV) <= (kQueries == 64 ? 112 : 224) * 1024 ? 2 : 1;
+
+  // Where the next tile's queries are there in time, its first scores are computed beside this tile's last output.
+  static constexpr bool kTilesOverlap = kStagesQ == 2;
 
   // One producer warpgroup and the consumers.
   static constexpr int kConsumers = kQueries / 64;

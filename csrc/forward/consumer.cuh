@@ -1,8 +1,8 @@
 // A consumer warpgroup: 64 rows of queries of every tile.
 //
-// One stream of steps runs through all tiles of a block without a pause. A step starts the product S = Q K^T of a block of
-// keys and the product O += P V of the block before it, and computes the softmax of the former while the tensor cores
-// finish the latter; that the two may belong to different tiles is what keeps short sequences busy. Turns on the tensor
+// A step starts the product S = Q K^T of a block of keys and the product O += P V of the block before it, and computes the
+// softmax of the former while the tensor cores finish the latter. Where there is room for the next tile's queries, one
+// stream of steps runs through all tiles of a block: the two products of a step may belong to different tiles. Turns on the tensor
 // cores are handed from warpgroup to warpgroup, so that one computes softmax while another multiplies.
 #pragma once
 
@@ -56,19 +56,21 @@ __device__ __forceinline__ int columns_before(int column) {
   return column <= 0 ? 0 : column / 8 * 2 + min(column % 8, 2);
 }
 
-// Hides the scores that the mask or the end of the keys hide. Rows past the last query see what that one sees.
+// Hides the scores that the mask or the end of the keys hide, for a thread whose columns begin at first_key. Rows past the
+// last query see what that one sees.
 template <class Config, class Scores>
-__device__ __forceinline__ void hide(Scores& scores, const ForwardArguments& arguments, const Tile& tile,
-                                     ThreadRows rows, int first_key) {
+__device__ __forceinline__ void hide(Scores& scores, const Tile& tile, const KeyBounds8 (&bounds)[Config::kQueries],
+                                     const TileRow (&rows)[2], int first_key) {
   constexpr int kColumns = Config::kKeys / 4;  // a thread's
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = rows.row + 8 * r;
-    const int in_tile = arguments.heads_in_tile == 1 ? row : row / arguments.heads_in_tile;
-    const int query = min(tile.first_query + in_tile, tile.last_query);
-    const int end = min(query + tile.sequence.last_diagonal + 1, tile.sequence.k_len) - first_key - rows.column;
-    const int first = query + tile.sequence.first_diagonal - first_key - rows.column;
-    const int hidden = columns_before(first), seen = columns_before(end);
+    const int query = min(int{rows[r].query}, tile.last_row);
+    int first = query + tile.first_diagonal, end = min(query + tile.last_diagonal + 1, tile.record.sequence.k_len);
+    if (tile.is_shared) {
+      first = bounds[query].first;
+      end = bounds[query].end;
+    }
+    const int hidden = columns_before(first - first_key), seen = columns_before(end - first_key);
 #pragma unroll
     for (int word = 0; word < kColumns; word += 32) {
       const uint32_t visible = low_bits(seen - word) & ~low_bits(hidden - word);
@@ -86,7 +88,12 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
   using Element = typename Config::Element;
   const ForwardParams& params = arguments.params;
   const int thread = threadIdx.x - 128;
-  const ThreadRows rows{thread / 32 * 16 + thread % 32 / 4, thread % 4 * 2};
+  // This thread's rows and, of every 8 columns, the first of its two (softmax.cuh).
+  const int row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
+  const auto rows_of_thread = [&](TileRow (&rows)[2]) __attribute__((always_inline)) {
+    rows[0] = shared.row[row];
+    rows[1] = shared.row[row + 8];
+  };
   const Turn<Config> turn(thread / 128);
   constexpr float kLog2E = 1.4426950408889634f;
   const float scale_log2 = (params.softcap == 0.f ? params.softmax_scale : params.softcap) * kLog2E;
@@ -138,6 +145,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     }
   };
 
+  const auto rescale_output = [&]() __attribute__((always_inline)) {
+#pragma unroll
+    for (int i = 0; i < decltype(size(rO))::value; ++i) rO(i) *= rescale[i / 2 % 2];
+  };
+
   // A step between two blocks of a tile of which every query has seen a key and none of whose scores is hidden. `weights`
   // are those of the block before; the block's own go to `next_weights`: early, beside the softmax, or once P V is done.
   const auto plain_step = [&](auto& weights, auto& next_weights, auto early) __attribute__((always_inline)) {
@@ -164,101 +176,165 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
 #pragma unroll
       for (int i = 0; i < decltype(size(rS))::value; i += 2) round_into(next_weights, i);
     }
-    if (grows) {
-#pragma unroll
-      for (int i = 0; i < decltype(size(rO))::value; ++i) rO(i) *= rescale[i / 2 % 2];
-    }
+    if (grows) rescale_output();
     --block;
   };
 
-  clear(rP);
-  while (true) {
-    // A step of any kind. The scores are those of the tile's next block, or of the next tile's first one.
-    const bool same_tile = block >= first_block;
-    bool more = true;  // there are scores to compute
-    const int output_slot = slot;
-    if (!same_tile) {
-      const int next = tile_ring.stage;
-      shared.tile_full[next].wait(tile_ring.parity);
-      const Tile& tile = shared.tile[next];
-      if (tile.kind == Tile::kWork && tile.blocks.first == tile.blocks.end) {
-        if (tile.only_warp == kAllWarps) write_unseen_tile<Config>(arguments, tile);
-        shared.tile_empty[next].arrive();
-        tile_ring.advance();
-        continue;
-      }
-      more = tile.kind == Tile::kWork;
-      if (!more && !running) {
-        if (tile.kind == Tile::kEnd) break;
-        arrive_as_warp(shared.drained);
-        shared.tile_empty[next].arrive();
-        tile_ring.advance();
-        continue;
-      }
-      if (more) {
-        slot = next;
-        tile_ring.advance();
-        block = tile.blocks.end - 1;
-        first_block = tile.blocks.first;
-        shared.q_full[q_ring.stage].wait(q_ring.parity);
-      }
-    }
-    if (more) shared.k_full[k_ring.stage].wait(k_ring.parity);
-    if (running) shared.v_full[v_ring.stage].wait(v_ring.parity);
-    // NOTE: at the start there is no P V, and at the end no Q K^T, yet both are multiplied, from whatever lies there, and
-    // forgotten: a product that depends on a branch makes the compiler wait for each.
-    turn.take();
-    multiply(mma_qk, sQ(q_ring.stage), sK(k_ring.stage), rS, false);
-    multiply(mma_pv, rP, sVt(v_ring.stage), rO, has_output);
-    turn.pass();
-    warpgroup_wait<1>();
-    warpgroup_fence_operand(rS);
-    OnlineSoftmax next_softmax;
-    if (same_tile) next_softmax = softmax;
-    bool grows = false;
-    if (more) {
-      release_scores(block == first_block);
-      const Tile& tile = shared.tile[slot];
-      if (params.softcap != 0.f) {
-        const float inner = params.softmax_scale / params.softcap;
+  // Turns the scores of the tile's current block, whatever they are, into weights. True as OnlineSoftmax::step.
+  const auto weigh = [&](OnlineSoftmax& state) __attribute__((always_inline)) -> bool {
+    const Tile& tile = shared.tile[slot];
+    if (params.softcap != 0.f) {
+      const float inner = params.softmax_scale / params.softcap;
 #pragma unroll
-        for (int i = 0; i < decltype(size(rS))::value; ++i) rS(i) = tanh_accurate(rS(i) * inner);
-      }
-      if (block < tile.blocks.first_plain || block >= tile.blocks.end_open) {
-        hide<Config>(rS, arguments, tile, rows, block * Config::kKeys);
-      }
-      grows = next_softmax.step(rS, scale_log2, rescale);
+      for (int i = 0; i < decltype(size(rS))::value; ++i) rS(i) = tanh_accurate(rS(i) * inner);
     }
+    if (block < tile.blocks.first_plain || block >= tile.blocks.end_open) {
+      TileRow rows[2];
+      rows_of_thread(rows);
+      hide<Config>(rS, tile, shared.bounds[slot], rows, block * Config::kKeys + column);
+    }
+    return state.step(rS, scale_log2, rescale);
+  };
+
+  const auto finish_output = [&]() __attribute__((always_inline)) {
     warpgroup_wait<0>();
     warpgroup_fence_operand(rO);
     if (running) {
       arrive_as_warp(shared.v_empty[v_ring.stage]);
       v_ring.advance();
     }
+  };
+  const auto round_weights = [&]() __attribute__((always_inline)) {
 #pragma unroll
     for (int i = 0; i < decltype(size(rS))::value; i += 2) round_into(rP, i);
-    if (same_tile) {
-      if (grows) {
-#pragma unroll
-        for (int i = 0; i < decltype(size(rO))::value; ++i) rO(i) *= rescale[i / 2 % 2];
-      }
-    } else {
-      if (running) {
-        const Tile& tile = shared.tile[output_slot];
-        const int warp = thread / 32;
-        if (__any_sync(0xffffffffu, softmax.lost)) {
-          if (thread % 32 == 0) shared.repeat[atomicAdd(&shared.repeats, 1)] = {tile.index, warp};
-        } else if (tile.only_warp == kAllWarps || tile.only_warp == warp) {
-          write_tile<Config>(arguments, tile, rows, softmax, rO);
-        }
-        shared.tile_empty[output_slot].arrive();
-      }
+  };
+
+  // Hands a tile's output over to memory, and the tile back to who draws them.
+  const auto write_output = [&](int of_slot) __attribute__((always_inline)) {
+    const Tile& tile = shared.tile[of_slot];
+    const int warp = thread / 32;
+    if (__any_sync(0xffffffffu, softmax.lost)) {
+      if (thread % 32 == 0) shared.repeat[atomicAdd(&shared.repeats, 1)] = {tile.index, warp};
+    } else if (tile.only_warp == kAllWarps || tile.only_warp == warp) {
+      TileRow rows[2];
+      rows_of_thread(rows);
+      write_tile<Config>(params, tile, rows, softmax, rO);
     }
-    softmax = next_softmax;
-    running = more;
-    has_output = same_tile;
-    --block;
-    if (!more) continue;
+    shared.tile_empty[of_slot].arrive();
+  };
+
+  // Takes the next tile from the ring if it has scores to compute. If not, it is dealt with here, unless an output is yet to
+  // be finished.
+  enum class Next { kScores, kNothing, kEnd };
+  const auto next_tile = [&]() __attribute__((always_inline)) -> Next {
+    const int next = tile_ring.stage;
+    shared.tile_full[next].wait(tile_ring.parity);
+    const Tile& tile = shared.tile[next];
+    if (tile.kind == Tile::kWork && tile.blocks.first < tile.blocks.end) {
+      slot = next;
+      tile_ring.advance();
+      block = tile.blocks.end - 1;
+      first_block = tile.blocks.first;
+      shared.q_full[q_ring.stage].wait(q_ring.parity);
+      return Next::kScores;
+    }
+    if (tile.kind == Tile::kEnd) return Next::kEnd;
+    if (tile.kind == Tile::kPause && running) return Next::kNothing;
+    if (tile.kind == Tile::kPause) arrive_as_warp(shared.drained);
+    else if (tile.only_warp == kAllWarps) write_unseen_tile<Config>(params, shared, tile);
+    shared.tile_empty[next].arrive();
+    tile_ring.advance();
+    return Next::kNothing;
+  };
+
+  clear(rP);
+  while (true) {
+    if constexpr (Config::kTilesOverlap) {
+      // A step of any kind. The scores are those of the tile's next block, or of the next tile's first one.
+      const bool same_tile = block >= first_block;
+      const int output_slot = slot;
+      bool more = true;  // there are scores to compute
+      if (!same_tile) {
+        const Next next = next_tile();
+        more = next == Next::kScores;
+        if (!more && !running) {
+          if (next == Next::kEnd) break;
+          continue;
+        }
+      }
+      if (more) shared.k_full[k_ring.stage].wait(k_ring.parity);
+      if (running) shared.v_full[v_ring.stage].wait(v_ring.parity);
+      // NOTE: at the start there is no P V, and at the end no Q K^T, yet both are multiplied, from whatever lies there, and
+      // forgotten: a product that depends on a branch makes the compiler wait for each.
+      turn.take();
+      multiply(mma_qk, sQ(q_ring.stage), sK(k_ring.stage), rS, false);
+      multiply(mma_pv, rP, sVt(v_ring.stage), rO, has_output);
+      turn.pass();
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(rS);
+      OnlineSoftmax next_softmax;
+      if (same_tile) next_softmax = softmax;
+      bool grows = false;
+      if (more) {
+        release_scores(block == first_block);
+        grows = weigh(next_softmax);
+      }
+      finish_output();
+      round_weights();
+      if (same_tile) {
+        if (grows) rescale_output();
+      } else if (running) {
+        write_output(output_slot);
+      }
+      softmax = next_softmax;
+      running = more;
+      has_output = same_tile;
+      --block;
+      if (!more) continue;
+    } else if (block < first_block) {
+      // A tile's last product and the next one's first scores, each for itself.
+      if (running) {
+        shared.v_full[v_ring.stage].wait(v_ring.parity);
+        turn.take();
+        multiply(mma_pv, rP, sVt(v_ring.stage), rO, has_output);
+        turn.pass();
+        finish_output();
+        write_output(slot);
+        running = false;
+      }
+      const Next next = next_tile();
+      if (next == Next::kEnd) break;
+      if (next == Next::kNothing) continue;
+      shared.k_full[k_ring.stage].wait(k_ring.parity);
+      turn.take();
+      multiply(mma_qk, sQ(q_ring.stage), sK(k_ring.stage), rS, false);
+      turn.pass();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rS);
+      release_scores(block == first_block);
+      softmax = OnlineSoftmax{};
+      weigh(softmax);
+      round_weights();
+      running = true;
+      has_output = false;
+      --block;
+    } else {
+      shared.k_full[k_ring.stage].wait(k_ring.parity);
+      shared.v_full[v_ring.stage].wait(v_ring.parity);
+      turn.take();
+      multiply(mma_qk, sQ(q_ring.stage), sK(k_ring.stage), rS, false);
+      multiply(mma_pv, rP, sVt(v_ring.stage), rO, has_output);
+      has_output = true;
+      turn.pass();
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(rS);
+      release_scores(block == first_block);
+      const bool grows = weigh(softmax);
+      finish_output();
+      round_weights();
+      if (grows) rescale_output();
+      --block;
+    }
 
     const int first_plain = max(first_block, shared.tile[slot].blocks.first_plain);
     if (block >= shared.tile[slot].blocks.end_plain) continue;

@@ -10,12 +10,6 @@ namespace fa3 {
 
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Where a thread's elements lie in a tile (softmax.cuh).
-struct ThreadRows {
-  int row;     // the other one is row + 8
-  int column;  // of element 0
-};
-
 // A row of a tile in memory.
 struct OutputRow {
   bool exists;
@@ -23,23 +17,17 @@ struct OutputRow {
   int64_t lse_at;  // of (batch, heads, seqlen)
 };
 
-__device__ __forceinline__ OutputRow output_row(const ForwardArguments& arguments, const Tile& tile, int row) {
-  const ForwardParams& params = arguments.params;
-  const int in_tile = arguments.heads_in_tile == 1 ? row : row / arguments.heads_in_tile;
-  const int query = tile.first_query + in_tile;
-  const int head = tile.first_head + row - in_tile * arguments.heads_in_tile;
-  const int64_t token = tile.sequence.q_base + query;
-  return {in_tile < arguments.queries && query <= tile.last_query,
-          (int64_t{tile.batch} * params.seqlen_q + token) * params.heads + head,
-          (int64_t{tile.batch} * params.heads + head) * params.seqlen_q + token};
+__device__ __forceinline__ OutputRow output_row(const ForwardParams& params, const Tile& tile, TileRow row) {
+  return {row.query <= tile.last_row, tile.out_row + int64_t{row.query} * params.heads + row.head,
+          tile.lse_row + int64_t{row.head} * params.seqlen_q + row.query};
 }
 
 // Whether a tile starts from the running state, and whether it ends in out.
 __device__ __forceinline__ bool continues(const ForwardParams& params, const Tile& tile) {
-  return params.out_acc != nullptr && !(tile.sequence.flags & kVisitFirst);
+  return params.out_acc != nullptr && !(tile.record.sequence.flags & kVisitFirst);
 }
 __device__ __forceinline__ bool finishes(const ForwardParams& params, const Tile& tile) {
-  return params.out_acc == nullptr || (params.out != nullptr && (tile.sequence.flags & kVisitLast));
+  return params.out_acc == nullptr || (params.out != nullptr && (tile.record.sequence.flags & kVisitLast));
 }
 
 // Rounds fp32 values to the operand of the next product or to the output. For 16-bit types the accumulator's order is the
@@ -61,6 +49,7 @@ __device__ __forceinline__ void store_rounded(const Output& rO, void* out, const
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     Element* const row = static_cast<Element*>(out) + rows[r].at * head_dim;
+    const int columns = rows[r].exists ? head_dim : 0;
 #pragma unroll
     for (int block = 0; block < decltype(size(rO))::value / 16; ++block) {
       uint32_t pair[4];
@@ -81,7 +70,7 @@ __device__ __forceinline__ void store_rounded(const Output& rO, void* out, const
         }
       }
       const int column = 32 * block + 8 * lane;
-      if (rows[r].exists && column < head_dim) {
+      if (column < columns) {
         *reinterpret_cast<uint4*>(row + column) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
       }
     }
@@ -94,10 +83,11 @@ __device__ __forceinline__ void store_float(const Output& rO, float* out, const 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float* const row = out + rows[r].at * head_dim;
+    const int columns = rows[r].exists ? head_dim : 0;
 #pragma unroll
     for (int i = 0; i < decltype(size(rO))::value / 4; ++i) {
       const int column = 8 * i + 2 * (threadIdx.x % 4);
-      if (rows[r].exists && column < head_dim) {
+      if (column < columns) {
         *reinterpret_cast<float2*>(row + column) = make_float2(rO(4 * i + 2 * r), rO(4 * i + 2 * r + 1));
       }
     }
@@ -106,31 +96,34 @@ __device__ __forceinline__ void store_float(const Output& rO, float* out, const 
 
 // out = O / sum, lse = log(2^reference sum); where the tile continues, both merged with the state by their lse's.
 template <class Config, class Output>
-__device__ __forceinline__ void write_tile(const ForwardArguments& arguments, const Tile& tile, ThreadRows rows,
+__device__ __forceinline__ void write_tile(const ForwardParams& params, const Tile& tile, const TileRow (&rows)[2],
                                            const OnlineSoftmax& softmax, Output& rO) {
-  const ForwardParams& params = arguments.params;
   const bool merges = continues(params, tile);
-  OutputRow row[2];
-  float factor[2], kept[2];
+  const OutputRow row[2] = {output_row(params, tile, rows[0]), output_row(params, tile, rows[1])};
+  float lse[2], factor[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    row[r] = output_row(arguments, tile, rows.row + 8 * r);
     const float sum = quad_sum(softmax.sum[r]);
-    float lse = sum == 0.f ? -INFINITY : (softmax.reference[r] + __log2f(sum)) * kLn2;
+    lse[r] = sum == 0.f ? -INFINITY : (softmax.reference[r] + __log2f(sum)) * kLn2;
     factor[r] = sum == 0.f ? 0.f : __fdividef(1.f, sum);
-    kept[r] = 0.f;
-    if (merges) {
+  }
+  float kept[2] = {0.f, 0.f};
+  if (merges) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
       const float before = row[r].exists ? params.lse[row[r].lse_at] : -INFINITY;
-      const float most = fmaxf(before, lse);
-      if (most != -INFINITY) {
-        const float merged = most + logf(expf(before - most) + expf(lse - most));
-        kept[r] = expf(before - merged);
-        factor[r] *= expf(lse - merged);
-        lse = merged;
-      }
+      const float most = fmaxf(before, lse[r]);
+      if (most == -INFINITY) continue;
+      const float merged = most + logf(expf(before - most) + expf(lse[r] - most));
+      kept[r] = expf(before - merged);
+      factor[r] *= expf(lse[r] - merged);
+      lse[r] = merged;
     }
     __syncwarp();  // the quad has read the lse that one of it writes
-    if (threadIdx.x % 4 == 0 && row[r].exists) params.lse[row[r].lse_at] = lse;
+  }
+  if (threadIdx.x % 4 == 0) {
+    if (row[0].exists) params.lse[row[0].lse_at] = lse[0];
+    if (row[1].exists) params.lse[row[1].lse_at] = lse[1];
   }
 #pragma unroll
   for (int i = 0; i < decltype(size(rO))::value; ++i) rO(i) *= factor[i / 2 % 2];
@@ -176,12 +169,12 @@ __device__ __forceinline__ void write_unseen_row(const ForwardParams& params, co
 
 // A tile none of whose queries sees a key.
 template <class Config>
-__device__ __forceinline__ void write_unseen_tile(const ForwardArguments& arguments, const Tile& tile) {
-  const ForwardParams& params = arguments.params;
+__device__ __forceinline__ void write_unseen_tile(const ForwardParams& params, const ForwardShared<Config>& shared,
+                                                  const Tile& tile) {
   const int warp = threadIdx.x / 32 - 4;
 #pragma unroll 1
   for (int row = 16 * warp; row < 16 * warp + 16; ++row) {
-    const OutputRow at = output_row(arguments, tile, row);
+    const OutputRow at = output_row(params, tile, shared.row[row]);
     if (at.exists) write_unseen_row<Config>(params, at, continues(params, tile), finishes(params, tile));
   }
 }

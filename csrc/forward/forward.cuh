@@ -26,6 +26,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerProcessor)
   auto& shared = *reinterpret_cast<ForwardShared<Config>*>(storage);
   if (static_cast<uint32_t>(__cvta_generic_to_shared(storage)) % 1024 != 0) __trap();
   if (threadIdx.x == 0) init_shared(shared, arguments.params.out_acc != nullptr);
+  for (int row = threadIdx.x; row < Config::kQueries; row += Config::kThreads) {
+    const int query = row / arguments.heads_in_tile;
+    shared.row[row] = {static_cast<int16_t>(query < arguments.queries ? query : kNoQuery),
+                       static_cast<int16_t>(row - query * arguments.heads_in_tile)};
+  }
   if (arguments.queries * arguments.heads_in_tile < Config::kQueries) {
     // Rows of a tile that no load fills hold zeros: scores of what an earlier kernel left there may overflow.
     for (unsigned i = threadIdx.x; i < sizeof(shared.q) / 16; i += Config::kThreads) {
@@ -34,11 +39,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerProcessor)
     cutlass::arch::fence_view_async_shared();
   }
   __syncthreads();
+  cudaGridDependencySynchronize();  // of packed ranges: until their tiles are listed
 
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     if (threadIdx.x == 0) load_tiles<Config>(arguments, shared);
-    if (threadIdx.x == 32) draw_tiles<Config>(arguments, shared);
+    if (threadIdx.x >= 32 && threadIdx.x < 64) draw_tiles<Config>(arguments, shared);
     if (threadIdx.x >= 64 && threadIdx.x < 96 && arguments.params.out_acc != nullptr) {
       prefetch_state<Config>(arguments, shared);
     }
@@ -88,7 +94,9 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
   arguments.heads_in_tile = heads_per_tile(params, Config::kQueries);
   arguments.queries = Config::kQueries / arguments.heads_in_tile;
   arguments.units = params.heads / arguments.heads_in_tile;
-  arguments.units_per_group = units_in_cache(params, arguments.heads_in_tile, params.seqlen_k);
+  arguments.units_per_group =
+      units_per_group(params, arguments.heads_in_tile, params.seqlen_k,
+                      (params.seqlen_q + arguments.queries - 1) / arguments.queries);
   arguments.counter = packed ? &reinterpret_cast<ScheduleHeader*>(params.workspace)->counter
                              : reinterpret_cast<TileCounter*>(params.tile_counter);
 
@@ -117,8 +125,18 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
   if (error == cudaSuccess && packed) error = launch_schedule(params, Config::kTile, stream);
   if (error != cudaSuccess) return error;
   const int64_t blocks = std::min<int64_t>(tiles, Config::kBlocksPerProcessor * std::max(1, processors - params.sm_margin));
-  forward_kernel<Config><<<dim3(static_cast<unsigned>(blocks)), Config::kThreads, kSharedBytes, stream>>>(arguments);
-  return cudaGetLastError();
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(blocks));
+  launch.blockDim = dim3(Config::kThreads);
+  launch.dynamicSmemBytes = kSharedBytes;
+  launch.stream = stream;
+  // Blocks may get ready while the tiles are listed.
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  launch.attrs = &early;
+  launch.numAttrs = packed ? 1 : 0;
+  return cudaLaunchKernelEx(&launch, forward_kernel<Config>, arguments);
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV>

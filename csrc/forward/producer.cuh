@@ -1,4 +1,4 @@
-// Who keeps the consumers busy: a thread that draws tiles and one that brings what they need, each as far ahead as there
+// Who keeps the consumers busy: a warp that draws tiles and a thread that brings what they need, each as far ahead as there
 // is room, and a warp that has a running state come closer.
 #pragma once
 
@@ -29,88 +29,149 @@ class TileOrder {
 
   __device__ __forceinline__ int size() const { return per_unit_ * arguments_.units * arguments_.params.batch; }
 
-  // Fills everything of a tile but kind and only_warp.
-  __device__ __forceinline__ void fill(Tile& tile, int index) const {
+  // Fills everything of a tile but kind and only_warp, and, if ranges share it, the bounds of its queries. Called by all
+  // lanes of a warp.
+  __device__ __forceinline__ void fill(Tile& tile, KeyBounds8 (&bounds)[Config::kQueries], int index) const {
     const ForwardParams& params = arguments_.params;
     const int group = index / (units_per_group_ * per_unit_);
     const int in_group = index - group * units_per_group_ * per_unit_;
     const int units_here = min(units_per_group_, arguments_.units * params.batch - group * units_per_group_);
     const int rank = in_group / units_here;
     const int unit = group * units_per_group_ + in_group - rank * units_here;
-    tile.index = index;
-    tile.batch = unit / arguments_.units;
-    tile.first_head = (unit - tile.batch * arguments_.units) * arguments_.heads_in_tile;
-    Sequence sequence;
-    int first_query;
+    const int batch = unit / arguments_.units;
+    // NOTE: by way of shared memory, since a tile does not fit into the producer's registers.
     if (params.q_start != nullptr) {
-      const TileRecord record = schedule_records(params.workspace)[rank];
-      sequence = record.sequence;
-      first_query = record.first_query;
-    } else {
-      sequence = sequence_at(params, tile.batch);
-      first_query = (per_unit_ - 1 - rank) * arguments_.queries;
+      const int lane = threadIdx.x % 32;
+      const auto* record = reinterpret_cast<const int*>(schedule_records(params.workspace) + rank);
+      if (lane < kRecordElements) reinterpret_cast<int*>(&tile.record)[lane] = record[lane];
+      __syncwarp();
+      if (tile.record.first_range != kOneRange) fill_bounds(bounds, tile.record);
     }
-    tile.sequence = sequence;
-    tile.first_query = first_query;
-    tile.last_query = min(first_query + arguments_.queries, sequence.q_len) - 1;
-    tile.blocks = visible_blocks(sequence, first_query, arguments_.queries, Config::kKeys);
+    if (threadIdx.x % 32 != 0) return;
+
+    TileRecord& record = tile.record;
+    if (params.q_start == nullptr) {
+      record = {sequence_at(params, batch), (per_unit_ - 1 - rank) * arguments_.queries, kOneRange};
+    }
+    const Sequence& sequence = record.sequence;
+    tile.index = index;
+    tile.is_shared = record.first_range != kOneRange;
+    tile.batch = batch;
+    tile.first_head = (unit - batch * arguments_.units) * arguments_.heads_in_tile;
+    tile.last_row = min(arguments_.queries, sequence.q_len - record.first_query) - 1;
+    tile.first_diagonal = record.first_query + sequence.first_diagonal;
+    tile.last_diagonal = record.first_query + sequence.last_diagonal;
+    const int64_t token = int64_t{sequence.q_base} + record.first_query;
+    tile.out_row = (int64_t{batch} * params.seqlen_q + token) * params.heads + tile.first_head;
+    tile.lse_row = (int64_t{batch} * params.heads + tile.first_head) * params.seqlen_q + token;
+    tile.blocks = visible_blocks(sequence, record.first_query, arguments_.queries, Config::kKeys);
+    if (tile.is_shared) tile.blocks = all_masked(tile.blocks);
     // Softcap is in the step for masked blocks only.
     if (params.softcap != 0.f) tile.blocks.end_plain = tile.blocks.first_plain;
   }
 
  private:
+  // Which keys the queries of a shared tile see. A lane knows a range, and all go through its queries.
+  __device__ __forceinline__ void fill_bounds(KeyBounds8 (&bounds)[Config::kQueries], const TileRecord& record) const {
+    const ForwardParams& params = arguments_.params;
+    const int lane = threadIdx.x % 32;
+    const int begin = record.sequence.q_base, end = begin + record.sequence.q_len;
+    int done = begin;
+#pragma unroll 1
+    for (int first = record.first_range; done < end && first < params.ranges; first += 32) {
+      const Sequence own = sequence_at(params, min(first + lane, params.ranges - 1));
+#pragma unroll 1
+      for (int i = 0; i < min(32, params.ranges - first) && done < end; ++i) {
+        const auto of_range = [&](int value) { return __shfl_sync(0xffffffffu, value, i); };
+        Sequence range{};
+        range.q_base = of_range(own.q_base);
+        range.k_len = of_range(own.k_len);
+        range.first_diagonal = of_range(own.first_diagonal);
+        range.last_diagonal = of_range(own.last_diagonal);
+        const int shift = of_range(own.k_base) - record.sequence.k_base;
+        const int range_end = range.q_base + of_range(own.q_len);
+        for (int token = max(begin, range.q_base) + lane; token < min(end, range_end); token += 32) {
+          const KeyBounds keys = visible_keys(range, token - range.q_base);
+          bounds[token - begin] = {static_cast<uint8_t>(keys.first + shift), static_cast<uint8_t>(keys.end + shift)};
+        }
+        done = max(done, range_end);
+      }
+    }
+    __syncwarp();
+  }
+
   const ForwardArguments& arguments_;
   int per_unit_;
   int units_per_group_;
 };
 
+// Called by all lanes of a warp, of which one draws and the others help to describe a tile.
 template <class Config>
 __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, ForwardShared<Config>& shared) {
   const TileOrder<Config> order(arguments);
-  Ring<kTileSlots> ring;
-  const auto publish = [&](Tile::Kind kind, int index, int only_warp) __attribute__((always_inline)) -> KeyBlocks {
-    shared.tile_empty[ring.stage].wait(ring.parity ^ 1);
-    Tile& tile = shared.tile[ring.stage];
-    if (kind == Tile::kWork) order.fill(tile, index);
-    if (only_warp != kAllWarps) tile.blocks.end_plain = tile.blocks.first_plain;
-    tile.kind = kind;
-    tile.only_warp = only_warp;
-    const KeyBlocks blocks = tile.blocks;
-    shared.tile_full[ring.stage].arrive();
-    ring.advance();
-    return blocks;
-  };
-
-  // Waits until the consumers have finished what was drawn, and has them repeat what was lost.
-  uint32_t drained_parity = 0;
-  const auto draw_repeats = [&]() __attribute__((always_inline)) {
-    publish(Tile::kPause, 0, kAllWarps);
-    shared.drained.wait(drained_parity);
-    drained_parity ^= 1;
-    const int repeats = shared.repeats;
-#pragma unroll 1
-    for (int i = 0; i < repeats; ++i) publish(Tile::kWork, shared.repeat[i].index, shared.repeat[i].warp);
-    shared.repeats = 0;
-  };
-
   const int tiles = order.size();
   TileCounter& counter = *arguments.counter;
-  uint32_t loaded_parity = 0;
+  const bool first_lane = threadIdx.x % 32 == 0;
+  Ring<kTileSlots> ring;
+  uint32_t loaded_parity = 0, drained_parity = 0;
+  int index = blockIdx.x;
+  // Lost tiles that are to be repeated; more than there are, while none is repeated.
+  constexpr int kNone = INT32_MAX;
+  int repeat = kNone;
 #pragma unroll 1
-  for (int index = blockIdx.x; index < tiles; index = gridDim.x + atomicAdd(&counter.drawn, 1)) {
-    if (*const_cast<volatile int*>(&shared.repeats) >= kManyRepeats) draw_repeats();
-    const KeyBlocks blocks = publish(Tile::kWork, index, kAllWarps);
-    // Who draws early keeps a tile from a block that would have been free for it.
-    if (blocks.end - blocks.first > kLongTile) {
-      shared.nearly_loaded.wait(loaded_parity);
-      loaded_parity ^= 1;
+  while (true) {
+    Tile::Kind kind = Tile::kWork;
+    int drawn = index, only_warp = kAllWarps;
+    const int lost = __shfl_sync(0xffffffffu, *const_cast<volatile int*>(&shared.repeats), 0);
+    if (repeat < lost) {
+      drawn = shared.repeat[repeat].index;
+      only_warp = shared.repeat[repeat].warp;
+      ++repeat;
+    } else if (repeat != kNone) {
+      repeat = kNone;
+      __syncwarp();
+      if (first_lane) shared.repeats = 0;
+      __syncwarp();
+      if (index < tiles) continue;
+      kind = Tile::kEnd;
+    } else if (index >= tiles || lost >= kManyRepeats) {
+      kind = Tile::kPause;
+    }
+
+    wait_as_warp(shared.tile_empty[ring.stage], ring.parity ^ 1);
+    Tile& tile = shared.tile[ring.stage];
+    if (kind == Tile::kWork) order.fill(tile, shared.bounds[ring.stage], drawn);
+    if (first_lane) {
+      if (only_warp != kAllWarps) tile.blocks.end_plain = tile.blocks.first_plain;
+      tile.kind = kind;
+      tile.only_warp = only_warp;
+      shared.tile_full[ring.stage].arrive();
+    }
+    __syncwarp();
+    const bool is_long = tile.blocks.end - tile.blocks.first > kLongTile;
+    ring.advance();
+
+    if (kind == Tile::kEnd) break;
+    if (kind == Tile::kPause) {
+      if (index >= tiles && first_lane) {
+        // The last block to get here leaves the counter as it found it.
+        __threadfence();
+        if (atomicInc(&counter.finished, gridDim.x - 1) == gridDim.x - 1) atomicExch(&counter.drawn, 0);
+      }
+      // Until the consumers have finished what was drawn.
+      wait_as_warp(shared.drained, drained_parity);
+      drained_parity ^= 1;
+      repeat = 0;
+    } else if (repeat == kNone) {
+      // Who draws early keeps a tile from a block that would have been free for it.
+      if (is_long) {
+        wait_as_warp(shared.nearly_loaded, loaded_parity);
+        loaded_parity ^= 1;
+      }
+      if (first_lane) index = gridDim.x + atomicAdd(&counter.drawn, 1);
+      index = __shfl_sync(0xffffffffu, index, 0);
     }
   }
-  // The last block to get here leaves the counter as it found it.
-  __threadfence();
-  if (atomicInc(&counter.finished, gridDim.x - 1) == gridDim.x - 1) atomicExch(&counter.drawn, 0);
-  draw_repeats();
-  publish(Tile::kEnd, 0, kAllWarps);
 }
 
 // ---- loads -----------------------------------------------------------------------------------------------------------
@@ -123,9 +184,9 @@ __device__ __forceinline__ void load_block(const CUtensorMap& map, LoadBarrier& 
   if (packed) {
     // The map is (head_dim, kRows, heads, tokens), and rows and tokens both step by a token: the box is moved down the
     // rows until its part past the end of the range lies outside of the map, and reads as 0.
-    const int inside = min(tile.sequence.k_len - first_key, kRows);
+    const int inside = min(tile.record.sequence.k_len - first_key, kRows);
     row = kRows - inside;
-    outer = tile.sequence.k_base + first_key + inside;
+    outer = tile.record.sequence.k_base + first_key + inside;
   }
   const int kv_head = tile.first_head / group;
   barrier.arrive_and_expect_tx(kRows * kColumns * sizeof(Element));
@@ -157,7 +218,7 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
     for (int column = 0; column < Config::kHeadDim; column += Config::kPanel) {
       SM90_TMA_LOAD_5D::copy(&arguments.q, reinterpret_cast<uint64_t*>(&shared.q_full[q_ring.stage]), 0,
                              shared.q[q_ring.stage] + column * Config::kQueries, column, tile.first_head % group,
-                             tile.sequence.q_base + tile.first_query, tile.first_head / group, tile.batch);
+                             tile.record.sequence.q_base + tile.record.first_query, tile.first_head / group, tile.batch);
     }
     q_ring.advance();
   };
@@ -202,6 +263,8 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
       behind_slot = slot;
       behind_key = block * Config::kKeys;
       if (is_long && block == blocks.first + kLongTile - 1 && tile.only_warp == kAllWarps) shared.nearly_loaded.arrive();
+      // The next Q waits for the consumers to be done with this one, and the last V must not.
+      if (Config::kStagesQ == 1 && block == blocks.first) load_behind(true);
       if (block == next_q) begin_tile();
     }
   }
@@ -222,7 +285,7 @@ __device__ __forceinline__ void prefetch_state(const ForwardArguments& arguments
     if (tile.kind == Tile::kWork && tile.blocks.first < tile.blocks.end && continues(params, tile)) {
 #pragma unroll 1
       for (int i = threadIdx.x % 32; i < Config::kQueries; i += 32) {
-        const OutputRow row = output_row(arguments, tile, i);
+        const OutputRow row = output_row(params, tile, shared.row[i]);
         if (!row.exists) continue;
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(params.out_acc + row.at * params.head_dim_v),
                      "r"(params.head_dim_v * int(sizeof(float))));

@@ -1,5 +1,5 @@
 // Lists the tiles of packed ranges on the device, where their lengths are: those with the most keys first, so that the
-// last ones to be drawn are short.
+// last ones to be drawn are short. Short ranges that follow each other in memory share tiles.
 #pragma once
 
 #include "forward/forward.h"
@@ -22,90 +22,169 @@ struct ScheduleArguments {
 // Inclusive sum over the block's threads; every thread gets the total, too.
 __device__ __forceinline__ int block_scan(int value, int (&warp_sums)[32], int& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, value, distance);
-    if (lane >= distance) value += other;
-  }
-  __syncthreads();
+  const auto warp_scan = [&](int of_lane) {
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, of_lane, distance);
+      if (lane >= distance) of_lane += other;
+    }
+    return of_lane;
+  };
+  value = warp_scan(value);
+  __syncthreads();  // an earlier scan has been read
   if (lane == 31) warp_sums[warp] = value;
   __syncthreads();
-  int before = 0;
-  total = 0;
-  for (int i = 0; i < 32; ++i) {
-    if (i < warp) before += warp_sums[i];
-    total += warp_sums[i];
+  const int sums = warp_scan(warp_sums[lane]);  // every warp for itself
+  const int before = __shfl_sync(0xffffffffu, sums, max(warp - 1, 0));
+  total = __shfl_sync(0xffffffffu, sums, 31);
+  return warp == 0 ? value : value + before;
+}
+
+__device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// A chunk of kScheduleThreads ranges, and which of them share tiles.
+struct ScheduleShared {
+  Sequence range[kScheduleThreads];
+  int ends[kScheduleThreads];     // of the tiles of a range and of those before it
+  int next[2][kScheduleThreads];  // the range that a tile which begins with this one leaves to the next
+  bool begins[kScheduleThreads];  // whether a tile begins with this range
+  int scan[32];
+};
+
+// Whether a range begins where the one before it ends, so that both may lie in one tile.
+__device__ __forceinline__ bool follows(const Sequence& sequence, const Sequence& before, int queries) {
+  return may_share(sequence, queries) && may_share(before, queries) && before.q_base + before.q_len == sequence.q_base &&
+         before.k_base + before.k_len == sequence.k_base;
+}
+
+// Which ranges begin a tile: the first of a run of short neighbours, and the first that does not fit in with those before.
+__device__ __forceinline__ void find_shared_tiles(const ScheduleArguments& arguments, ScheduleShared& shared, int ranges) {
+  const int own = threadIdx.x;
+  const Sequence& first = shared.range[own];
+  int next = min(own + 1, ranges);
+  // Visits share no tiles: each has flags of its own.
+  const bool shares = arguments.params.flags == nullptr && own < ranges;
+  while (shares && next < ranges && follows(shared.range[next], shared.range[next - 1], arguments.queries) &&
+         shared.range[next].q_base + shared.range[next].q_len - first.q_base <= arguments.queries) {
+    ++next;
   }
-  return value + before;
+  shared.begins[own] = !shares || own == 0 || !follows(first, shared.range[own - 1], arguments.queries);
+  shared.next[0][own] = next;
+  __syncthreads();
+  // From tile to tile along each run, twice as far a time.
+  for (int distance = 1, from = 0; distance < ranges; distance *= 2, from ^= 1) {
+    const int reached = shared.next[from][own];
+    const bool begins = own < ranges && shared.begins[own] && reached < ranges;
+    const int further = reached < ranges ? shared.next[from][reached] : ranges;
+    __syncthreads();
+    if (begins) shared.begins[reached] = true;
+    shared.next[from ^ 1][own] = further;
+    __syncthreads();
+  }
+  shared.next[0][own] = next;
+  __syncthreads();
+}
+
+// A range's tile, or that of the ranges from `first` to before shared.next.
+__device__ __forceinline__ TileRecord tile_record(const ScheduleShared& shared, int chunk, int first, int first_query) {
+  const Sequence& from = shared.range[first];
+  const int last = shared.next[0][first] - 1;
+  if (last == first) return {from, first_query, kOneRange};
+  const Sequence& to = shared.range[last];
+  const int rows = to.q_base + to.q_len - from.q_base, keys = to.k_base + to.k_len - from.k_base;
+  const int first_key = visible_keys(from, 0).first;
+  const int end_key = to.k_base - from.k_base + visible_keys(to, to.q_len - 1).end;
+  // What the first query does not see before, and the last one not after, is seen by none.
+  return {{from.q_base, rows, from.k_base, keys, first_key, end_key - rows, 0}, 0, chunk + first};
 }
 
 // Calls visit(record, blocks of keys) for every tile, each on one thread.
 template <class Visit>
-__device__ __forceinline__ void for_each_tile(const ScheduleArguments& arguments, int (&ends)[kScheduleThreads],
-                                              int (&warp_sums)[32], Visit visit) {
+__device__ __forceinline__ void for_each_tile(const ScheduleArguments& arguments, ScheduleShared& shared, Visit visit) {
   const ForwardParams& params = arguments.params;
   for (int chunk = 0; chunk < params.ranges; chunk += kScheduleThreads) {
-    const int own = chunk + threadIdx.x;
+    const int own = threadIdx.x, ranges = min(kScheduleThreads, params.ranges - chunk);
+    Sequence sequence{};
+    if (own < ranges) sequence = sequence_at(params, chunk + own);
+    __syncthreads();  // the chunk before has been read
+    shared.range[own] = sequence;
+    __syncthreads();
+    find_shared_tiles(arguments, shared, ranges);
     int tiles = 0, total = 0;
-    if (own < params.ranges) tiles = (sequence_at(params, own).q_len + arguments.queries - 1) / arguments.queries;
-    ends[threadIdx.x] = block_scan(tiles, warp_sums, total);
+    if (own < ranges && shared.begins[own]) {
+      const Sequence& last = shared.range[shared.next[0][own] - 1];
+      tiles = ceil_div(last.q_base + last.q_len - sequence.q_base, arguments.queries);
+    }
+    shared.ends[own] = block_scan(tiles, shared.scan, total);
     __syncthreads();
     for (int tile = threadIdx.x; tile < total; tile += kScheduleThreads) {
       int low = 0, high = kScheduleThreads - 1;  // the first range whose tiles end after this one
       while (low < high) {
         const int middle = (low + high) / 2;
-        if (ends[middle] > tile) high = middle;
+        if (shared.ends[middle] > tile) high = middle;
         else low = middle + 1;
       }
-      const Sequence sequence = sequence_at(params, chunk + low);
-      const int first_query = (tile - (low == 0 ? 0 : ends[low - 1])) * arguments.queries;
-      const KeyBlocks blocks = visible_blocks(sequence, first_query, arguments.queries, arguments.keys);
-      visit(TileRecord{sequence, first_query}, blocks.end - blocks.first);
+      const int in_range = tile - (low == 0 ? 0 : shared.ends[low - 1]);
+      const TileRecord record = tile_record(shared, chunk, low, in_range * arguments.queries);
+      const KeyBlocks blocks = visible_blocks(record.sequence, record.first_query, arguments.queries, arguments.keys);
+      visit(record, blocks.end - blocks.first);
     }
-    __syncthreads();
   }
+  __syncthreads();
 }
 
 __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const ScheduleArguments arguments) {
-  __shared__ int ends[kScheduleThreads], warp_sums[32], position[kCostClasses];
-  __shared__ int longest_keys;
-  __shared__ unsigned long long covered;
+  __shared__ ScheduleShared shared;
+  __shared__ int position[kCostClasses];
+  __shared__ int longest_keys[32];  // of a warp's ranges
+  __shared__ int64_t covered[32];
   const ForwardParams& params = arguments.params;
+  cudaTriggerProgrammaticLaunchCompletion();
   const int most_blocks = (params.seqlen_k + arguments.keys - 1) / arguments.keys;
   int shift = 0;
   while (most_blocks >> shift >= kCostClasses) ++shift;
   const auto cost_class = [&](int blocks) { return kCostClasses - 1 - (blocks >> shift); };  // the longest come first
 
   position[threadIdx.x] = 0;
-  if (threadIdx.x == 0) {
-    longest_keys = 0;
-    covered = 0;
-  }
-  __syncthreads();
+  int longest = 0;
+  int64_t queries = 0;
   for (int i = threadIdx.x; i < params.ranges; i += kScheduleThreads) {
     const Sequence sequence = sequence_at(params, i);
-    atomicMax(&longest_keys, sequence.k_len);
-    atomicAdd(&covered, static_cast<unsigned long long>(sequence.q_len));
+    longest = max(longest, sequence.k_len);
+    queries += sequence.q_len;
   }
-  for_each_tile(arguments, ends, warp_sums, [&](const TileRecord&, int blocks) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    longest = max(longest, __shfl_xor_sync(0xffffffffu, longest, distance));
+    queries += __shfl_xor_sync(0xffffffffu, queries, distance);
+  }
+  if (threadIdx.x % 32 == 0) {
+    longest_keys[threadIdx.x / 32] = longest;
+    covered[threadIdx.x / 32] = queries;
+  }
+  __syncthreads();
+  for_each_tile(arguments, shared, [&](const TileRecord&, int blocks) {
     atomicAdd(&position[cost_class(blocks)], 1);
   });
   __syncthreads();
   const int own = position[threadIdx.x];
   int total = 0;
-  const int end = block_scan(own, warp_sums, total);
+  const int end = block_scan(own, shared.scan, total);
   position[threadIdx.x] = end - own;
   __syncthreads();
 
   auto* records = const_cast<TileRecord*>(schedule_records(params.workspace));
-  for_each_tile(arguments, ends, warp_sums, [&](const TileRecord& record, int blocks) {
+  for_each_tile(arguments, shared, [&](const TileRecord& record, int blocks) {
     const int at = atomicAdd(&position[cost_class(blocks)], 1);
     // NOTE: ranges of queries that overlap are an error of the caller's, which must not write past the workspace.
     if (at < arguments.capacity) records[at] = record;
   });
   if (threadIdx.x == 0) {
+    for (int warp = 1; warp < kScheduleThreads / 32; ++warp) {
+      longest = max(longest, longest_keys[warp]);
+      queries += covered[warp];
+    }
     *reinterpret_cast<ScheduleHeader*>(params.workspace) = {
-        TileCounter{0, 0}, min(total, arguments.capacity), units_in_cache(params, arguments.heads_in_tile, longest_keys),
-        covered != static_cast<unsigned long long>(params.seqlen_q)};
+        TileCounter{0, 0}, min(total, arguments.capacity),
+        units_per_group(params, arguments.heads_in_tile, longest, total), queries != params.seqlen_q};
   }
 }
 
@@ -113,7 +192,7 @@ cudaError_t launch_schedule(const ForwardParams& params, TileShape tile, cudaStr
   const int heads = heads_per_tile(params, tile.queries);
   const int64_t elements = workspace_elements(params.seqlen_q, params.heads, params.kv_heads, params.ranges);
   const ScheduleArguments arguments{params, tile.queries / heads, tile.keys, heads,
-                                    static_cast<int>(elements / 8 - 1)};
+                                    static_cast<int>((elements - kHeaderElements) / kRecordElements)};
   schedule_kernel<<<1, kScheduleThreads, 0, stream>>>(arguments);
   return cudaGetLastError();
 }

@@ -7,14 +7,15 @@
 
 namespace fa3 {
 
-// What a tile shape is chosen for: kShort are masked sequences of which a tile sees few keys.
+// What a tile shape is chosen for: kShort are sequences of which a tile sees few keys (benchmarks/LOG.md, 19 and 24).
 enum class Sequences { kLong, kShort };
 
 inline Sequences sequences_of(const ForwardParams& params) {
   const bool masked = params.window_right != kNoBound;
   // NOTE: ranges' lengths are on the device; the mean is all that the host knows.
   const int keys = params.q_start == nullptr ? params.seqlen_k : params.seqlen_k / std::max(params.ranges, 1);
-  return masked && keys <= 2048 ? Sequences::kShort : Sequences::kLong;
+  const int short_keys = params.head_dim <= 64 ? (masked ? 2048 : 0) : masked ? 1024 : 512;
+  return keys <= short_keys ? Sequences::kShort : Sequences::kLong;
 }
 
 // Query heads of a KV head whose rows share a tile: all of them where the queries alone would leave tiles under-filled,
@@ -27,19 +28,29 @@ inline int heads_per_tile(const ForwardParams& params, int tile_queries) {
   return tiles(group, tile_queries / group) < tiles(1, tile_queries) ? group : 1;
 }
 
-// Units (heads_per_tile query heads each) whose K and V half of the L2 cache holds: they are walked together.
-inline __host__ __device__ int units_in_cache(const ForwardParams& params, int heads_in_tile, int64_t seqlen_k) {
+// Units (heads_per_tile query heads each) that are walked together: as few as still balance the blocks' work, so that the
+// next units' K and V come from memory while these are computed; and no more than half of the L2 cache holds.
+inline __host__ __device__ int units_per_group(const ForwardParams& params, int heads_in_tile, int64_t seqlen_k,
+                                               int64_t tiles_per_unit) {
   constexpr int64_t kCacheBytes = 24 << 20;
+  // Two tiles a processor: tiles of masked sequences differ in length, and the longest of a group come first.
+  const int64_t tiles = params.window_right == kNoBound ? 64 : 256;
   const int64_t bytes = seqlen_k * (params.head_dim + params.head_dim_v) * 2;
-  const int64_t kv_heads = bytes > 0 && bytes < kCacheBytes ? kCacheBytes / bytes : 1;
+  const int64_t in_cache = bytes > 0 && bytes < kCacheBytes ? kCacheBytes / bytes : 1;
   const int64_t units_per_kv_head = params.heads / params.kv_heads / heads_in_tile;
+  const int64_t per_kv_head = tiles_per_unit * units_per_kv_head;
+  const int64_t balanced = per_kv_head == 0 ? 1 : (tiles + per_kv_head - 1) / per_kv_head;
+  const int64_t kv_heads = balanced < in_cache ? balanced : in_cache;
   const int64_t units = int64_t{params.heads / heads_in_tile} * params.batch;
   return static_cast<int>(kv_heads * units_per_kv_head < units ? kv_heads * units_per_kv_head : units);
 }
 
+constexpr int kHeaderElements = 8;   // int32 elements of a ScheduleHeader
+constexpr int kRecordElements = 12;  // and of a TileRecord
+
 // int32 elements of ForwardParams::workspace: enough for every tile shape.
 inline int64_t workspace_elements(int64_t seqlen_q, int64_t heads, int64_t kv_heads, int64_t ranges) {
-  constexpr int64_t kSmallestTile = 64, kHeaderElements = 8, kRecordElements = 8;
+  constexpr int64_t kSmallestTile = 64;
   const int64_t queries = std::max<int64_t>(1, kSmallestTile / (heads / kv_heads));
   return kHeaderElements + kRecordElements * (seqlen_q / queries + ranges);
 }

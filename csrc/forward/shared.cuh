@@ -29,20 +29,37 @@ struct Tile {
   Kind kind;
   int index;       // in the order of drawing
   int only_warp;   // the consumer warp that repeats its rows, or kAllWarps
+  bool is_shared;  // by ranges: which keys a query sees stands in ForwardShared::bounds
   int batch;
   int first_head;  // of queries
-  int first_query;
-  int last_query;
-  Sequence sequence;
+  int last_row;    // the last query, counted from the tile's first one as those of TileRow
+  int first_diagonal;  // as in Sequence, for queries counted so
+  int last_diagonal;
+  TileRecord record;
   KeyBlocks blocks;
+  int64_t out_row;  // of its first query and head in (batch, seqlen, heads)
+  int64_t lse_row;  // and in (batch, heads, seqlen)
 };
 constexpr int kAllWarps = -1;
+
+// Which query and head a row of any tile is, counted from the tile's first ones.
+struct TileRow {
+  int16_t query;  // kNoQuery: none, since the heads that share a tile do not fill it
+  int16_t head;
+};
+constexpr int kNoQuery = INT16_MAX;
+
+// KeyBounds of a shared tile, which has no more keys than queries.
+struct KeyBounds8 {
+  uint8_t first;
+  uint8_t end;
+};
 constexpr int kTileSlots = 3;
 constexpr int kLongTile = 4;  // blocks of keys; a longer tile's successor is drawn when no more than these are to come
 
 // Tiles whose weights overflowed (OnlineSoftmax::step_unseen) are drawn again with known maxima: at the end, or when
 // kManyRepeats have come together. By the time that this is seen, every warp may have added those of the tiles under way.
-constexpr int kManyRepeats = 32;
+constexpr int kManyRepeats = 16;
 struct Repeat {
   int index;
   int warp;
@@ -74,7 +91,9 @@ struct alignas(1024) ForwardShared {
   LoadBarrier v_full[Config::kStages];
   Barrier v_empty[Config::kStages];
 
+  TileRow row[Config::kQueries];
   Tile tile[kTileSlots];
+  KeyBounds8 bounds[kTileSlots][Config::kQueries];  // of the queries of shared tiles, counted from sequence.k_base
   HandOver tile_full[kTileSlots];
   HandOver tile_empty[kTileSlots];
 
@@ -123,11 +142,16 @@ struct Ring {
   }
 };
 
-// One arrival a warp: 32 on the same barrier would queue up in front of the tensor cores' reads.
+// One arrival a warp, and one wait: 32 on the same barrier would queue up in front of the tensor cores' reads.
 template <class AnyBarrier>
 __device__ __forceinline__ void arrive_as_warp(AnyBarrier& barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier.arrive();
+}
+template <class AnyBarrier>
+__device__ __forceinline__ void wait_as_warp(AnyBarrier& barrier, uint32_t parity) {
+  if (threadIdx.x % 32 == 0) barrier.wait(parity);
+  __syncwarp();
 }
 
 }  // namespace fa3

@@ -1,6 +1,7 @@
 // Which tiles there are, which keys each of them visits, and in which order they are drawn.
 #pragma once
 
+#include "forward/schedule.h"
 #include "params.h"
 
 namespace fa3 {
@@ -61,12 +62,34 @@ __device__ __forceinline__ KeyBlocks visible_blocks(const Sequence& sequence, in
           max(0, last_common + 1) / keys};
 }
 
-// A tile of a listed range. What the schedule kernel writes, and the forward's producer reads.
+// The same, each block with hidden scores in it.
+__device__ __forceinline__ KeyBlocks all_masked(const KeyBlocks& blocks) {
+  return {blocks.first, blocks.end, INT32_MAX, 0, 0};
+}
+
+// A tile of listed ranges. What the schedule kernel writes, and the forward's producer reads.
 struct alignas(16) TileRecord {
-  Sequence sequence;
+  Sequence sequence;  // of a shared tile: its own rows, and the keys from its first range's first to its last one's last
   int first_query;
+  int first_range;    // of a tile that ranges share, or kOneRange
 };
-static_assert(sizeof(TileRecord) == 32);
+static_assert(sizeof(TileRecord) == kRecordElements * sizeof(int32_t));
+constexpr int kOneRange = -1;
+
+// Whether a range may share a tile with its neighbours in memory: a short document, most of whose tile would stay empty.
+__device__ __forceinline__ bool may_share(const Sequence& sequence, int queries) {
+  return sequence.q_len <= queries && sequence.q_len == sequence.k_len;
+}
+
+// Keys that a query of a sequence sees: [first, end), empty if end <= first. Both grow with the query.
+struct KeyBounds {
+  int first;
+  int end;
+};
+__device__ __forceinline__ KeyBounds visible_keys(const Sequence& sequence, int query) {
+  return {min(max(query + sequence.first_diagonal, 0), sequence.k_len),
+          min(max(query + sequence.last_diagonal + 1, 0), sequence.k_len)};
+}
 
 // Tiles drawn from a launch, and blocks that found none left. Both are 0 between launches.
 struct TileCounter {
@@ -81,7 +104,7 @@ struct alignas(16) ScheduleHeader {
   int units_per_group;  // as in ForwardArguments
   int uncovered;        // whether some queries may lie in no range
 };
-static_assert(sizeof(ScheduleHeader) == 32);
+static_assert(sizeof(ScheduleHeader) == kHeaderElements * sizeof(int32_t));
 
 __host__ __device__ inline const TileRecord* schedule_records(const int32_t* workspace) {
   return reinterpret_cast<const TileRecord*>(workspace + sizeof(ScheduleHeader) / sizeof(int32_t));
