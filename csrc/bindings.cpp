@@ -1,5 +1,6 @@
-// The library's only contact with Torch (its stable ABI): argument checks, dispatch over instances.def, registration.
-// Schemas are defined in Python; what is registered here are their CUDA implementations.
+// The library's only contact with Torch (its stable ABI) and Python: argument checks, dispatch over instances.def,
+// registration. Schemas are defined in Python; what is registered here are their CUDA implementations. The forward can
+// also be called without Torch's dispatcher, which takes longer than all that is done here: direct_forward.
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -92,18 +92,18 @@ def forward(
     """
     if softmax_scale is None:
         softmax_scale = _default_scale(q)
-    rest = (
-        q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left, window_right, softcap, out_dtype,
-        deterministic, sm_margin,
+    args = (
+        q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left, window_right, softcap,
+        out_dtype, deterministic, sm_margin,
     )  # fmt: skip
     if _is_unobserved(q, k, v, q_start):
-        result = _direct_forward(q, k, v, *rest)
+        result = _direct_forward(*args)
         if result is not None:
             if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-                return _record(q, k, v, rest, result)
+                return _record(q, k, v, args, result)
             return result
     _check_is_tensor("q", q)
-    return torch.ops.fa3_dist.forward.default(q, k, v, *rest)
+    return torch.ops.fa3_dist.forward.default(*args)
 
 
 def forward_into(
@@ -569,14 +569,14 @@ def _is_unobserved(q: Tensor, k: Tensor, v: Tensor, q_start: Tensor | None) -> b
     """Whether a call may leave out the operator, since nothing would see it.
 
     That is: no compiler, mode, transform, trace, profiler or tensor subclass, no FA3_DIST_DEBUG, and no tensor that the
-    dispatcher would have to negate first. Arguments need no check here: the library refuses whatever the operator
-    refuses, and strides that its kernels cannot load or write.
+    dispatcher would have to negate first (a view of complex numbers, hence not bf16). Arguments need no check here: the
+    library refuses whatever the operator refuses, and strides that its kernels cannot load or write.
     """
     return (
         not _is_compiling()
         and type(q) is type(k) is type(v) is Tensor
         and not (_dispatch_modes() or _function_modes() or _functorch() or _tracing() or _is_profiling())
-        and not (q.is_neg() or k.is_neg() or v.is_neg())
+        and (q.dtype is torch.bfloat16 or not (q.is_neg() or k.is_neg() or v.is_neg()))
         and (q_start is None or os.environ.get("FA3_DIST_DEBUG") != "1")
     )
 
@@ -586,9 +586,9 @@ class _DirectForward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rest: tuple[Any, ...], result: tuple[Tensor, Tensor]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, args: tuple[Any, ...], result: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        _save_for_backward(ctx, (q, k, v, *rest), result)
+        _save_for_backward(ctx, args, result)
         return result
 
     @staticmethod
@@ -608,16 +608,20 @@ def _make_direct_forward() -> Callable[..., tuple[Tensor, Tensor] | None]:
     apart by DLPack's table of C functions and is written against Python's limited API, so that one library serves every
     Torch and every Python. What it needs of Torch beyond that may be missing; then it leaves all calls to the operator.
     """
+
+    def leave(*_: Any) -> None:
+        return None
+
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+    empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # a third of what torch.empty takes
     if not _library_loaded or exchange is None or empty is None:
-        return lambda *_: None
+        return leave
     address = ctypes.pythonapi.PyCapsule_GetPointer
     address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     make = ctypes.PyDLL(str(LIBRARY)).fa3_dist_direct_forward
     make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, *[ctypes.py_object] * 5]
     dtypes = torch.bfloat16, torch.float16, torch.float32
-    return make(address(exchange, b"dlpack_exchange_api"), Tensor, empty, *dtypes) or (lambda *_: None)
+    return make(address(exchange, b"dlpack_exchange_api"), Tensor, empty, *dtypes) or leave
 
 
 # The calls of `forward_into` that the operator has found to run on the compiled library. What runs a call is decided
