@@ -1,6 +1,6 @@
 // The library's only contact with Torch (its stable ABI) and Python: argument checks, dispatch over instances.def,
-// registration. Schemas are defined in Python; what is registered here are their CUDA implementations. The forward can
-// also be called without Torch's dispatcher, which takes longer than all that is done here: direct_forward.
+// registration. Schemas are defined in Python; what is registered here are their CUDA implementations. Python can also call
+// the forward without Torch's dispatcher, which takes longer than all that is done here: fa3_dist_direct_calls.
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -147,6 +147,19 @@ Tensor zero_counter(int32_t device) {
   return counter;
 }
 
+// Makes a CUDA device the current one for as long as it lives.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int32_t device) {
+    int current = -1;
+    // NOTE: a guard takes longer than the question whether one is needed.
+    if (cudaGetDevice(&current) != cudaSuccess || current != device) guard_.emplace(device);
+  }
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
 cudaStream_t current_stream(int32_t device_index) {
   FA3_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
             "fa3_dist: this PyTorch has no CUDA streams (aoti_torch_get_current_cuda_stream is missing); install a "
@@ -203,7 +216,7 @@ Tensor delta_sm90(const Tensor& dout, const Tensor& out, const std::optional<Ten
               "delta: dlse must be on dout's device");
   }
 
-  const torch::stable::accelerator::DeviceGuard guard(dout.get_device_index());
+  const CurrentDevice device(dout.get_device_index());
   Tensor delta = empty(dout.get_device_index(), result_shape, ScalarType::Float);
   if (batch * seqlen * heads == 0) return delta;
 
@@ -445,7 +458,7 @@ std::tuple<Tensor, Tensor> forward_sm90(
                                     window_left, window_right, softcap, sm_margin});
   const ScalarType wanted = out_dtype.value_or(call.dtype);
   FA3_CHECK(wanted == call.dtype || wanted == ScalarType::Float, "forward: out_dtype must be q's dtype or float32");
-  const torch::stable::accelerator::DeviceGuard guard(call.device);
+  const CurrentDevice device(call.device);
   const Shapes shapes = result_shapes(call);
   Tensor out = empty(call.device, shapes.out, wanted);
   Tensor lse = empty(call.device, shapes.lse, ScalarType::Float);
@@ -461,45 +474,62 @@ std::tuple<Tensor, Tensor> forward_sm90(
   return {out, lse};
 }
 
-// A contiguous output of this shape and dtype, on q's device.
-void* state_pointer(const char* name, Tensor& tensor, const std::vector<int64_t>& shape, ScalarType dtype,
-                    const Tensor& q) {
-  FA3_CHECK(same_shape(tensor, shape) && tensor.scalar_type() == dtype && tensor.is_cuda() &&
-            tensor.get_device_index() == q.get_device_index() && tensor.is_contiguous() &&
-            reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0,
+bool is_contiguous(const View& view) {
+  int64_t stride = 1;
+  for (int64_t dim = view.dims; dim-- > 0; stride *= view.sizes[dim]) {
+    if (view.sizes[dim] > 1 && view.strides[dim] != stride) return false;
+  }
+  return true;
+}
+
+// Memory to write `shape` to, contiguous, of this dtype and on q's device.
+void* state_pointer(const char* name, const View& view, const std::vector<int64_t>& shape, ScalarType dtype,
+                    const View& q) {
+  FA3_CHECK(std::equal(view.sizes, view.sizes + view.dims, shape.begin(), shape.end()) && view.dtype == dtype &&
+            view.device == q.device && is_contiguous(view) && reinterpret_cast<uintptr_t>(view.data) % 16 == 0,
             "forward_into: ", name, " has a shape, dtype, device or strides that this kernel does not write: it must be "
-            "contiguous, 16-byte aligned and go with q ", shape_of(q), ", got ", shape_of(tensor));
-  return tensor.mutable_data_ptr();
+            "contiguous, 16-byte aligned and go with q ", shape_of(q), ", got ", shape_of(view));
+  return const_cast<void*>(view.data);
 }
 
 // Continues the running state out_acc (Tq, Hq, Dv), lse (Hq, Tq) over the visits; those flagged last end in out.
+void continue_forward(const ForwardInputs& in, const View& out_acc, const View& lse, const std::optional<View>& out,
+                      const View& flags) {
+  const View& q = in.q;
+  FA3_CHECK(q.dims == 3, "forward_into: q must have shape (tokens, heads, head_dim), got ", shape_of(q));
+  ForwardCall call = check_forward(in);
+  const Shapes shapes = result_shapes(call);
+  call.params.out_acc = static_cast<float*>(state_pointer("out_acc", out_acc, shapes.out, ScalarType::Float, q));
+  call.params.lse = static_cast<float*>(state_pointer("lse", lse, shapes.lse, ScalarType::Float, q));
+  if (out) {
+    const bool is_float = out->dtype == ScalarType::Float;
+    call.params.out = state_pointer("out", *out, shapes.out, is_float ? ScalarType::Float : call.dtype, q);
+    if (is_float) call.params.out_dtype = fa3::DType::fp32;
+  }
+  call.params.flags = column("flags", flags, call.params.ranges, q);
+  if (call.empty) return;
+  const CurrentDevice device(call.device);
+  launch_forward("forward_into", call);
+}
+
 void forward_into_sm90(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& out_acc, Tensor& lse,
                        std::optional<Tensor> out, const Tensor& q_start, const Tensor& q_len, const Tensor& k_start,
                        const Tensor& k_len, const Tensor& offsets, const Tensor& flags, double softmax_scale,
                        std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
                        int64_t sm_margin) {
-  FA3_CHECK(q.dim() == 3, "forward_into: q must have shape (tokens, heads, head_dim), got ", shape_of(q));
-  const View queries = view_of(q);
-  ForwardCall call = check_forward({queries, view_of(k), view_of(v), view_of(q_start), view_of(q_len), view_of(k_start),
-                                    view_of(k_len), view_of(offsets), std::nullopt, softmax_scale, window_left,
-                                    window_right, softcap, sm_margin});
-  std::vector<int64_t> out_shape{q.size(0), q.size(1), v.size(2)};
-  call.params.out_acc = static_cast<float*>(state_pointer("out_acc", out_acc, out_shape, ScalarType::Float, q));
-  call.params.lse = static_cast<float*>(state_pointer("lse", lse, {q.size(1), q.size(0)}, ScalarType::Float, q));
-  if (out) {
-    const bool is_float = out->scalar_type() == ScalarType::Float;
-    call.params.out = state_pointer("out", *out, out_shape, is_float ? ScalarType::Float : q.scalar_type(), q);
-    if (is_float) call.params.out_dtype = fa3::DType::fp32;
+  // NOTE: asked for memory to write to, a tensor that shares its own with a lazy copy parts from it.
+  for (Tensor* written : {&out_acc, &lse, out ? &*out : nullptr}) {
+    if (written != nullptr && written->is_cuda()) written->mutable_data_ptr();
   }
-  call.params.flags = column("flags", view_of(flags), call.params.ranges, queries);
-  if (call.empty) return;
-  const torch::stable::accelerator::DeviceGuard guard(call.device);
-  launch_forward("forward_into", call);
+  continue_forward({view_of(q), view_of(k), view_of(v), view_of(q_start), view_of(q_len), view_of(k_start),
+                    view_of(k_len), view_of(offsets), std::nullopt, softmax_scale, window_left, window_right, softcap,
+                    sm_margin},
+                   view_of(out_acc), view_of(lse), view_of(out), view_of(flags));
 }
 
 // ---- forward, called from Python -------------------------------------------------------------------------------------
 
-// What direct_forward borrows from Python and Torch, for as long as the process lives.
+// What the functions below borrow from Python and Torch, for as long as the process lives.
 struct Surroundings {
   const dlpack::Exchange* exchange;  // of torch.Tensor
   PyObject* tensor_type;             // torch.Tensor
@@ -525,6 +555,7 @@ View as_view(PyObject* object) {
   std::optional<ScalarType> dtype;
   if (tensor.lanes == 1 && tensor.bits == 16 && tensor.code == dlpack::kBfloat) dtype = ScalarType::BFloat16;
   if (tensor.lanes == 1 && tensor.bits == 16 && tensor.code == dlpack::kFloat) dtype = ScalarType::Half;
+  if (tensor.lanes == 1 && tensor.bits == 32 && tensor.code == dlpack::kFloat) dtype = ScalarType::Float;
   if (tensor.lanes == 1 && tensor.bits == 32 && tensor.code == dlpack::kInt) dtype = ScalarType::Int;
   // NOTE: tensors without memory that is theirs, such as functorch's, have no address even where they have elements.
   if (tensor.device_type != dlpack::kCUDA || tensor.data == nullptr) throw Refused{};
@@ -594,9 +625,7 @@ PyObject* run_forward(PyObject* const* arguments) {
     throw Refused{};
   }
 
-  int current = -1;
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (cudaGetDevice(&current) != cudaSuccess || current != call.device) guard.emplace(call.device);
+  const CurrentDevice device(call.device);
   const Shapes shapes = result_shapes(call);
   python::Object out = new_tensor(shapes.out, params.out_dtype), lse = new_tensor(shapes.lse, fa3::DType::fp32);
   params.out = const_cast<void*>(as_view(out.get()).data);
@@ -608,10 +637,30 @@ PyObject* run_forward(PyObject* const* arguments) {
   return python::make_tuple(2, [&](ssize_t i) { return (i == 0 ? out : lse).release(); }).release();
 }
 
-// (the 16 arguments of the schema) -> (out, lse), or None where the operator has to be asked; nothing has happened then.
-PyObject* direct_forward(PyObject*, PyObject* const* arguments, ssize_t count) {
+// `forward_into_sm90` of Python's arguments.
+PyObject* run_forward_into(PyObject* const* arguments) {
+  const auto [q, k, v, out_acc, lse, out, q_start, q_len, k_start, k_len, offsets, flags, softmax_scale, window_left,
+              window_right, softcap, sm_margin] = *reinterpret_cast<PyObject* const(*)[17]>(arguments);
+  const ForwardInputs inputs{as_view(q), as_view(k), as_view(v), as_view(q_start), as_view(q_len), as_view(k_start),
+                             as_view(k_len), as_view(offsets), std::nullopt, as_double(softmax_scale),
+                             as_optional_integer(window_left), as_optional_integer(window_right), as_double(softcap),
+                             as_integer(sm_margin)};
+  const View out_acc_view = as_view(out_acc), lse_view = as_view(lse), flags_view = as_view(flags);
+  const std::optional<View> out_view = as_optional_view(out);
+  if (!is_hopper(inputs.q.device)) throw Refused{};
+  {
+    const python::Unlocked others_run;
+    continue_forward(inputs, out_acc_view, lse_view, out_view, flags_view);
+  }
+  return python::new_reference(&_Py_TrueStruct);
+}
+
+// A function of Python's: what `run` makes of `expected` arguments, or None where the operator has to be asked; nothing has
+// happened then.
+template <auto run, ssize_t expected>
+PyObject* call_directly(PyObject*, PyObject* const* arguments, ssize_t count) {
   try {
-    if (count == 16) return run_forward(arguments);
+    if (count == expected) return run(arguments);
   } catch (const std::exception&) {
     PyErr_Clear();
   }
@@ -620,17 +669,19 @@ PyObject* direct_forward(PyObject*, PyObject* const* arguments, ssize_t count) {
 
 }  // namespace
 
-// Makes the Python function direct_forward of what Surroundings lists; called with Python's lock held. None if this Torch's
-// exchange table is not of a version that we know.
-extern "C" __attribute__((visibility("default"))) PyObject* fa3_dist_direct_forward(
+// Makes a pair of Python functions that take the arguments of the schemas by position: forward, which gives (out, lse), and
+// forward_into, which gives True. Borrows what Surroundings lists, and is called with Python's lock held. None if this
+// Torch's exchange table is of no version that we know.
+extern "C" __attribute__((visibility("default"))) PyObject* fa3_dist_direct_calls(
     const void* exchange_table, PyObject* tensor_type, PyObject* empty, PyObject* bf16, PyObject* fp16, PyObject* fp32) {
-  static PyMethodDef method{"direct_forward", direct_forward, python::kFastCall, nullptr};
+  static PyMethodDef methods[2] = {{"forward", call_directly<run_forward, 16>, python::kFastCall, nullptr},
+                                   {"forward_into", call_directly<run_forward_into, 17>, python::kFastCall, nullptr}};
   auto exchange = static_cast<const dlpack::Exchange*>(exchange_table);
   while (exchange != nullptr && exchange->major_version != 1) exchange = exchange->older;
   if (exchange == nullptr || exchange->view == nullptr) return python::new_reference(python::none());
   surroundings = {exchange, tensor_type, empty, {bf16, fp16, fp32}};
   for (PyObject* kept : {tensor_type, empty, bf16, fp16, fp32}) Py_IncRef(kept);
-  return PyCFunction_NewEx(&method, nullptr, nullptr);
+  return python::make_tuple(2, [](ssize_t i) { return PyCFunction_NewEx(&methods[i], nullptr, nullptr); }).release();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fa3_dist, CUDA, m) {

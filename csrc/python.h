@@ -21,7 +21,7 @@ struct PyMethodDef {
 };
 
 #define FA3_PYTHON extern __attribute__((weak))
-FA3_PYTHON PyObject _Py_NoneStruct, PyBool_Type, PyFloat_Type, PyLong_Type;
+FA3_PYTHON PyObject _Py_NoneStruct, _Py_TrueStruct, PyBool_Type, PyFloat_Type, PyLong_Type;
 FA3_PYTHON void Py_IncRef(PyObject* object);
 FA3_PYTHON void Py_DecRef(PyObject* object);
 FA3_PYTHON PyObject* PyCFunction_NewEx(PyMethodDef* method, PyObject* self, PyObject* module);

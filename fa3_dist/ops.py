@@ -134,11 +134,8 @@ def forward_into(
         q, k, v, out_acc, lse, out, q_start, q_len, k_start, k_len, offsets, flags, softmax_scale, window_left,
         window_right, softcap, sm_margin,
     )  # fmt: skip
-    try:
-        if _is_unobserved(q, k, v, q_start) and _kind(q, v) in _direct_calls:
-            return _forward_into_sm90(*args)
-    except _REPEATED:
-        pass
+    if _is_unobserved(q, k, v, q_start) and _direct_forward_into(*args):
+        return
     _check_is_tensor("q", q)
     torch.ops.fa3_dist.forward_into.default(*args)
 
@@ -507,8 +504,6 @@ def _run_on_cuda(op: str, *args: Any) -> Any:
     if _has_compiled_kernel(device, request):
         if os.environ.get("FA3_DIST_DEBUG") == "1":
             _check_contents(op, args)
-        if op == "forward_into":
-            _direct_calls.add(_kind(args[0], args[2]))
         return _RUN_COMPILED[op](*args)
     deterministic = dict(zip(SCHEMA_ARGS[op], args)).get("deterministic", False)
     with torch.cuda.device(device), _full_precision("cuda"), _deterministic(deterministic):
@@ -600,13 +595,14 @@ class _DirectForward(torch.autograd.Function):
 _record = super(torch.autograd.Function, _DirectForward).apply
 
 
-def _make_direct_forward() -> Callable[..., tuple[Tensor, Tensor] | None]:
-    """The compiled library's forward without the dispatcher.
+def _direct_calls() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The compiled library's forward and forward_into without the dispatcher.
 
-    It takes the operator's arguments, by position, and gives its results; or None, having done nothing, for a call that
-    it leaves to the operator: one that no kernel here runs as it is, that is wrong, or that fails. It takes tensors
-    apart by DLPack's table of C functions and is written against Python's limited API, so that one library serves every
-    Torch and every Python. What it needs of Torch beyond that may be missing; then it leaves all calls to the operator.
+    They take the operator's arguments, by position. The one gives the operator's results and the other True; or None,
+    having done nothing, for a call that they leave to the operator: one that no kernel here runs as it is, that is
+    wrong, or that fails. They take tensors apart by DLPack's table of C functions and are written against Python's
+    limited API, so that one library serves every Torch and every Python. What else they need of Torch may be missing;
+    then they leave all calls to the operator.
     """
 
     def leave(*_: Any) -> None:
@@ -615,26 +611,13 @@ def _make_direct_forward() -> Callable[..., tuple[Tensor, Tensor] | None]:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # a third of what torch.empty takes
     if not _library_loaded or exchange is None or empty is None:
-        return leave
+        return leave, leave
     address = ctypes.pythonapi.PyCapsule_GetPointer
     address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    make = ctypes.PyDLL(str(LIBRARY)).fa3_dist_direct_forward
+    make = ctypes.PyDLL(str(LIBRARY)).fa3_dist_direct_calls
     make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, *[ctypes.py_object] * 5]
     dtypes = torch.bfloat16, torch.float16, torch.float32
-    return make(address(exchange, b"dlpack_exchange_api"), Tensor, empty, *dtypes) or leave
-
-
-# The calls of `forward_into` that the operator has found to run on the compiled library. What runs a call is decided
-# there alone, with its warning or error; the set remembers it at the price of a look-up.
-_direct_calls: set[tuple[Any, ...]] = set()
-
-# What a direct call of `forward_into` may fail with, always before it writes anything. The operator then repeats it: it
-# says what is wrong with the arguments, makes the copies that an odd layout needs, or meets the same error.
-_REPEATED = (IndexError, RuntimeError)
-
-
-def _kind(q: Tensor, v: Tensor) -> tuple[Any, ...]:
-    return q.device, q.dtype, q.shape[-1], v.shape[-1]
+    return make(address(exchange, b"dlpack_exchange_api"), Tensor, empty, *dtypes) or (leave, leave)
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
@@ -717,4 +700,4 @@ torch.library.register_autograd(
 )
 
 _library_loaded = _load_library()
-_direct_forward = _make_direct_forward()
+_direct_forward, _direct_forward_into = _direct_calls()

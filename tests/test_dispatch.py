@@ -7,7 +7,9 @@ does not fit, with errors of its own; what it accepts `reference` computes.
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +24,6 @@ from tests.test_ops import RANGE_NAMES, index_tensors, random_qkv
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 VARIANTS = ["forward_bf16_64_64", "forward_bf16_192_128", "forward_fp32_64_64", "delta_bf16", "delta_fp32"]
 README = Path(__file__).resolve().parent.parent / "README.md"
-
-
-class Everything:
-    """In the place of the set of calls that may go directly: all may."""
-
-    def __contains__(self, call: object) -> bool:
-        return True
-
-    def add(self, call: object) -> None:
-        pass
 
 
 class Library:
@@ -49,12 +41,16 @@ class Library:
         with torch.no_grad(), ops._full_precision("cpu"):
             return getattr(reference, op)(*args)
 
-    def direct_forward(self, *args: object) -> object:
-        """In the place of the library's function of that name: None for what it leaves to the operator."""
-        try:
-            return ops._forward_sm90(*args)  # through the dispatcher, which checks types as the library does
-        except (IndexError, RuntimeError):
-            return None
+    def direct_calls(self) -> list[Callable[..., object]]:
+        """In the place of the library's functions: None for what they leave to the operator."""
+
+        def direct(kernel: Callable[..., object], *args: object) -> object:
+            try:
+                return kernel(*args) or True  # through the dispatcher, which checks types as the library does
+            except (IndexError, RuntimeError):
+                return None
+
+        return [functools.partial(direct, kernel) for kernel in (ops._forward_sm90, ops._forward_into_sm90)]
 
     def refuse(self, op: str, call: dict) -> None:
         """Raises RuntimeError for what no kernel takes."""
@@ -82,20 +78,19 @@ class Library:
 def library(monkeypatch):
     library = Library()
     monkeypatch.setattr(ops, "_has_compiled_kernel", lambda device, request: ops._covers(VARIANTS, request))
-    monkeypatch.setattr(ops, "_direct_calls", set())
     yield library
     library.registration._destroy()
 
 
 def go_directly(library, monkeypatch):
     """Every call that may goes to the library directly."""
-    monkeypatch.setattr(ops, "_direct_forward", library.direct_forward)
-    monkeypatch.setattr(ops, "_direct_calls", Everything())
+    for name, call in zip(("_direct_forward", "_direct_forward_into"), library.direct_calls(), strict=True):
+        monkeypatch.setattr(ops, name, call)
 
 
 def do_not_go_directly(monkeypatch):
-    monkeypatch.setattr(ops, "_direct_forward", lambda *args: None)
-    monkeypatch.setattr(ops, "_direct_calls", set())
+    for name in ("_direct_forward", "_direct_forward_into"):
+        monkeypatch.setattr(ops, name, lambda *args: None)
 
 
 @pytest.fixture
@@ -365,30 +360,7 @@ def test_debug_mode_reads_what_the_kernels_take_on_trust(way, library, monkeypat
 # ---- direct calls ----------------------------------------------------------------------------------------------------
 
 
-def test_the_first_call_decides_for_those_like_it(library):
-    """The operator finds the library to cover a call; later ones of its device, dtype and head dims go directly."""
-    q, k, v, state = (x[0] for x in random_qkv("cpu", BF16, seqlen_q=6, seqlen_k=8, head_dim=64))
-
-    def step(q, k, v):
-        state = torch.zeros(q.shape[0], q.shape[1], v.shape[-1]), torch.zeros(q.shape[1], q.shape[0])
-        ops.forward_into(q, k, v, *state, None, **visits("cpu", q_len=6, k_len=8, flags=ops.FIRST))
-
-    step(q, k, v)
-    assert not library.calls  # the operator ran, on the CPU
-    columns = visits("cpu", q_len=6, k_len=8)
-    rest = (0.125, None, None, 0.0, 0)
-    ops._run_on_cuda("forward_into", q, k, v, state.float(), torch.zeros(2, 6), state, *columns.values(), *rest)
-    assert library.took("forward_into")
-    for seqlen in (6, 50):
-        step(*(x[0] for x in random_qkv("cpu", BF16, seqlen_q=seqlen, seqlen_k=seqlen + 2, heads=4, head_dim=64)[:3]))
-        assert library.took("forward_into")
-    wide = random_qkv("cpu", BF16, seqlen_q=6, seqlen_k=8, head_dim=128)
-    for unlike in (q.float(), k.float(), v.float()), (q[..., :32], k[..., :32], v[..., :32]), (q, k, wide[2][0]):
-        step(*unlike)
-        assert not library.calls
-
-
-def test_a_call_that_the_library_leaves_runs_in_the_operator(direct, monkeypatch):
+def test_a_call_that_the_library_leaves_runs_in_the_operator(direct):
     q, k, v, _ = random_qkv("cpu", BF16, head_dim=20)
     expected = reference.forward(q, k, v, *[None] * 6, 0.5, None, None, 0.0, None, False, 0)
     assert all(torch.equal(a, b) for a, b in zip(ops.forward(q, k, v, softmax_scale=0.5), expected, strict=True))
@@ -410,7 +382,14 @@ def test_the_compiled_library_leaves_what_is_not_for_it():
             call = [q, k, v, *rest]
             call[at] = x
             assert ops._direct_forward(*call) is None
-    assert ops._direct_forward() is None and ops._direct_forward(q, k, v) is None
+    visit, states = visits("cpu", q_len=6, k_len=8).values(), (torch.zeros(6, 2, 16), torch.zeros(2, 6), None)
+    for at in range(17):
+        for x in (None, "text", 2**70, -1, 1.5, True, object(), FP64, q):
+            call = [q[0], k[0], v[0], *states, *visit, 0.25, None, None, 0.0, 0]
+            call[at] = x
+            assert ops._direct_forward_into(*call) is None
+    for call in (ops._direct_forward, ops._direct_forward_into):
+        assert call() is None and call(q, k, v) is None
 
 
 @pytest.mark.parametrize("op", ops.COMPILED)
@@ -572,13 +551,12 @@ test_activation_checkpointing_gives_the_same_bits = test_interface.test_activati
 
 
 @pytest.fixture
-def hopper(monkeypatch):
-    """A GPU with the compiled forward, from the state of a new process."""
+def hopper():
+    """A GPU with the compiled forward."""
     info = ops.library_info()
     variants = info["variants"] if info else []
     if torch.cuda.get_device_capability() != (9, 0) or not ops._covers(variants, request("forward", (BF16,), (64, 64))):
         pytest.skip("needs a Hopper GPU and a library with forward kernels: make kernels")
-    monkeypatch.setattr(ops, "_direct_calls", set())
     return "cuda"
 
 
@@ -586,15 +564,15 @@ def hopper(monkeypatch):
 def launches(hopper, monkeypatch):
     """How often `ops.forward` and `ops.forward_into` called the library directly, and it took the call."""
     count = {"forward": 0, "forward_into": 0}
-    for op, name in (("forward", "_direct_forward"), ("forward_into", "_forward_into_sm90")):
-        kernel = getattr(ops, name)
+    for op in count:
+        kernel = getattr(ops, f"_direct_{op}")
 
         def counted(*args, op=op, kernel=kernel):
             result = kernel(*args)
-            count[op] += result is not None or op == "forward_into"
+            count[op] += result is not None
             return result
 
-        monkeypatch.setattr(ops, name, counted)
+        monkeypatch.setattr(ops, f"_direct_{op}", counted)
     return count
 
 
@@ -615,10 +593,6 @@ def bf16_tables(monkeypatch):
 def test_the_library_is_called_directly(call, launches, monkeypatch):
     bf16_tables(monkeypatch)
     op = "forward_into" if call == "forward_into" else "forward"
-    if call == "forward_into":  # of which the operator decides; the forward decides by itself
-        getattr(test_bad_input, call)("cuda")
-        assert ops._direct_calls == {(torch.device("cuda", torch.cuda.current_device()), BF16, 8, 8)}
-    monkeypatch.setitem(launches, op, 0)
     monkeypatch.setattr(ops, "_run_on_cuda", None)
     getattr(test_bad_input, call)("cuda")
     assert launches[op] == 1
@@ -744,3 +718,24 @@ def test_direct_calls_keep_the_allocators_rules(launches):
     del out
     assert ops.forward(q, k, v)[0].data_ptr() != address
     torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [None, BF16, FP32], ids=str)
+def test_a_state_is_continued_directly_as_by_the_operator(out_dtype, launches, monkeypatch):
+    q, k, v, state = (x[0] for x in random_qkv("cuda", BF16, seqlen_q=150, seqlen_k=90, heads=4, head_dim=64))
+    columns = [x.contiguous() for x in index_tensors("cuda", [10, 80], [60, 70], [0, 40], [90, 50], [4, -3], [1, 3])]
+    columns[5] = columns[5] if out_dtype else torch.ones_like(columns[5])
+    names = (*RANGE_NAMES, "offsets", "flags")
+
+    def run():
+        states = state.float(), torch.linspace(-1, 1, 600, device="cuda").view(4, 150).contiguous()
+        out = None if out_dtype is None else torch.zeros_like(state, dtype=out_dtype)
+        ops.forward_into(q, k, v, *states, out, **dict(zip(names, columns, strict=True)), window_left=40)
+        return [x for x in (*states, out) if x is not None]
+
+    directly = run()
+    assert launches["forward_into"] == 1
+    do_not_go_directly(monkeypatch)
+    for got, want in zip(directly, run(), strict=True):
+        assert torch.equal(got, want)
