@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <cstring>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -151,9 +150,8 @@ Tensor zero_counter(int32_t device) {
 class CurrentDevice {
  public:
   explicit CurrentDevice(int32_t device) {
-    int current = -1;
     // NOTE: a guard takes longer than the question whether one is needed.
-    if (cudaGetDevice(&current) != cudaSuccess || current != device) guard_.emplace(device);
+    if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard_.emplace(device);
   }
 
  private:
@@ -542,10 +540,9 @@ Surroundings surroundings;
 // Thrown for calls that are left to the operator: it knows what to do with them, or what is wrong.
 struct Refused : std::exception {};
 
-template <class... Types>
-bool is_exactly(PyObject* object, Types... types) {
+bool is_exactly(PyObject* object, PyObject* type) {
   const python::Object own(PyObject_Type(object));
-  return ((own.get() == types) || ...);
+  return own.get() == type;
 }
 
 // NOTE: the exchange takes whatever it is given for a tensor.
@@ -628,8 +625,10 @@ PyObject* run_forward(PyObject* const* arguments) {
   const CurrentDevice device(call.device);
   const Shapes shapes = result_shapes(call);
   python::Object out = new_tensor(shapes.out, params.out_dtype), lse = new_tensor(shapes.lse, fa3::DType::fp32);
-  params.out = const_cast<void*>(as_view(out.get()).data);
-  params.lse = static_cast<float*>(const_cast<void*>(as_view(lse.get()).data));
+  const View out_view = as_view(out.get()), lse_view = as_view(lse.get());
+  if (out_view.device != call.device || lse_view.device != call.device) throw Refused{};
+  params.out = const_cast<void*>(out_view.data);
+  params.lse = static_cast<float*>(const_cast<void*>(lse_view.data));
   {
     const python::Unlocked others_run;  // a launch waits where its stream's queue is full
     launch_forward("forward", call);

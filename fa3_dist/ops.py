@@ -563,15 +563,14 @@ _functorch, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_
 def _is_unobserved(q: Tensor, k: Tensor, v: Tensor, q_start: Tensor | None) -> bool:
     """Whether a call may leave out the operator, since nothing would see it.
 
-    That is: no compiler, mode, transform, trace, profiler or tensor subclass, no FA3_DIST_DEBUG, and no tensor that the
-    dispatcher would have to negate first (a view of complex numbers, hence not bf16). Arguments need no check here: the
-    library refuses whatever the operator refuses, and strides that its kernels cannot load or write.
+    That is: no compiler, mode, transform, trace, profiler or tensor subclass, and no FA3_DIST_DEBUG. Arguments need no
+    check here: the library refuses whatever the operator refuses, and strides that its kernels cannot load or write.
+    (So it does tensors that are yet to be negated: parts of complex numbers, which do not lie side by side.)
     """
     return (
         not _is_compiling()
         and type(q) is type(k) is type(v) is Tensor
         and not (_dispatch_modes() or _function_modes() or _functorch() or _tracing() or _is_profiling())
-        and (q.dtype is torch.bfloat16 or not (q.is_neg() or k.is_neg() or v.is_neg()))
         and (q_start is None or os.environ.get("FA3_DIST_DEBUG") != "1")
     )
 

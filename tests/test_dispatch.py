@@ -373,7 +373,7 @@ def test_the_compiled_library_leaves_what_is_not_for_it():
     rest = (*[None] * 6, 0.25, None, None, 0.0, None, False, 0)
     wrapped = []
     torch.func.vmap(lambda x: wrapped.append(x) or x)(q)
-    odd = [None, 1, "q", object(), q.as_subclass(Subclass), q.to("meta"), q.to_sparse(), *wrapped, torch._neg_view(q)]
+    odd = [None, 1, "q", object(), q.as_subclass(Subclass), q.to("meta"), q.to_sparse(), *wrapped]
     for x in (q, *odd):
         for call in ((x, k, v, *rest), (q, k, x, *rest), (q, k, v, x, *rest[1:])):
             assert ops._direct_forward(*call) is None
@@ -480,9 +480,6 @@ def test_nothing_goes_past_those_who_listen_to_operators(direct):
     with torch.profiler.profile() as profile:
         ops.forward(q, k, v)
     assert "fa3_dist::forward" in {event.key for event in profile.key_averages()}
-    negated = torch.complex(q.float(), q.float()).conj().imag
-    assert negated.is_neg() and not direct.calls
-    ops.forward(negated, k.float(), v.float())
     traced = torch.jit.trace(lambda q, k, v: ops.forward(q, k, v)[0], (q, k, v), check_trace=False)
     assert "fa3_dist::forward(" in str(traced.graph)
     assert not direct.calls
@@ -697,10 +694,13 @@ def test_direct_calls_on_another_device(launches):
         pytest.skip("needs two Hopper GPUs")
     tensors = random_qkv("cuda:0", BF16, seqlen_q=70, seqlen_k=90, head_dim=64)[:3]
     expected = ops.forward(*tensors)
-    results = ops.forward(*(x.to("cuda:1") for x in tensors))
-    assert launches["forward"] == 2 and torch.cuda.current_device() == 0
-    for got, want in zip(results, expected, strict=True):
-        assert got.device == torch.device("cuda", 1) and torch.equal(got.cpu(), want.cpu())
+    for device, current in ((1, 0), (0, 1), (1, 1)):
+        with torch.cuda.device(current):
+            results = ops.forward(*(x.to(f"cuda:{device}") for x in tensors))
+            assert torch.cuda.current_device() == current
+        for got, want in zip(results, expected, strict=True):
+            assert got.device == torch.device("cuda", device) and torch.equal(got.cpu(), want.cpu())
+    assert launches["forward"] == 4
 
 
 @pytest.mark.gpu
@@ -739,3 +739,21 @@ def test_a_state_is_continued_directly_as_by_the_operator(out_dtype, launches, m
     do_not_go_directly(monkeypatch)
     for got, want in zip(directly, run(), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*ComplexHalf:UserWarning")
+def test_the_library_takes_no_tensor_that_is_yet_to_be_negated(launches):
+    """Only complex numbers make them, and parts of those do not lie side by side."""
+    if not ops._covers(ops.library_info()["variants"], request("forward", (FP16,), (64, 64))):
+        pytest.skip("the library has no forward for float16")
+    q, k, v, _ = random_qkv("cuda", FP16, head_dim=64)
+    expected = ops.forward(-q, k, v)
+    assert launches["forward"] == 1
+    for at, x in enumerate((q, k, v)):
+        negated = torch.complex(x, -x).conj().imag
+        assert negated.is_neg() and torch.equal(negated, x)
+        call = [q, k, v]
+        call[at] = negated
+        assert ops._direct_forward(*call, *[None] * 6, 0.125, None, None, 0.0, None, False, 0) is None
+    assert torch.equal(ops.forward(torch.complex(q, q).conj().imag, k, v)[0], expected[0])
