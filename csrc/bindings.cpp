@@ -1,5 +1,6 @@
-// The library's only contact with Torch (its stable ABI): argument checks, dispatch over instances.def, registration.
-// Schemas are defined in Python; what is registered here are their CUDA implementations.
+// The library's only contact with Torch (its stable ABI) and Python: argument checks, dispatch over instances.def,
+// registration. Schemas are defined in Python; what is registered here are their CUDA implementations. Python can also call
+// the forward without Torch's dispatcher, which takes longer than all that is done here: fa3_dist_direct_calls.
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,6 +19,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "backward/delta.h"
@@ -25,6 +27,7 @@
 #include "forward/forward.h"
 #include "forward/schedule.h"
 #include "params.h"
+#include "python.h"
 
 // NOTE: exists only in a Torch with CUDA; weak, so that the library loads everywhere. It resolves only because the
 // link names libtorch under --no-as-needed.
@@ -46,20 +49,19 @@ template <class... Parts>
 #define FA3_CHECK(condition, ...) \
   if (!(condition)) fail(__VA_ARGS__)
 
-std::string shape_of(const Tensor& tensor) {
+std::string shape_of(const int64_t* sizes, int64_t dims) {
   std::ostringstream text;
   text << '(';
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text << (dim ? ", " : "") << tensor.size(dim);
+  for (int64_t dim = 0; dim < dims; ++dim) text << (dim ? ", " : "") << sizes[dim];
   text << ')';
   return text.str();
 }
 
+std::string shape_of(const Tensor& tensor) { return shape_of(tensor.sizes().data(), tensor.dim()); }
+
 bool same_shape(const Tensor& a, const std::vector<int64_t>& shape) {
-  if (a.dim() != static_cast<int64_t>(shape.size())) return false;
-  for (int64_t dim = 0; dim < a.dim(); ++dim) {
-    if (a.size(dim) != shape[dim]) return false;
-  }
-  return true;
+  const auto sizes = a.sizes();
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
 }
 
 std::vector<int64_t> sizes_of(const Tensor& tensor) {
@@ -68,9 +70,31 @@ std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return sizes;
 }
 
-// Our dtype of a tensor, or nothing for one that no kernel takes.
-std::optional<fa3::DType> dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+// What the forward reads of a tensor, whether it came through the dispatcher or from Python. Lives as long as the tensor.
+struct View {
+  const void* data;
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t dims;
+  std::optional<ScalarType> dtype;  // nothing: one that no argument may have
+  int32_t device;                   // CUDA device, or -1
+};
+
+View view_of(const Tensor& tensor) {
+  const bool is_cuda = tensor.is_cuda();
+  return {is_cuda ? tensor.const_data_ptr() : nullptr, tensor.sizes().data(), tensor.strides().data(), tensor.dim(),
+          tensor.scalar_type(), is_cuda ? tensor.get_device_index() : -1};
+}
+
+std::optional<View> view_of(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<View>(view_of(*tensor)) : std::nullopt;
+}
+
+std::string shape_of(const View& view) { return shape_of(view.sizes, view.dims); }
+
+// Our dtype of a tensor's, or nothing for one that no kernel takes.
+std::optional<fa3::DType> dtype_of(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::BFloat16:
       return fa3::DType::bf16;
     case ScalarType::Half:
@@ -83,32 +107,56 @@ std::optional<fa3::DType> dtype_of(const Tensor& tensor) {
 }
 
 // Stride of a dim; 0 where the dim has one element, whose stride means nothing.
-int64_t stride_of(const Tensor& tensor, int64_t dim) { return tensor.size(dim) > 1 ? tensor.stride(dim) : 0; }
+int64_t stride_of(const View& tensor, int64_t dim) { return tensor.sizes[dim] > 1 ? tensor.strides[dim] : 0; }
 
 // Strides of a (batch, seqlen, heads, head_dim) or (tokens, heads, head_dim) tensor.
-fa3::Strides row_strides(const Tensor& tensor) {
-  const int64_t packed = tensor.dim() == 3;
+fa3::Strides row_strides(const View& tensor) {
+  const int64_t packed = tensor.dims == 3;
   // NOTE: head_dim alone keeps its stride when it has one element: vector loads ask whether it is 1.
   return {packed ? 0 : stride_of(tensor, 0), stride_of(tensor, 1 - packed), stride_of(tensor, 2 - packed),
-          tensor.stride(3 - packed)};
+          tensor.strides[3 - packed]};
 }
 
-// An uninitialised contiguous CUDA tensor beside `like`.
-// NOTE: torch::stable::new_empty goes through the dispatcher, which takes longer than the allocation.
-Tensor empty_like(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t dim = shape.size(); dim-- > 1;) strides[dim - 1] = strides[dim] * std::max<int64_t>(shape[dim], 1);
+  return strides;
+}
+
+// An uninitialised contiguous CUDA tensor.
+// NOTE: torch::stable::new_empty goes through the dispatcher, which takes longer than the allocation.
+Tensor empty(int32_t device, const std::vector<int64_t>& shape, ScalarType dtype) {
+  const std::vector<int64_t> strides = contiguous_strides(shape);
   const int32_t code = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
                        : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                        : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
                                                        : aoti_torch_dtype_int32();
   AtenTensorHandle handle = nullptr;
   FA3_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), code,
-                                     aoti_torch_device_type_cuda(), like.get_device_index(), &handle) == 0,
+                                     aoti_torch_device_type_cuda(), device, &handle) == 0,
             "fa3_dist: PyTorch could not allocate a tensor of ", shape.size(), " dims on CUDA device ",
-            like.get_device_index());
+            device);
   return Tensor(handle);
 }
+
+// The 2 zeros of a tile counter.
+Tensor zero_counter(int32_t device) {
+  Tensor counter = empty(device, {2}, ScalarType::Int);
+  torch::stable::zero_(counter);
+  return counter;
+}
+
+// Makes a CUDA device the current one for as long as it lives.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int32_t device) {
+    // NOTE: a guard takes longer than the question whether one is needed.
+    if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard_.emplace(device);
+  }
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
 
 cudaStream_t current_stream(int32_t device_index) {
   FA3_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
@@ -145,8 +193,8 @@ Tensor delta_sm90(const Tensor& dout, const Tensor& out, const std::optional<Ten
   FA3_CHECK(dout.is_cuda() && out.is_cuda() && dout.get_device_index() == out.get_device_index(),
             "delta: dout and out must be on the same CUDA device");
 
-  const auto dout_dtype = dtype_of(dout);
-  const auto out_dtype = dtype_of(out);
+  const auto dout_dtype = dtype_of(dout.scalar_type());
+  const auto out_dtype = dtype_of(out.scalar_type());
   const DeltaLauncher launch = dout_dtype ? find_delta(*dout_dtype) : nullptr;
   FA3_CHECK(launch != nullptr, "delta: this library has no kernel for dout's dtype; 'python -m fa3_dist doctor' lists "
             "its variants");
@@ -166,20 +214,20 @@ Tensor delta_sm90(const Tensor& dout, const Tensor& out, const std::optional<Ten
               "delta: dlse must be on dout's device");
   }
 
-  const torch::stable::accelerator::DeviceGuard guard(dout.get_device_index());
-  Tensor delta = empty_like(dout, result_shape, ScalarType::Float);
+  const CurrentDevice device(dout.get_device_index());
+  Tensor delta = empty(dout.get_device_index(), result_shape, ScalarType::Float);
   if (batch * seqlen * heads == 0) return delta;
 
   fa3::DeltaParams params{};
   params.dout = dout.const_data_ptr();
   params.out = out.const_data_ptr();
   params.delta = static_cast<float*>(delta.mutable_data_ptr());
-  params.dout_stride = row_strides(dout);
-  params.out_stride = row_strides(out);
+  params.dout_stride = row_strides(view_of(dout));
+  params.out_stride = row_strides(view_of(out));
   if (dlse) {
     params.dlse = static_cast<const float*>(dlse->const_data_ptr());
-    params.dlse_stride = {packed ? 0 : stride_of(*dlse, 0), stride_of(*dlse, 2 - packed), stride_of(*dlse, 1 - packed),
-                          0};
+    const View view = view_of(*dlse);
+    params.dlse_stride = {packed ? 0 : stride_of(view, 0), stride_of(view, 2 - packed), stride_of(view, 1 - packed), 0};
   }
   params.batch = batch;
   params.seqlen = seqlen;
@@ -207,27 +255,38 @@ ForwardLauncher find_forward([[maybe_unused]] fa3::DType wanted, [[maybe_unused]
 }
 
 // Strides of a dense or packed tensor, checked for what the copy engine can address.
-fa3::Strides mapped_strides(const char* name, const Tensor& tensor) {
+fa3::Strides mapped_strides(const char* name, const View& tensor) {
   const fa3::Strides strides = row_strides(tensor);
-  bool fits = strides.head_dim == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  bool fits = strides.head_dim == 1 && reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0;
   const int64_t outer[3] = {strides.batch, strides.seqlen, strides.heads};
-  for (int64_t dim = 3, at = tensor.dim() - 2; at >= 0; --at) {
+  for (int64_t dim = 3, at = tensor.dims - 2; at >= 0; --at) {
     --dim;
-    fits = fits && outer[dim] * 2 % 16 == 0 && outer[dim] >= 0 && (outer[dim] > 0 || tensor.size(at) == 1);
+    fits = fits && outer[dim] * 2 % 16 == 0 && outer[dim] >= 0 && (outer[dim] > 0 || tensor.sizes[at] == 1);
   }
   FA3_CHECK(fits, "forward: ", name, " must have a contiguous head_dim, 16-byte aligned rows and strides above 0; pass ",
             name, ".contiguous()");
   return strides;
 }
 
-// Everything that the two forms of the forward share.
+// Arguments of the forward but for the dtype of its result, in the schema's order.
+struct ForwardInputs {
+  View q, k, v;
+  std::optional<View> q_start, q_len, k_start, k_len, offsets;
+  std::optional<int64_t> offset;
+  double softmax_scale;
+  std::optional<int64_t> window_left, window_right;
+  double softcap;
+  int64_t sm_margin;
+};
+
+// What they come to.
 struct ForwardCall {
   fa3::ForwardParams params{};
   ForwardLauncher launch;
-  cudaStream_t stream;
+  ScalarType dtype;
+  int32_t device;
   bool packed;
   bool empty;  // nothing is to be computed: no query, or no key
-  std::optional<Tensor> scratch;
 };
 
 constexpr int64_t kMaxExtent = fa3::kMaxSequence;
@@ -239,101 +298,96 @@ int32_t window_bound(const std::optional<int64_t>& window) {
 }
 
 // An int32 tensor of `count` elements that the kernel may index, or nullptr where there is none.
-const int32_t* column(const char* name, const std::optional<Tensor>& tensor, int64_t count, const Tensor& q) {
+const int32_t* column(const char* name, const std::optional<View>& tensor, int64_t count, const View& q) {
   if (!tensor) return nullptr;
-  FA3_CHECK(tensor->dim() == 1 && tensor->size(0) == count && tensor->scalar_type() == ScalarType::Int &&
-            tensor->is_cuda() && tensor->get_device_index() == q.get_device_index() &&
-            (count <= 1 || tensor->stride(0) == 1),
+  FA3_CHECK(tensor->dims == 1 && tensor->sizes[0] == count && tensor->dtype == ScalarType::Int &&
+            tensor->device == q.device && (count <= 1 || tensor->strides[0] == 1),
             "forward: ", name, " must be a contiguous int32 tensor of shape (", count, ",) on q's device, got shape ",
             shape_of(*tensor));
-  return static_cast<const int32_t*>(tensor->const_data_ptr());
+  return static_cast<const int32_t*>(tensor->data);
 }
 
 // The tile counter of a stream: launches on one stream follow each other, so they share it. A launch that is captured into
 // a graph gets one of its own, since replays of it may run beside anything.
-int32_t* tile_counter(const Tensor& like, cudaStream_t stream, std::optional<Tensor>& owner) {
+int32_t* tile_counter(int32_t device, cudaStream_t stream, std::optional<Tensor>& owner) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  const bool asked = cudaStreamIsCapturing(stream, &capture) == cudaSuccess;
-  // NOTE: the handle of the per-thread default stream stands for a stream of each thread.
-  if (!asked || capture != cudaStreamCaptureStatusNone || stream == cudaStreamPerThread) {
-    owner = torch::stable::new_zeros(like, {2}, ScalarType::Int);
+  unsigned long long id = 0;
+  const bool captured = cudaStreamIsCapturing(stream, &capture) != cudaSuccess || capture != cudaStreamCaptureStatusNone;
+  // NOTE: the handle of the per-thread default stream stands for a stream of each thread. A capture does not survive a
+  // question for its stream's id.
+  if (captured || stream == cudaStreamPerThread || cudaStreamGetId(stream, &id) != cudaSuccess) {
+    owner = zero_counter(device);
     return static_cast<int32_t*>(owner->mutable_data_ptr());
   }
   static std::mutex mutex;
-  // NOTE: never destroyed: at exit the allocator that its tensors belong to may be gone first.
-  static auto& counters = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;
+  // NOTE: never destroyed: at exit the allocator that its tensors belong to may be gone first. Streams go by their ids: the
+  // handle of one that was destroyed may come back while its last launch is still running.
+  static auto& counters = *new std::map<std::pair<int32_t, unsigned long long>, Tensor>;
   const std::lock_guard<std::mutex> lock(mutex);
-  const std::pair<int32_t, cudaStream_t> key(like.get_device_index(), stream);
+  const std::pair<int32_t, unsigned long long> key(device, id);
   auto found = counters.find(key);
-  if (found == counters.end()) {
-    found = counters.emplace(key, torch::stable::new_zeros(like, {2}, ScalarType::Int)).first;
-  }
+  if (found == counters.end()) found = counters.emplace(key, zero_counter(device)).first;
   return static_cast<int32_t*>(found->second.mutable_data_ptr());
 }
 
-ForwardCall prepare_forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& q_start,
-                            const std::optional<Tensor>& q_len, const std::optional<Tensor>& k_start,
-                            const std::optional<Tensor>& k_len, const std::optional<Tensor>& offsets,
-                            std::optional<int64_t> offset, double softmax_scale, std::optional<int64_t> window_left,
-                            std::optional<int64_t> window_right, double softcap, int64_t sm_margin) {
+ForwardCall check_forward(const ForwardInputs& in) {
+  const View &q = in.q, &k = in.k, &v = in.v;
   ForwardCall call{};
-  call.packed = q.dim() == 3;
+  call.packed = q.dims == 3;
   const int64_t packed = call.packed;
-  FA3_CHECK((packed || q.dim() == 4) && k.dim() == q.dim() && v.dim() == q.dim(), "forward: q, k and v must have shape "
+  FA3_CHECK((packed || q.dims == 4) && k.dims == q.dims && v.dims == q.dims, "forward: q, k and v must have shape "
             "(batch, seqlen, heads, head_dim) or (tokens, heads, head_dim), got ", shape_of(q), ", ", shape_of(k),
             " and ", shape_of(v));
-  const int64_t batch = packed ? 1 : q.size(0), seqlen_q = q.size(1 - packed), heads = q.size(2 - packed);
-  const int64_t head_dim = q.size(3 - packed), seqlen_k = k.size(1 - packed), kv_heads = k.size(2 - packed);
-  const int64_t head_dim_v = v.size(3 - packed);
-  std::vector<int64_t> k_shape{seqlen_k, kv_heads, head_dim}, v_shape{seqlen_k, kv_heads, head_dim_v};
-  if (!packed) {
-    k_shape.insert(k_shape.begin(), batch);
-    v_shape.insert(v_shape.begin(), batch);
-  }
-  FA3_CHECK(same_shape(k, k_shape), "forward: k must have q's batch and head_dim; got ", shape_of(k), " beside q ",
-            shape_of(q));
-  FA3_CHECK(same_shape(v, v_shape), "forward: v must have k's shape but for head_dim; got ", shape_of(v), " beside k ",
-            shape_of(k));
+  const int64_t batch = packed ? 1 : q.sizes[0], seqlen_q = q.sizes[1 - packed], heads = q.sizes[2 - packed];
+  const int64_t head_dim = q.sizes[3 - packed], seqlen_k = k.sizes[1 - packed], kv_heads = k.sizes[2 - packed];
+  const int64_t head_dim_v = v.sizes[3 - packed];
+  FA3_CHECK((packed || k.sizes[0] == batch) && k.sizes[3 - packed] == head_dim, "forward: k must have q's batch and "
+            "head_dim; got ", shape_of(k), " beside q ", shape_of(q));
+  FA3_CHECK(std::equal(k.sizes, k.sizes + k.dims - 1, v.sizes), "forward: v must have k's shape but for head_dim; got ",
+            shape_of(v), " beside k ", shape_of(k));
   FA3_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "forward: the heads of q, ", heads,
             ", must be a multiple of those of k, ", kv_heads);
   FA3_CHECK(head_dim > 0 && head_dim % 8 == 0 && head_dim_v > 0 && head_dim_v % 8 == 0,
             "forward: head dims must be multiples of 8, got ", head_dim, " and ", head_dim_v);
   FA3_CHECK(std::max({seqlen_q, seqlen_k, heads * batch}) <= kMaxExtent, "forward: sequences and batch * heads may reach ",
             kMaxExtent);
-  for (const Tensor* tensor : {&q, &k, &v}) {
-    FA3_CHECK(tensor->is_cuda() && tensor->get_device_index() == q.get_device_index() &&
-              tensor->scalar_type() == q.scalar_type(), "forward: q, k and v must share a CUDA device and a dtype");
+  for (const View* tensor : {&q, &k, &v}) {
+    FA3_CHECK(tensor->device >= 0 && tensor->device == q.device && tensor->dtype && tensor->dtype == q.dtype,
+              "forward: q, k and v must share a CUDA device and a dtype");
   }
-  FA3_CHECK(std::isfinite(softmax_scale) && softmax_scale > 0 && std::isfinite(softcap) && softcap >= 0,
-            "forward: softmax_scale must be above 0 and softcap at least 0, got ", softmax_scale, " and ", softcap);
-  FA3_CHECK(sm_margin >= 0, "forward: sm_margin must be 0 or more, got ", sm_margin);
-  const auto dtype = dtype_of(q);
+  FA3_CHECK(std::isfinite(in.softmax_scale) && in.softmax_scale > 0 && std::isfinite(in.softcap) && in.softcap >= 0,
+            "forward: softmax_scale must be above 0 and softcap at least 0, got ", in.softmax_scale, " and ", in.softcap);
+  FA3_CHECK(in.sm_margin >= 0, "forward: sm_margin must be 0 or more, got ", in.sm_margin);
+  const auto dtype = dtype_of(*q.dtype);
   call.launch = dtype ? find_forward(*dtype, head_dim, head_dim_v) : nullptr;
   FA3_CHECK(call.launch != nullptr, "forward: this library has no kernel for q's dtype and head dims ", head_dim, " and ",
             head_dim_v, "; 'python -m fa3_dist doctor' lists its variants");
+  call.dtype = *q.dtype;
+  call.device = q.device;
 
   fa3::ForwardParams& params = call.params;
   if (packed) {
-    FA3_CHECK(q_start && q_len && k_start && k_len, "forward: packed tensors need q_start, q_len, k_start and k_len");
-    const int64_t ranges = q_start->dim() == 1 ? q_start->size(0) : -1;
+    FA3_CHECK(in.q_start && in.q_len && in.k_start && in.k_len, "forward: packed tensors need q_start, q_len, k_start and "
+              "k_len");
+    const int64_t ranges = in.q_start->dims == 1 ? in.q_start->sizes[0] : -1;
     FA3_CHECK(ranges <= kMaxExtent, "forward: there may be ", kMaxExtent, " ranges, got ", ranges);
-    params.q_start = column("q_start", q_start, ranges, q);
-    params.q_len = column("q_len", q_len, ranges, q);
-    params.k_start = column("k_start", k_start, ranges, q);
-    params.k_len = column("k_len", k_len, ranges, q);
+    params.q_start = column("q_start", in.q_start, ranges, q);
+    params.q_len = column("q_len", in.q_len, ranges, q);
+    params.k_start = column("k_start", in.k_start, ranges, q);
+    params.k_len = column("k_len", in.k_len, ranges, q);
     params.ranges = static_cast<int32_t>(ranges);
   } else {
-    FA3_CHECK(!q_start && !q_len && !k_start && !k_len, "forward: dense tensors go without q_start, q_len, k_start and "
-              "k_len");
+    FA3_CHECK(!in.q_start && !in.q_len && !in.k_start && !in.k_len, "forward: dense tensors go without q_start, q_len, "
+              "k_start and k_len");
   }
-  FA3_CHECK(!offset || !offsets, "forward: give offset or offsets, not both");
-  params.offsets = column("offsets", offsets, packed ? params.ranges : batch, q);
-  params.default_offset = !offset && !offsets;
+  FA3_CHECK(!in.offset || !in.offsets, "forward: give offset or offsets, not both");
+  params.offsets = column("offsets", in.offsets, packed ? params.ranges : batch, q);
+  params.default_offset = !in.offset && !in.offsets;
   // NOTE: past these an offset hides all or nothing, whatever the window.
-  params.offset = static_cast<int32_t>(std::clamp(offset.value_or(0), int64_t{std::numeric_limits<int32_t>::min()},
+  params.offset = static_cast<int32_t>(std::clamp(in.offset.value_or(0), int64_t{std::numeric_limits<int32_t>::min()},
                                                   int64_t{std::numeric_limits<int32_t>::max()}));
-  params.window_left = window_bound(window_left);
-  params.window_right = window_bound(window_right);
+  params.window_left = window_bound(in.window_left);
+  params.window_right = window_bound(in.window_right);
   params.batch = static_cast<int32_t>(batch);
   params.seqlen_q = static_cast<int32_t>(seqlen_q);
   params.seqlen_k = static_cast<int32_t>(seqlen_k);
@@ -341,52 +395,71 @@ ForwardCall prepare_forward(const Tensor& q, const Tensor& k, const Tensor& v, c
   params.kv_heads = static_cast<int32_t>(kv_heads);
   params.head_dim = static_cast<int32_t>(head_dim);
   params.head_dim_v = static_cast<int32_t>(head_dim_v);
-  params.softmax_scale = static_cast<float>(softmax_scale);
-  params.softcap = static_cast<float>(softcap);
-  params.sm_margin = static_cast<int32_t>(std::min<int64_t>(sm_margin, 1 << 20));
+  params.softmax_scale = static_cast<float>(in.softmax_scale);
+  params.softcap = static_cast<float>(in.softcap);
+  params.sm_margin = static_cast<int32_t>(std::min<int64_t>(in.sm_margin, 1 << 20));
   params.out_dtype = *dtype;
   call.empty = batch * seqlen_q == 0 || (packed ? params.ranges == 0 : seqlen_k == 0);
-  call.stream = current_stream(q.get_device_index());
   if (call.empty) return call;
 
-  params.q = q.const_data_ptr();
+  params.q = q.data;
   params.q_stride = mapped_strides("q", q);
   if (seqlen_k > 0) {
-    params.k = k.const_data_ptr();
-    params.v = v.const_data_ptr();
+    params.k = k.data;
+    params.v = v.data;
     params.k_stride = mapped_strides("k", k);
     params.v_stride = mapped_strides("v", v);
   } else {
     params.k = params.v = params.q;  // an address that a tensor map may hold; no key will be loaded from it
   }
-  if (packed) {
-    const int64_t elements = fa3::workspace_elements(seqlen_q, heads, kv_heads, params.ranges);
-    call.scratch = empty_like(q, {elements}, ScalarType::Int);
-    params.workspace = static_cast<int32_t*>(call.scratch->mutable_data_ptr());
-  } else {
-    params.tile_counter = tile_counter(q, call.stream, call.scratch);
-  }
   return call;
 }
 
-// out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), or packed (Tq, Hq, Dv) and (Hq, Tq).
+// Launches a call that is not empty, of which all is known but the kernel's scratch memory.
+void launch_forward(const char* name, ForwardCall& call) {
+  const cudaStream_t stream = current_stream(call.device);
+  fa3::ForwardParams& params = call.params;
+  std::optional<Tensor> scratch;
+  if (call.packed) {
+    const int64_t elements = fa3::workspace_elements(params.seqlen_q, params.heads, params.kv_heads, params.ranges);
+    scratch = empty(call.device, {elements}, ScalarType::Int);
+    params.workspace = static_cast<int32_t*>(scratch->mutable_data_ptr());
+  } else {
+    params.tile_counter = tile_counter(call.device, stream, scratch);
+  }
+  check_launch(call.launch(params, stream), name);
+}
+
+struct Shapes {
+  std::vector<int64_t> out;  // (B, Sq, Hq, Dv), or packed (Tq, Hq, Dv)
+  std::vector<int64_t> lse;  // (B, Hq, Sq), or packed (Hq, Tq)
+};
+
+Shapes result_shapes(const ForwardCall& call) {
+  const fa3::ForwardParams& params = call.params;
+  Shapes shapes{{params.seqlen_q, params.heads, params.head_dim_v}, {params.heads, params.seqlen_q}};
+  if (!call.packed) {
+    shapes.out.insert(shapes.out.begin(), params.batch);
+    shapes.lse.insert(shapes.lse.begin(), params.batch);
+  }
+  return shapes;
+}
+
 std::tuple<Tensor, Tensor> forward_sm90(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& q_start,
     const std::optional<Tensor>& q_len, const std::optional<Tensor>& k_start, const std::optional<Tensor>& k_len,
     const std::optional<Tensor>& offsets, std::optional<int64_t> offset, double softmax_scale,
     std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
     std::optional<ScalarType> out_dtype, bool /* deterministic: it always is */, int64_t sm_margin) {
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  ForwardCall call = prepare_forward(q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left,
-                                     window_right, softcap, sm_margin);
-  const ScalarType wanted = out_dtype.value_or(q.scalar_type());
-  FA3_CHECK(wanted == q.scalar_type() || wanted == ScalarType::Float, "forward: out_dtype must be q's dtype or float32");
-  const int64_t packed = call.packed;
-  std::vector<int64_t> out_shape = sizes_of(q), lse_shape{q.size(2 - packed), q.size(1 - packed)};
-  out_shape.back() = v.size(3 - packed);
-  if (!packed) lse_shape.insert(lse_shape.begin(), q.size(0));
-  Tensor out = empty_like(q, out_shape, wanted);
-  Tensor lse = empty_like(q, lse_shape, ScalarType::Float);
+  ForwardCall call = check_forward({view_of(q), view_of(k), view_of(v), view_of(q_start), view_of(q_len),
+                                    view_of(k_start), view_of(k_len), view_of(offsets), offset, softmax_scale,
+                                    window_left, window_right, softcap, sm_margin});
+  const ScalarType wanted = out_dtype.value_or(call.dtype);
+  FA3_CHECK(wanted == call.dtype || wanted == ScalarType::Float, "forward: out_dtype must be q's dtype or float32");
+  const CurrentDevice device(call.device);
+  const Shapes shapes = result_shapes(call);
+  Tensor out = empty(call.device, shapes.out, wanted);
+  Tensor lse = empty(call.device, shapes.lse, ScalarType::Float);
   if (call.empty) {
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
@@ -395,45 +468,220 @@ std::tuple<Tensor, Tensor> forward_sm90(
   call.params.out = out.mutable_data_ptr();
   call.params.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (wanted == ScalarType::Float) call.params.out_dtype = fa3::DType::fp32;
-  check_launch(call.launch(call.params, call.stream), "forward");
+  launch_forward("forward", call);
   return {out, lse};
 }
 
-// A contiguous output of this shape and dtype, on q's device.
-void* state_pointer(const char* name, Tensor& tensor, const std::vector<int64_t>& shape, ScalarType dtype,
-                    const Tensor& q) {
-  FA3_CHECK(same_shape(tensor, shape) && tensor.scalar_type() == dtype && tensor.is_cuda() &&
-            tensor.get_device_index() == q.get_device_index() && tensor.is_contiguous() &&
-            reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0,
+bool is_contiguous(const View& view) {
+  int64_t stride = 1;
+  for (int64_t dim = view.dims; dim-- > 0; stride *= view.sizes[dim]) {
+    if (view.sizes[dim] > 1 && view.strides[dim] != stride) return false;
+  }
+  return true;
+}
+
+// Memory to write `shape` to, contiguous, of this dtype and on q's device.
+void* state_pointer(const char* name, const View& view, const std::vector<int64_t>& shape, ScalarType dtype,
+                    const View& q) {
+  FA3_CHECK(std::equal(view.sizes, view.sizes + view.dims, shape.begin(), shape.end()) && view.dtype == dtype &&
+            view.device == q.device && is_contiguous(view) && reinterpret_cast<uintptr_t>(view.data) % 16 == 0,
             "forward_into: ", name, " has a shape, dtype, device or strides that this kernel does not write: it must be "
-            "contiguous, 16-byte aligned and go with q ", shape_of(q), ", got ", shape_of(tensor));
-  return tensor.mutable_data_ptr();
+            "contiguous, 16-byte aligned and go with q ", shape_of(q), ", got ", shape_of(view));
+  return const_cast<void*>(view.data);
 }
 
 // Continues the running state out_acc (Tq, Hq, Dv), lse (Hq, Tq) over the visits; those flagged last end in out.
+void continue_forward(const ForwardInputs& in, const View& out_acc, const View& lse, const std::optional<View>& out,
+                      const View& flags) {
+  const View& q = in.q;
+  FA3_CHECK(q.dims == 3, "forward_into: q must have shape (tokens, heads, head_dim), got ", shape_of(q));
+  ForwardCall call = check_forward(in);
+  const Shapes shapes = result_shapes(call);
+  call.params.out_acc = static_cast<float*>(state_pointer("out_acc", out_acc, shapes.out, ScalarType::Float, q));
+  call.params.lse = static_cast<float*>(state_pointer("lse", lse, shapes.lse, ScalarType::Float, q));
+  if (out) {
+    const bool is_float = out->dtype == ScalarType::Float;
+    call.params.out = state_pointer("out", *out, shapes.out, is_float ? ScalarType::Float : call.dtype, q);
+    if (is_float) call.params.out_dtype = fa3::DType::fp32;
+  }
+  call.params.flags = column("flags", flags, call.params.ranges, q);
+  if (call.empty) return;
+  const CurrentDevice device(call.device);
+  launch_forward("forward_into", call);
+}
+
 void forward_into_sm90(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& out_acc, Tensor& lse,
                        std::optional<Tensor> out, const Tensor& q_start, const Tensor& q_len, const Tensor& k_start,
                        const Tensor& k_len, const Tensor& offsets, const Tensor& flags, double softmax_scale,
                        std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
                        int64_t sm_margin) {
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  FA3_CHECK(q.dim() == 3, "forward_into: q must have shape (tokens, heads, head_dim), got ", shape_of(q));
-  ForwardCall call = prepare_forward(q, k, v, q_start, q_len, k_start, k_len, offsets, std::nullopt, softmax_scale,
-                                     window_left, window_right, softcap, sm_margin);
-  std::vector<int64_t> out_shape{q.size(0), q.size(1), v.size(2)};
-  call.params.out_acc = static_cast<float*>(state_pointer("out_acc", out_acc, out_shape, ScalarType::Float, q));
-  call.params.lse = static_cast<float*>(state_pointer("lse", lse, {q.size(1), q.size(0)}, ScalarType::Float, q));
-  if (out) {
-    const bool is_float = out->scalar_type() == ScalarType::Float;
-    call.params.out = state_pointer("out", *out, out_shape, is_float ? ScalarType::Float : q.scalar_type(), q);
-    if (is_float) call.params.out_dtype = fa3::DType::fp32;
+  // NOTE: asked for memory to write to, a tensor that shares its own with a lazy copy parts from it.
+  for (Tensor* written : {&out_acc, &lse, out ? &*out : nullptr}) {
+    if (written != nullptr && written->is_cuda()) written->mutable_data_ptr();
   }
-  call.params.flags = column("flags", flags, call.params.ranges, q);
-  if (call.empty) return;
-  check_launch(call.launch(call.params, call.stream), "forward_into");
+  continue_forward({view_of(q), view_of(k), view_of(v), view_of(q_start), view_of(q_len), view_of(k_start),
+                    view_of(k_len), view_of(offsets), std::nullopt, softmax_scale, window_left, window_right, softcap,
+                    sm_margin},
+                   view_of(out_acc), view_of(lse), view_of(out), view_of(flags));
+}
+
+// ---- forward, called from Python -------------------------------------------------------------------------------------
+
+// What the functions below borrow from Python and Torch, for as long as the process lives.
+struct Surroundings {
+  const dlpack::Exchange* exchange;  // of torch.Tensor
+  PyObject* tensor_type;             // torch.Tensor
+  PyObject* empty;                   // (shape, strides, dtype) -> Tensor on the current CUDA device
+  PyObject* dtypes[3];               // torch's, in the order of fa3::DType
+};
+
+Surroundings surroundings;
+
+// Thrown for calls that are left to the operator: it knows what to do with them, or what is wrong.
+struct Refused : std::exception {};
+
+bool is_exactly(PyObject* object, PyObject* type) {
+  const python::Object own(PyObject_Type(object));
+  return own.get() == type;
+}
+
+// NOTE: the exchange takes whatever it is given for a tensor.
+View as_view(PyObject* object) {
+  dlpack::Tensor tensor;
+  if (!is_exactly(object, surroundings.tensor_type) || surroundings.exchange->view(object, &tensor) != 0) throw Refused{};
+  std::optional<ScalarType> dtype;
+  if (tensor.lanes == 1 && tensor.bits == 16 && tensor.code == dlpack::kBfloat) dtype = ScalarType::BFloat16;
+  if (tensor.lanes == 1 && tensor.bits == 16 && tensor.code == dlpack::kFloat) dtype = ScalarType::Half;
+  if (tensor.lanes == 1 && tensor.bits == 32 && tensor.code == dlpack::kFloat) dtype = ScalarType::Float;
+  if (tensor.lanes == 1 && tensor.bits == 32 && tensor.code == dlpack::kInt) dtype = ScalarType::Int;
+  // NOTE: tensors without memory that is theirs, such as functorch's, have no address even where they have elements.
+  if (tensor.device_type != dlpack::kCUDA || tensor.data == nullptr) throw Refused{};
+  return {static_cast<const char*>(tensor.data) + tensor.byte_offset, tensor.sizes, tensor.strides, tensor.dims, dtype,
+          tensor.device};
+}
+
+std::optional<View> as_optional_view(PyObject* object) {
+  return object == python::none() ? std::nullopt : std::optional<View>(as_view(object));
+}
+
+double as_double(PyObject* object) {
+  const python::Object type(PyObject_Type(object));
+  if (type.get() != &PyLong_Type && !PyType_IsSubtype(type.get(), &PyFloat_Type)) throw Refused{};
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1.0 && PyErr_Occurred() != nullptr) throw Refused{};
+  return value;
+}
+
+int64_t as_integer(PyObject* object) {
+  if (!is_exactly(object, &PyLong_Type)) throw Refused{};
+  const int64_t value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred() != nullptr) throw Refused{};
+  return value;
+}
+
+std::optional<int64_t> as_optional_integer(PyObject* object) {
+  return object == python::none() ? std::nullopt : std::optional<int64_t>(as_integer(object));
+}
+
+python::Object as_tuple(const std::vector<int64_t>& values) {
+  return python::make_tuple(values.size(), [&](ssize_t i) { return PyLong_FromLongLong(values[i]); });
+}
+
+// An uninitialised contiguous tensor on the current CUDA device.
+python::Object new_tensor(const std::vector<int64_t>& shape, fa3::DType dtype) {
+  PyObject* const code = surroundings.dtypes[static_cast<int>(dtype)];
+  const python::Object arguments = python::make_tuple(3, [&](ssize_t i) {
+    if (i == 2) return python::new_reference(code);
+    return as_tuple(i == 0 ? shape : contiguous_strides(shape)).release();
+  });
+  return python::Object(PyObject_Call(surroundings.empty, arguments.get(), nullptr));
+}
+
+bool is_hopper(int32_t device) {
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major == 9 && minor == 0;
+}
+
+// `forward_sm90` of Python's arguments.
+PyObject* run_forward(PyObject* const* arguments) {
+  const auto [q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left, window_right, softcap,
+              out_dtype, deterministic, sm_margin] = *reinterpret_cast<PyObject* const(*)[16]>(arguments);
+  if (!is_exactly(deterministic, &PyBool_Type)) throw Refused{};  // it always is
+  ForwardCall call = check_forward({as_view(q), as_view(k), as_view(v), as_optional_view(q_start), as_optional_view(q_len),
+                                    as_optional_view(k_start), as_optional_view(k_len), as_optional_view(offsets),
+                                    as_optional_integer(offset), as_double(softmax_scale),
+                                    as_optional_integer(window_left), as_optional_integer(window_right),
+                                    as_double(softcap), as_integer(sm_margin)});
+  fa3::ForwardParams& params = call.params;
+  if (call.empty || !is_hopper(call.device)) throw Refused{};
+  if (out_dtype == surroundings.dtypes[static_cast<int>(fa3::DType::fp32)]) {
+    params.out_dtype = fa3::DType::fp32;
+  } else if (out_dtype != python::none() && out_dtype != surroundings.dtypes[static_cast<int>(params.out_dtype)]) {
+    throw Refused{};
+  }
+
+  const CurrentDevice device(call.device);
+  const Shapes shapes = result_shapes(call);
+  python::Object out = new_tensor(shapes.out, params.out_dtype), lse = new_tensor(shapes.lse, fa3::DType::fp32);
+  const View out_view = as_view(out.get()), lse_view = as_view(lse.get());
+  if (out_view.device != call.device || lse_view.device != call.device) throw Refused{};
+  params.out = const_cast<void*>(out_view.data);
+  params.lse = static_cast<float*>(const_cast<void*>(lse_view.data));
+  {
+    const python::Unlocked others_run;  // a launch waits where its stream's queue is full
+    launch_forward("forward", call);
+  }
+  return python::make_tuple(2, [&](ssize_t i) { return (i == 0 ? out : lse).release(); }).release();
+}
+
+// `forward_into_sm90` of Python's arguments.
+PyObject* run_forward_into(PyObject* const* arguments) {
+  const auto [q, k, v, out_acc, lse, out, q_start, q_len, k_start, k_len, offsets, flags, softmax_scale, window_left,
+              window_right, softcap, sm_margin] = *reinterpret_cast<PyObject* const(*)[17]>(arguments);
+  const ForwardInputs inputs{as_view(q), as_view(k), as_view(v), as_view(q_start), as_view(q_len), as_view(k_start),
+                             as_view(k_len), as_view(offsets), std::nullopt, as_double(softmax_scale),
+                             as_optional_integer(window_left), as_optional_integer(window_right), as_double(softcap),
+                             as_integer(sm_margin)};
+  const View out_acc_view = as_view(out_acc), lse_view = as_view(lse), flags_view = as_view(flags);
+  const std::optional<View> out_view = as_optional_view(out);
+  if (!is_hopper(inputs.q.device)) throw Refused{};
+  {
+    const python::Unlocked others_run;
+    continue_forward(inputs, out_acc_view, lse_view, out_view, flags_view);
+  }
+  return python::new_reference(&_Py_TrueStruct);
+}
+
+// A function of Python's: what `run` makes of `expected` arguments, or None where the operator has to be asked; nothing has
+// happened then.
+template <auto run, ssize_t expected>
+PyObject* call_directly(PyObject*, PyObject* const* arguments, ssize_t count) {
+  try {
+    if (count == expected) return run(arguments);
+  } catch (const std::exception&) {
+    PyErr_Clear();
+  }
+  return python::new_reference(python::none());
 }
 
 }  // namespace
+
+// Makes a pair of Python functions that take the arguments of the schemas by position: forward, which gives (out, lse), and
+// forward_into, which gives True. Borrows what Surroundings lists, and is called with Python's lock held. None if this
+// Torch's exchange table is of no version that we know.
+extern "C" __attribute__((visibility("default"))) PyObject* fa3_dist_direct_calls(
+    const void* exchange_table, PyObject* tensor_type, PyObject* empty, PyObject* bf16, PyObject* fp16, PyObject* fp32) {
+  static PyMethodDef methods[2] = {{"forward", call_directly<run_forward, 16>, python::kFastCall, nullptr},
+                                   {"forward_into", call_directly<run_forward_into, 17>, python::kFastCall, nullptr}};
+  auto exchange = static_cast<const dlpack::Exchange*>(exchange_table);
+  while (exchange != nullptr && exchange->major_version != 1) exchange = exchange->older;
+  if (exchange == nullptr || exchange->view == nullptr) return python::new_reference(python::none());
+  surroundings = {exchange, tensor_type, empty, {bf16, fp16, fp32}};
+  for (PyObject* kept : {tensor_type, empty, bf16, fp16, fp32}) Py_IncRef(kept);
+  return python::make_tuple(2, [](ssize_t i) { return PyCFunction_NewEx(&methods[i], nullptr, nullptr); }).release();
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fa3_dist, CUDA, m) {
   m.impl("forward_sm90", TORCH_BOX(&forward_sm90));

@@ -6,7 +6,7 @@ by the device of the inputs: `reference` on the CPU; on CUDA the compiled sm_90a
 PyTorch's kernels through `reference`, with one warning a variant (`FA3_DIST_STRICT=1` makes that an error).
 
 An operator's way through the dispatcher costs more host time than a short kernel runs. `forward` and `forward_into`
-therefore call the compiled library directly where that comes to the same: see `_is_direct`.
+therefore call the compiled library directly where that comes to the same: see `_is_unobserved`.
 
 Shapes: dense q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), lse and delta (B, Hq, Sq); packed q (Tq, Hq, D),
 k (Tk, Hkv, D), v (Tk, Hkv, Dv), lse and delta (Hq, Tq), with int32 (n,) starts and lengths of the n ranges.
@@ -92,19 +92,18 @@ def forward(
     """
     if softmax_scale is None:
         softmax_scale = _default_scale(q)
-    rest = (
-        q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left, window_right, softcap, out_dtype,
-        deterministic, sm_margin,
+    args = (
+        q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left, window_right, softcap,
+        out_dtype, deterministic, sm_margin,
     )  # fmt: skip
-    try:
-        if _is_direct("forward", q, k, v, q_start):
+    if _is_unobserved(q, k, v, q_start):
+        result = _direct_forward(*args)
+        if result is not None:
             if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-                return _DirectForward.apply(q, k, v, rest)
-            return _forward_sm90(q, k, v, *rest)
-    except _REPEATED:
-        pass
+                return _record(q, k, v, args, result)
+            return result
     _check_is_tensor("q", q)
-    return torch.ops.fa3_dist.forward.default(q, k, v, *rest)
+    return torch.ops.fa3_dist.forward.default(*args)
 
 
 def forward_into(
@@ -135,11 +134,8 @@ def forward_into(
         q, k, v, out_acc, lse, out, q_start, q_len, k_start, k_len, offsets, flags, softmax_scale, window_left,
         window_right, softcap, sm_margin,
     )  # fmt: skip
-    try:
-        if _is_direct("forward_into", q, k, v, q_start):
-            return _forward_into_sm90(*args)
-    except _REPEATED:
-        pass
+    if _is_unobserved(q, k, v, q_start) and _direct_forward_into(*args):
+        return
     _check_is_tensor("q", q)
     torch.ops.fa3_dist.forward_into.default(*args)
 
@@ -508,7 +504,6 @@ def _run_on_cuda(op: str, *args: Any) -> Any:
     if _has_compiled_kernel(device, request):
         if os.environ.get("FA3_DIST_DEBUG") == "1":
             _check_contents(op, args)
-        _direct_calls.add((op, device, *request.dtypes, *request.head_dims))
         return _RUN_COMPILED[op](*args)
     deterministic = dict(zip(SCHEMA_ARGS[op], args)).get("deterministic", False)
     with torch.cuda.device(device), _full_precision("cuda"), _deterministic(deterministic):
@@ -560,46 +555,68 @@ def _is_writable(x: Tensor) -> bool:
 
 # ---- direct calls of the compiled library ----------------------------------------------------------------------------
 
-# The calls that an operator has found to run on the compiled library: (op, device, dtype, head_dim, head_dim_v). What
-# runs a call is decided there alone, with its warning or error; the set remembers it at the price of a look-up.
-_direct_calls: set[tuple[Any, ...]] = set()
-
-# What a direct call may fail with, always before it writes anything. The operator then repeats the call, which says
-# what is wrong with the arguments, makes the copies that an odd layout needs, or meets the same error.
-_REPEATED = (IndexError, RuntimeError)
-
+_is_compiling, _is_profiling = torch.compiler.is_dynamo_compiling, torch._C._autograd._profiler_enabled
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _functorch, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
 
-def _is_direct(op: str, q: Tensor, k: Tensor, v: Tensor, q_start: Tensor | None) -> bool:
-    """Whether a call may leave out the operator and go to `<op>_sm90`.
+def _is_unobserved(q: Tensor, k: Tensor, v: Tensor, q_start: Tensor | None) -> bool:
+    """Whether a call may leave out the operator, since nothing would see it.
 
-    It may if one like it has run on the compiled library, and nothing listens to operators (compiler, mode, transform,
-    tensor subclass, FA3_DIST_DEBUG). Arguments need no check here: the library refuses whatever the operator refuses,
-    and strides that its kernels cannot load or write.
+    That is: no compiler, mode, transform, trace, profiler or tensor subclass, and no FA3_DIST_DEBUG. Arguments need no
+    check here: the library refuses whatever the operator refuses, and strides that its kernels cannot load or write.
+    (So it does tensors that are yet to be negated: parts of complex numbers, which do not lie side by side.)
     """
     return (
-        not torch.compiler.is_dynamo_compiling()
+        not _is_compiling()
         and type(q) is type(k) is type(v) is Tensor
-        and (op, q.device, q.dtype, q.shape[-1], v.shape[-1]) in _direct_calls
-        and not (_dispatch_modes() or _function_modes() or _functorch() or _tracing())
+        and not (_dispatch_modes() or _function_modes() or _functorch() or _tracing() or _is_profiling())
         and (q_start is None or os.environ.get("FA3_DIST_DEBUG") != "1")
     )
 
 
 class _DirectForward(torch.autograd.Function):
-    """What `register_autograd` makes of the operator, made of the compiled kernel: same formula, less host time."""
+    """What `register_autograd` makes of the operator, made of a result of the compiled kernel's: the same formula."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        result = _forward_sm90(q, k, v, *rest)
-        _save_for_backward(ctx, (q, k, v, *rest), result)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, args: tuple[Any, ...], result: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        _save_for_backward(ctx, args, result)
         return result
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_forward_autograd(ctx, dout, dlse)[:3], None
+        return *_forward_autograd(ctx, dout, dlse)[:3], None, None
+
+
+# NOTE: what `apply` does before this is for functorch, which is not active here, and takes as long as a launch.
+_record = super(torch.autograd.Function, _DirectForward).apply
+
+
+def _direct_calls() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The compiled library's forward and forward_into without the dispatcher.
+
+    They take the operator's arguments, by position. The one gives the operator's results and the other True; or None,
+    having done nothing, for a call that they leave to the operator: one that no kernel here runs as it is, that is
+    wrong, or that fails. They take tensors apart by DLPack's table of C functions and are written against Python's
+    limited API, so that one library serves every Torch and every Python. What else they need of Torch may be missing;
+    then they leave all calls to the operator.
+    """
+
+    def leave(*_: Any) -> None:
+        return None
+
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # a third of what torch.empty takes
+    if not _library_loaded or exchange is None or empty is None:
+        return leave, leave
+    address = ctypes.pythonapi.PyCapsule_GetPointer
+    address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    make = ctypes.PyDLL(str(LIBRARY)).fa3_dist_direct_calls
+    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, *[ctypes.py_object] * 5]
+    dtypes = torch.bfloat16, torch.float16, torch.float32
+    return make(address(exchange, b"dlpack_exchange_api"), Tensor, empty, *dtypes) or (leave, leave)
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
@@ -682,3 +699,4 @@ torch.library.register_autograd(
 )
 
 _library_loaded = _load_library()
+_direct_forward, _direct_forward_into = _direct_calls()

@@ -6,9 +6,13 @@ does not fit, with errors of its own; what it accepts `reference` computes.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,16 +24,6 @@ from tests.test_ops import RANGE_NAMES, index_tensors, random_qkv
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 VARIANTS = ["forward_bf16_64_64", "forward_bf16_192_128", "forward_fp32_64_64", "delta_bf16", "delta_fp32"]
 README = Path(__file__).resolve().parent.parent / "README.md"
-
-
-class Everything:
-    """In the place of the set of calls that may go directly: all may."""
-
-    def __contains__(self, call: object) -> bool:
-        return True
-
-    def add(self, call: object) -> None:
-        pass
 
 
 class Library:
@@ -46,6 +40,17 @@ class Library:
         self.refuse(op, dict(zip(ops.SCHEMA_ARGS[op], args, strict=True)))
         with torch.no_grad(), ops._full_precision("cpu"):
             return getattr(reference, op)(*args)
+
+    def direct_calls(self) -> list[Callable[..., object]]:
+        """In the place of the library's functions: None for what they leave to the operator."""
+
+        def direct(kernel: Callable[..., object], *args: object) -> object:
+            try:
+                return kernel(*args) or True  # through the dispatcher, which checks types as the library does
+            except (IndexError, RuntimeError):
+                return None
+
+        return [functools.partial(direct, kernel) for kernel in (ops._forward_sm90, ops._forward_into_sm90)]
 
     def refuse(self, op: str, call: dict) -> None:
         """Raises RuntimeError for what no kernel takes."""
@@ -73,15 +78,24 @@ class Library:
 def library(monkeypatch):
     library = Library()
     monkeypatch.setattr(ops, "_has_compiled_kernel", lambda device, request: ops._covers(VARIANTS, request))
-    monkeypatch.setattr(ops, "_direct_calls", set())
     yield library
     library.registration._destroy()
 
 
+def go_directly(library, monkeypatch):
+    """Every call that may goes to the library directly."""
+    for name, call in zip(("_direct_forward", "_direct_forward_into"), library.direct_calls(), strict=True):
+        monkeypatch.setattr(ops, name, call)
+
+
+def do_not_go_directly(monkeypatch):
+    for name in ("_direct_forward", "_direct_forward_into"):
+        monkeypatch.setattr(ops, name, lambda *args: None)
+
+
 @pytest.fixture
 def direct(library, monkeypatch):
-    """The library, and every call that may go to it directly does."""
-    monkeypatch.setattr(ops, "_direct_calls", Everything())
+    go_directly(library, monkeypatch)
     return library
 
 
@@ -238,7 +252,7 @@ def misaligned(x):
 def test_a_state_of_any_strides_is_updated_in_place(odd, lay_out, way, library, monkeypatch):
     """The kernel gets whole tensors; views of larger ones get back what it wrote, and nothing around them changes."""
     if way == "direct":
-        monkeypatch.setattr(ops, "_direct_calls", Everything())
+        go_directly(library, monkeypatch)
     q, k, v, state = (x[0] for x in random_qkv("cpu", BF16, seqlen_q=6, seqlen_k=8, head_dim=16))
     states = {"out_acc": state.float(), "lse": state.float().sum(-1).T.contiguous(), "out": state.clone()}
     around = {}
@@ -262,7 +276,7 @@ def test_a_state_of_any_strides_is_updated_in_place(odd, lay_out, way, library, 
 @pytest.mark.parametrize("way", ["operator", "direct"])
 def test_ranges_may_be_columns_of_a_table(way, library, monkeypatch):
     if way == "direct":
-        monkeypatch.setattr(ops, "_direct_calls", Everything())
+        go_directly(library, monkeypatch)
     q, k, v, state = (x[0] for x in random_qkv("cpu", BF16, seqlen_q=6, seqlen_k=8, head_dim=16))
     columns = index_tensors("cpu", [0, 2], [2, 4], [0, 3], [3, 5], [1, -1], [3, 3])
     assert not any(x.is_contiguous() for x in columns)
@@ -329,7 +343,7 @@ def test_which_rows_the_copy_engine_can_address(change, plain, packed):
 @pytest.mark.parametrize("way", ["operator", "direct"])
 def test_debug_mode_reads_what_the_kernels_take_on_trust(way, library, monkeypatch):
     if way == "direct":
-        monkeypatch.setattr(ops, "_direct_calls", Everything())
+        go_directly(library, monkeypatch)
     q, k, v, state = (x[0] for x in random_qkv("cpu", FP32, seqlen_q=6, seqlen_k=8, head_dim=16))
     lse = torch.zeros(2, 6)
     wrong = {"k_len": (visits("cpu", q_len=6, k_len=9), state), "LAST": (visits("cpu", q_len=6, k_len=8), None)}
@@ -346,21 +360,36 @@ def test_debug_mode_reads_what_the_kernels_take_on_trust(way, library, monkeypat
 # ---- direct calls ----------------------------------------------------------------------------------------------------
 
 
-def test_the_first_call_decides_for_those_like_it(library):
-    """The operator finds the library to cover a call; later ones of its device, dtype and head dims go directly."""
-    q, k, v, _ = random_qkv("cpu", BF16, head_dim=64)
-    rest = (*[None] * 6, 0.125, None, None, 0.0, None, False, 0)
-    ops.forward(q, k, v)
-    assert not library.calls  # the operator ran, on the CPU
-    ops._run_on_cuda("forward", q, k, v, *rest)
-    assert library.took("forward")
-    for seqlen in (3, 50):
-        ops.forward(*random_qkv("cpu", BF16, seqlen_q=seqlen, seqlen_k=seqlen + 1, heads=4, head_dim=64)[:3])
-        assert library.took("forward")
-    wide = random_qkv("cpu", BF16, head_dim=128)
-    for unlike in (random_qkv("cpu", FP32, head_dim=64), random_qkv("cpu", BF16, head_dim=32), (q, k, wide[2])):
-        ops.forward(*unlike[:3])
-        assert not library.calls
+def test_a_call_that_the_library_leaves_runs_in_the_operator(direct):
+    q, k, v, _ = random_qkv("cpu", BF16, head_dim=20)
+    expected = reference.forward(q, k, v, *[None] * 6, 0.5, None, None, 0.0, None, False, 0)
+    assert all(torch.equal(a, b) for a, b in zip(ops.forward(q, k, v, softmax_scale=0.5), expected, strict=True))
+
+
+@pytest.mark.skipif(ops.library_info() is None, reason="needs the compiled library: make kernels")
+def test_the_compiled_library_leaves_what_is_not_for_it():
+    """Whatever Python objects it gets, and whatever kind of tensor, it says None and leaves no error behind."""
+    q, k, v, _ = random_qkv("cpu", BF16, head_dim=16)
+    rest = (*[None] * 6, 0.25, None, None, 0.0, None, False, 0)
+    wrapped = []
+    torch.func.vmap(lambda x: wrapped.append(x) or x)(q)
+    odd = [None, 1, "q", object(), q.as_subclass(Subclass), q.to("meta"), q.to_sparse(), *wrapped]
+    for x in (q, *odd):
+        for call in ((x, k, v, *rest), (q, k, x, *rest), (q, k, v, x, *rest[1:])):
+            assert ops._direct_forward(*call) is None
+    for at in range(16):
+        for x in (None, "text", 2**70, -1, 1.5, True, object(), FP64):
+            call = [q, k, v, *rest]
+            call[at] = x
+            assert ops._direct_forward(*call) is None
+    visit, states = visits("cpu", q_len=6, k_len=8).values(), (torch.zeros(6, 2, 16), torch.zeros(2, 6), None)
+    for at in range(17):
+        for x in (None, "text", 2**70, -1, 1.5, True, object(), FP64, q):
+            call = [q[0], k[0], v[0], *states, *visit, 0.25, None, None, 0.0, 0]
+            call[at] = x
+            assert ops._direct_forward_into(*call) is None
+    for call in (ops._direct_forward, ops._direct_forward_into):
+        assert call() is None and call(q, k, v) is None
 
 
 @pytest.mark.parametrize("op", ops.COMPILED)
@@ -414,7 +443,7 @@ EVERY_WRONG_CALL = [
 def test_direct_calls_raise_what_the_operator_raises(wrong, direct, monkeypatch):
     test_bad_input.check(wrong, "cpu")
     directly = outcome(wrong, "cpu")
-    monkeypatch.setattr(ops, "_direct_calls", set())
+    do_not_go_directly(monkeypatch)
     assert directly == outcome(wrong, "cpu")
 
 
@@ -448,6 +477,9 @@ def test_nothing_goes_past_those_who_listen_to_operators(direct):
         assert ops.forward(*(mode.from_tensor(x) for x in (q, k, v)))[0].shape == q.shape
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.grad(lambda x: ops.forward(x, k, v)[0].float().sum())(q)
+    with torch.profiler.profile() as profile:
+        ops.forward(q, k, v)
+    assert "fa3_dist::forward" in {event.key for event in profile.key_averages()}
     traced = torch.jit.trace(lambda q, k, v: ops.forward(q, k, v)[0], (q, k, v), check_trace=False)
     assert "fa3_dist::forward(" in str(traced.graph)
     assert not direct.calls
@@ -481,7 +513,7 @@ def test_gradients_of_direct_calls_are_those_of_the_operator(direct, monkeypatch
 
     results, saved = run()
     assert direct.took("forward")
-    monkeypatch.setattr(ops, "_direct_calls", set())
+    do_not_go_directly(monkeypatch)
     expected, expected_saved = run()
     assert not direct.calls
     assert saved == expected_saved
@@ -516,29 +548,28 @@ test_activation_checkpointing_gives_the_same_bits = test_interface.test_activati
 
 
 @pytest.fixture
-def hopper(monkeypatch):
-    """A GPU with the compiled forward, from the state of a new process."""
+def hopper():
+    """A GPU with the compiled forward."""
     info = ops.library_info()
     variants = info["variants"] if info else []
     if torch.cuda.get_device_capability() != (9, 0) or not ops._covers(variants, request("forward", (BF16,), (64, 64))):
         pytest.skip("needs a Hopper GPU and a library with forward kernels: make kernels")
-    monkeypatch.setattr(ops, "_direct_calls", set())
     return "cuda"
 
 
 @pytest.fixture
 def launches(hopper, monkeypatch):
-    """How often `ops.forward` and `ops.forward_into` called the library directly."""
+    """How often `ops.forward` and `ops.forward_into` called the library directly, and it took the call."""
     count = {"forward": 0, "forward_into": 0}
     for op in count:
-        kernel = getattr(ops, f"_{op}_sm90")
+        kernel = getattr(ops, f"_direct_{op}")
 
         def counted(*args, op=op, kernel=kernel):
             result = kernel(*args)
-            count[op] += 1
+            count[op] += result is not None
             return result
 
-        monkeypatch.setattr(ops, f"_{op}_sm90", counted)
+        monkeypatch.setattr(ops, f"_direct_{op}", counted)
     return count
 
 
@@ -559,9 +590,6 @@ def bf16_tables(monkeypatch):
 def test_the_library_is_called_directly(call, launches, monkeypatch):
     bf16_tables(monkeypatch)
     op = "forward_into" if call == "forward_into" else "forward"
-    getattr(test_bad_input, call)("cuda")
-    assert ops._direct_calls == {(op, torch.device("cuda", torch.cuda.current_device()), BF16, 8, 8)}
-    monkeypatch.setitem(launches, op, 0)
     monkeypatch.setattr(ops, "_run_on_cuda", None)
     getattr(test_bad_input, call)("cuda")
     assert launches[op] == 1
@@ -575,7 +603,7 @@ def test_the_library_refuses_what_the_operator_refuses(wrong, hopper, monkeypatc
     for call in ("dense", "packed", "forward_into"):
         getattr(test_bad_input, call)("cuda")
     directly = outcome(wrong, "cuda")
-    monkeypatch.setattr(ops, "_direct_calls", set())
+    do_not_go_directly(monkeypatch)
     assert directly == outcome(wrong, "cuda")
     assert directly is not None or wrong.label == "v dtype"  # to bf16, which all are here
 
@@ -584,16 +612,148 @@ def test_the_library_refuses_what_the_operator_refuses(wrong, hopper, monkeypatc
 @pytest.mark.parametrize("layout", sorted(set(test_ops.GRADIENT_LAYOUTS)))
 @pytest.mark.parametrize("which", range(3), ids="qkv")
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_direct_calls_with_any_strides(which, layout, packed, hopper):
-    tensors = list(random_qkv(hopper, BF16, batch=2, seqlen_q=40, seqlen_k=70, heads=4, head_dim=64)[:3])
+def test_direct_calls_with_any_strides(which, layout, packed, launches):
+    device = "cuda"
+    tensors = list(random_qkv(device, BF16, batch=2, seqlen_q=40, seqlen_k=70, heads=4, head_dim=64)[:3])
     ranges = {}
     if packed:
         tensors = [x[0] for x in tensors]
-        ranges = dict(zip(RANGE_NAMES, index_tensors(hopper, [0, 25], [25, 15], [10, 0], [60, 70]), strict=True))
+        ranges = dict(zip(RANGE_NAMES, index_tensors(device, [0, 25], [25, 15], [10, 0], [60, 70]), strict=True))
+        ranges = {name: x.contiguous() for name, x in ranges.items()}
     tensors[which] = test_ops.lay_out(tensors[which], layout)
     plain = [x.contiguous() for x in tensors]
-    ops.forward(*plain, **ranges, window_right=0)
     expected = ops.forward(*plain, **ranges, window_right=0)
-    assert ops._direct_calls
+    assert launches["forward"] == 1
     for got, want in zip(ops.forward(*tensors, **ranges, window_right=0), expected, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [None, BF16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_direct_results_are_those_of_the_operator(dtype, out_dtype, launches, monkeypatch):
+    if not ops._covers(ops.library_info()["variants"], request("forward", (dtype,), (64, 40))):
+        pytest.skip(f"the library has no forward for {dtype}")
+    q, k, v, _ = random_qkv("cuda", dtype, batch=2, seqlen_q=70, seqlen_k=90, heads=4, head_dim=64)
+    call = {"softmax_scale": np.float64(0.2), "window_left": 30, "window_right": 4, "softcap": 5, "sm_margin": 3}
+    call |= {"offsets": torch.tensor([3, -2], device="cuda", dtype=torch.int32), "out_dtype": out_dtype}
+
+    def run():
+        with torch.inference_mode():
+            return ops.forward(q, k, v[..., :40], **call)
+
+    if out_dtype in (None, dtype, FP32):
+        directly = run()
+        assert launches["forward"] == 1
+        do_not_go_directly(monkeypatch)
+        for got, want in zip(directly, run(), strict=True):
+            assert torch.equal(got, want)
+            assert (got.dtype, got.stride(), got.is_inference()) == (want.dtype, want.stride(), want.is_inference())
+    else:
+        with pytest.raises(TypeError, match="out_dtype"):
+            run()
+
+
+@pytest.mark.gpu
+def test_direct_calls_in_a_graph(launches):
+    q, k, v, _ = random_qkv("cuda", BF16, seqlen_q=200, seqlen_k=200, head_dim=64)
+    expected = ops.forward(q, k, v, window_right=0)
+    given = torch.zeros_like(q)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = ops.forward(given, k, v, window_right=0)
+    assert launches["forward"] == 2
+    given.copy_(q)
+    for _ in range(3):
+        graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_streams_that_come_and_go(launches):
+    """The handle of a stream that was destroyed is given out again: its successor is another stream all the same."""
+    runtime = torch.cuda.cudart()
+    q, k, v, _ = random_qkv("cuda", BF16, batch=4, seqlen_q=2000, seqlen_k=2000, heads=4, head_dim=64)
+    expected = ops.forward(q, k, v, window_right=0)
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(40):
+        handle = ctypes.c_uint64()
+        assert int(runtime.cudaStreamCreate(ctypes.addressof(handle))) == 0
+        with torch.cuda.stream(torch.cuda.ExternalStream(handle.value)):
+            results.append([ops.forward(q, k, v, window_right=0) for _ in range(3)])
+        assert int(runtime.cudaStreamDestroy(handle.value)) == 0
+    torch.cuda.synchronize()
+    assert launches["forward"] == 121
+    assert all(torch.equal(got, want) for each in results for result in each for got, want in zip(result, expected))
+
+
+@pytest.mark.gpu
+def test_direct_calls_on_another_device(launches):
+    if torch.cuda.device_count() < 2 or torch.cuda.get_device_capability(1) != (9, 0):
+        pytest.skip("needs two Hopper GPUs")
+    tensors = random_qkv("cuda:0", BF16, seqlen_q=70, seqlen_k=90, head_dim=64)[:3]
+    expected = ops.forward(*tensors)
+    for device, current in ((1, 0), (0, 1), (1, 1)):
+        with torch.cuda.device(current):
+            results = ops.forward(*(x.to(f"cuda:{device}") for x in tensors))
+            assert torch.cuda.current_device() == current
+        for got, want in zip(results, expected, strict=True):
+            assert got.device == torch.device("cuda", device) and torch.equal(got.cpu(), want.cpu())
+    assert launches["forward"] == 4
+
+
+@pytest.mark.gpu
+def test_direct_calls_keep_the_allocators_rules(launches):
+    """Results are the caching allocator's own: it counts them, and lets their streams be recorded."""
+    q, k, v, _ = random_qkv("cuda", BF16, seqlen_q=256, seqlen_k=256, head_dim=64)
+    ops.forward(q, k, v)
+    before = torch.cuda.memory_allocated()
+    out, lse = ops.forward(q, k, v)
+    assert torch.cuda.memory_allocated() - before == out.nbytes + lse.nbytes
+    address, side = out.data_ptr(), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+    out.record_stream(side)
+    del out
+    assert ops.forward(q, k, v)[0].data_ptr() != address
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [None, BF16, FP32], ids=str)
+def test_a_state_is_continued_directly_as_by_the_operator(out_dtype, launches, monkeypatch):
+    q, k, v, state = (x[0] for x in random_qkv("cuda", BF16, seqlen_q=150, seqlen_k=90, heads=4, head_dim=64))
+    columns = [x.contiguous() for x in index_tensors("cuda", [10, 80], [60, 70], [0, 40], [90, 50], [4, -3], [1, 3])]
+    columns[5] = columns[5] if out_dtype else torch.ones_like(columns[5])
+    names = (*RANGE_NAMES, "offsets", "flags")
+
+    def run():
+        states = state.float(), torch.linspace(-1, 1, 600, device="cuda").view(4, 150).contiguous()
+        out = None if out_dtype is None else torch.zeros_like(state, dtype=out_dtype)
+        ops.forward_into(q, k, v, *states, out, **dict(zip(names, columns, strict=True)), window_left=40)
+        return [x for x in (*states, out) if x is not None]
+
+    directly = run()
+    assert launches["forward_into"] == 1
+    do_not_go_directly(monkeypatch)
+    for got, want in zip(directly, run(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*ComplexHalf:UserWarning")
+def test_the_library_takes_no_tensor_that_is_yet_to_be_negated(launches):
+    """Only complex numbers make them, and parts of those do not lie side by side."""
+    if not ops._covers(ops.library_info()["variants"], request("forward", (FP16,), (64, 64))):
+        pytest.skip("the library has no forward for float16")
+    q, k, v, _ = random_qkv("cuda", FP16, head_dim=64)
+    expected = ops.forward(-q, k, v)
+    assert launches["forward"] == 1
+    for at, x in enumerate((q, k, v)):
+        negated = torch.complex(x, -x).conj().imag
+        assert negated.is_neg() and torch.equal(negated, x)
+        call = [q, k, v]
+        call[at] = negated
+        assert ops._direct_forward(*call, *[None] * 6, 0.125, None, None, 0.0, None, False, 0) is None
+    assert torch.equal(ops.forward(torch.complex(q, q).conj().imag, k, v)[0], expected[0])
