@@ -1,0 +1,261 @@
+// A consumer warpgroup: 64 keys of every tile, or half of the gradients' columns of the 64 keys that it shares.
+//
+// A step takes a block of queries of one head. S^T = K Q^T and dP^T = V dO^T come out as 64 keys by queries, for a
+// warpgroup with keys of its own in the very registers from which P^T and dS^T = P^T (dP^T - delta) go into dV += P^T dO
+// and dK += dS^T Q. dS passes through shared memory, where the warpgroups' keys meet for dQ = dS K; where keys are shared,
+// so does P. dK and dV stay in registers over all blocks of all query heads of the KV head: they need no reduction.
+#pragma once
+
+#include "backward/epilogue.cuh"
+#include "forward/consumer.cuh"
+
+namespace fa3 {
+
+// Hides the scores that the mask hides: rows are keys, columns the queries from `first_query` on.
+template <class Config, class Scores>
+__device__ __forceinline__ void hide_queries(Scores& scores, const KeyTile& tile, ThreadRows rows, int first_query) {
+  constexpr int kColumns = Config::kQueriesOfWarpgroup / 4;  // a thread's
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int key = tile.first_key + rows.row + 8 * r;
+    const int before = key + tile.sequence.first_diagonal - first_query - rows.column;
+    const int end = key + tile.sequence.last_diagonal + 1 - first_query - rows.column;
+    const int hidden = columns_before(before), seen = key < tile.sequence.q_len ? columns_before(end) : 0;
+#pragma unroll
+    for (int word = 0; word < kColumns; word += 32) {
+      const uint32_t visible = low_bits(seen - word) & ~low_bits(hidden - word);
+#pragma unroll
+      for (int column = word; column < word + 32 && column < kColumns; ++column) {
+        float& score = scores(column / 2 * 4 + 2 * r + column % 2);
+        score = visible >> (column - word) & 1 ? score : -INFINITY;
+      }
+    }
+  }
+}
+
+// Writes P^T or dS^T (a warp's 16 keys by the warpgroup's queries, rounded) in panels of 64 queries, of which a key's fill
+// 128 bytes, swizzled: Config::LayoutP and Config::LayoutDS.
+template <class Config, class Rounded>
+__device__ __forceinline__ void store_weights(const Rounded& rounded, typename Config::Element* to, int thread) {
+  const int lane = thread % 32;
+  const int key = (Config::kSharesKeys ? thread % 128 : thread) / 32 * 16 + lane % 16;
+  const uint32_t row = static_cast<uint32_t>(__cvta_generic_to_shared(to)) + key * 128;
+  // Of 16-byte pieces; upper lanes point at the next piece, and a second warpgroup that shares keys at the second half.
+  const int swizzle = (lane / 16) ^ (key % 8) ^ (Config::kSharesKeys ? thread / 128 * 4 : 0);
+  const auto* const pairs = reinterpret_cast<const uint32_t*>(&rounded(0));
+#pragma unroll
+  for (int i = 0; i < Config::kQueriesOfWarpgroup / 8; i += 2) {
+    const uint32_t piece = row + i / 8 * (Config::kKeys * 128) + (((i % 8) ^ swizzle) * 16);
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(piece), "r"(pairs[2 * i]),
+                 "r"(pairs[2 * i + 1]), "r"(pairs[2 * i + 2]), "r"(pairs[2 * i + 3])
+                 : "memory");
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void consume_queries(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
+  using Element = typename Config::Element;
+  const BackwardParams& params = arguments.params;
+  const ForwardParams& forward = params.forward;
+  const int thread = threadIdx.x - 128;
+  const int warpgroup = thread / 128;
+  const int thread_of_keys = Config::kSharesKeys ? thread % 128 : thread;
+  const ThreadRows rows{thread_of_keys / 32 * 16 + thread % 32 / 4,
+                        thread % 4 * 2 + (Config::kSharesKeys ? warpgroup * Config::kQueriesOfWarpgroup : 0)};
+  // Where a warpgroup's part of the gradients begins.
+  const int column_dk = Config::kSharesKeys ? warpgroup * Config::kColumnsDK : 0;
+  const int column_dv = Config::kSharesKeys ? warpgroup * Config::kColumnsDV : 0;
+  const int thread_of_queries = Config::kSplitsColumns ? thread % 128 : thread;
+  const int row_dq = thread_of_queries / 32 * 16 + thread % 32 / 4;
+  const int column_dq = Config::kSplitsColumns ? warpgroup * (Config::kHeadDim - Config::kColumnsDQ) : 0;
+  const int skipped_dq = Config::kSplitsColumns ? warpgroup * (2 * Config::kColumnsDQ - Config::kHeadDim) : 0;
+  const int group = forward.heads / forward.kv_heads;
+  constexpr float kLog2E = 1.4426950408889634f;
+  const float scale_log2 = (forward.softcap == 0.f ? forward.softmax_scale : forward.softcap) * kLog2E;
+
+  typename Config::MmaS mma_s;
+  auto mma_dk = Config::template mma_kv<Config::kColumnsDK>();
+  auto mma_dv = Config::template mma_kv<Config::kColumnsDV>();
+  typename Config::MmaDQ mma_dq;
+  const auto thread_s = mma_s.get_slice(thread);
+  const auto thread_dk = mma_dk.get_slice(thread_of_keys);
+  const auto thread_dv = mma_dv.get_slice(thread_of_keys);
+  const auto thread_dq = mma_dq.get_slice(thread_of_queries);
+  const auto as = [](Element* data, auto layout) __attribute__((always_inline)) {
+    // NOTE: opaque, since else the compiler keeps the descriptors of all operands in registers, and there are none to spare.
+    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(data));
+    asm volatile("" : "+r"(address));
+    return make_tensor(make_smem_ptr(static_cast<Element*>(__cvta_shared_to_generic(address))), layout);
+  };
+
+  Tensor rS = partition_fragment_C(mma_s, Shape<Int<Config::kKeys>, Int<Config::kQueries>>{});
+  Tensor rdP = make_tensor_like(rS);
+  Tensor rdK = partition_fragment_C(mma_dk, Shape<Int<Config::kKeys>, Int<Config::kColumnsDK>>{});
+  Tensor rdV = partition_fragment_C(mma_dv, Shape<Int<Config::kKeys>, Int<Config::kColumnsDV>>{});
+  Tensor rP = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kQueriesOfWarpgroup / 16>>>{});
+  Tensor rdS = make_tensor_like(rP);
+  static_assert(size(rS) == size(rP));
+  constexpr int kScores = decltype(size(rS))::value;
+
+  Ring<Config::kStagesKV> kv_ring;
+  Ring<Config::kStages> ring;
+  Ring<kKeyTileSlots> tile_ring;
+
+  while (true) {
+    const int slot = tile_ring.stage;
+    shared.tile_full[slot].wait(tile_ring.parity);
+    tile_ring.advance();
+    const KeyTile& tile = shared.tile[slot];
+    if (tile.end) break;
+    // Writes gradients: of dK, scaled, and dV.
+    const auto write = [&](bool accumulate) __attribute__((always_inline)) {
+      OutputRow row[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int key = tile.first_key + rows.row + 8 * r;
+        row[r].exists = key < tile.sequence.q_len;
+        row[r].at =
+            (int64_t{tile.batch} * forward.seqlen_k + tile.sequence.q_base + key) * forward.kv_heads + tile.kv_head;
+      }
+      write_keys<Element>(rdV, params.dv, params.dv_dtype, accumulate, row, column_dv, forward.head_dim_v);
+      write_keys<Element>(rdK, params.dk, params.dk_dtype, accumulate, row, column_dk, forward.head_dim);
+    };
+    if (tile.blocks.end == tile.blocks.first) {
+      if (!params.accumulate) {
+        clear(rdK);
+        clear(rdV);
+        write(false);
+      }
+      shared.tile_empty[slot].arrive();
+      continue;
+    }
+
+    const int kv = kv_ring.stage;
+    shared.k_full[kv].wait(kv_ring.parity);
+    shared.v_full[kv].wait(kv_ring.parity);
+    int block = tile.blocks.first, head = 0;
+    bool has_gradients = false;  // rdK and rdV hold what the steps before gave
+#pragma unroll 1
+    while (head < group) {
+      const int first_query = block * Config::kQueries;
+      const int stage = ring.stage;
+      // S^T = K Q^T, dP^T = V dO^T
+      shared.q_full[stage].wait(ring.parity);
+      multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[kv], typename Config::LayoutK{})),
+               thread_s.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQ{})), rS, false);
+      shared.dout_full[stage].wait(ring.parity);
+      multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[kv], typename Config::LayoutV{})),
+               thread_s.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDO{})), rdP, false);
+      shared.rows_full[stage].wait(ring.parity);
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(rS);
+
+      // P = exp(S - lse)
+      const auto round_weights = [&](int at) __attribute__((always_inline)) {
+        reinterpret_cast<uint32_t&>(rP(at)) = round_pair<Element>(rS(at), rS(at + 1));
+      };
+      const auto weigh = [&](int i) __attribute__((always_inline)) {
+        const float2 lse = *reinterpret_cast<const float2*>(&shared.lse_log2[stage][8 * i + rows.column]);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int at = 4 * i + 2 * r;
+          rS(at) = exp2_approximate(rS(at) * scale_log2 - lse.x);
+          rS(at + 1) = exp2_approximate(rS(at + 1) * scale_log2 - lse.y);
+          if constexpr (Config::kEarlyWeights) round_weights(at);
+        }
+      };
+      const bool capped = forward.softcap != 0.f;
+      if (capped) {
+        // What the cap multiplies dS by goes into dP, for lack of registers.
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(rdP);
+        const float inner = forward.softmax_scale / forward.softcap;
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) {
+          rS(i) = tanh_accurate(rS(i) * inner);
+          rdP(i) = (rdP(i) - shared.delta[stage][i / 4 * 8 + rows.column + i % 2]) * (1.f - rS(i) * rS(i));
+        }
+      }
+      if (block < tile.blocks.first_plain || block >= tile.blocks.end_open) {
+        hide_queries<Config>(rS, tile, rows, first_query);
+      }
+#pragma unroll
+      for (int i = 0; i < kScores / 4; ++i) weigh(i);
+
+      // dV += P^T dO, dS = P (dP - delta)
+      const auto multiply_dv = [&](auto&& weights) __attribute__((always_inline)) {
+        Element* const sdO = shared.dout[stage] + column_dv * Config::kQueries;
+        multiply(mma_dv, weights, thread_dv.partition_fragment_B(as(sdO, typename Config::LayoutDOt{})), rdV, has_gradients);
+      };
+      if constexpr (Config::kSharesKeys) {
+        store_weights<Config>(rP, shared.p[ring.stage], thread);
+        warpgroup_wait<0>();
+      } else if constexpr (Config::kEarlyWeights) {
+        multiply_dv(rP);
+        warpgroup_wait<1>();
+      } else {
+        warpgroup_wait<0>();
+      }
+      warpgroup_fence_operand(rdP);
+#pragma unroll
+      for (int i = 0; i < kScores / 4; ++i) {
+        float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * i + rows.column]);
+        if (capped) delta = make_float2(0.f, 0.f);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int at = 4 * i + 2 * r;
+          if constexpr (!Config::kEarlyWeights) round_weights(at);
+          reinterpret_cast<uint32_t&>(rdS(at)) =
+              round_pair<Element>(rS(at) * (rdP(at) - delta.x), rS(at + 1) * (rdP(at + 1) - delta.y));
+        }
+      }
+      if constexpr (!Config::kSharesKeys && !Config::kEarlyWeights) multiply_dv(rP);
+      arrive_as_warp(shared.rows_empty[stage]);
+      store_weights<Config>(rdS, shared.ds[ring.stage], thread);
+      cutlass::arch::fence_view_async_shared();
+      cutlass::arch::NamedBarrier::sync(128 * Config::kConsumers, 0);
+
+      // dQ = dS K, dK += dS^T Q
+      Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<Config::kQueries>, Int<Config::kColumnsDQ>>{});
+      multiply(mma_dq, thread_dq.partition_fragment_A(as(shared.ds[ring.stage], typename Config::LayoutDS{})),
+               thread_dq.partition_fragment_B(as(shared.k[kv] + column_dq * Config::kKeys, typename Config::LayoutKt{})),
+               rdQ, false);
+      const auto sQt = thread_dk.partition_fragment_B(
+          as(shared.q[stage] + column_dk * Config::kQueries, typename Config::LayoutQt{}));
+      if constexpr (Config::kSharesKeys) {
+        multiply_dv(thread_dv.partition_fragment_A(as(shared.p[ring.stage], typename Config::LayoutP{})));
+        multiply(mma_dk, thread_dk.partition_fragment_A(as(shared.ds[ring.stage], typename Config::LayoutP{})), sQt,
+                 rdK, has_gradients);
+      } else {
+        multiply(mma_dk, rdS, sQt, rdK, has_gradients);
+      }
+      warpgroup_wait<Config::kSharesKeys ? 2 : 1>();
+      warpgroup_fence_operand(rdQ);
+      if constexpr (!Config::kSharesKeys) arrive_as_warp(shared.dout_empty[stage]);
+      const int64_t row_at =
+          (int64_t{tile.batch} * forward.seqlen_q + tile.sequence.k_base) * forward.heads +
+          tile.kv_head * group + head;
+      add_queries<Config>(rdQ, params, row_at, first_query + row_dq, tile.sequence.k_len, column_dq,
+                          skipped_dq);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rdV);
+      warpgroup_fence_operand(rdK);
+      if constexpr (Config::kSharesKeys) arrive_as_warp(shared.dout_empty[stage]);
+      arrive_as_warp(shared.q_empty[stage]);
+      ring.advance();
+      has_gradients = true;
+      if (++block == tile.blocks.end) {
+        block = tile.blocks.first;
+        ++head;
+      }
+    }
+    arrive_as_warp(shared.kv_empty[kv]);
+    kv_ring.advance();
+#pragma unroll
+    for (int i = 0; i < decltype(size(rdK))::value; ++i) rdK(i) *= forward.softmax_scale;
+    write(params.accumulate);
+    shared.tile_empty[slot].arrive();
+  }
+}
+
+}  // namespace fa3
