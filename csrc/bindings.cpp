@@ -20,6 +20,7 @@
 #include <tuple>
 #include <vector>
 
+#include "backward/backward.h"
 #include "backward/delta.h"
 #include "build_info.h"
 #include "forward/forward.h"
@@ -206,8 +207,30 @@ ForwardLauncher find_forward([[maybe_unused]] fa3::DType wanted, [[maybe_unused]
   return found;
 }
 
+using BackwardLauncher = cudaError_t (*)(const fa3::BackwardParams&, cudaStream_t);
+
+// A row of the backward: its kernel, and the head_dim of the rows that it sums dq up in.
+struct BackwardKernel {
+  BackwardLauncher launch = nullptr;
+  int64_t head_dim = 0;
+};
+
+// The kernel of the smallest head dims in the list that hold these, if there is one.
+BackwardKernel find_backward([[maybe_unused]] fa3::DType wanted, [[maybe_unused]] int64_t wanted_dim,
+                             [[maybe_unused]] int64_t wanted_dim_v) {
+  BackwardKernel found;
+  [[maybe_unused]] int64_t found_size = std::numeric_limits<int64_t>::max();
+#define FA3_BACKWARD(kind, dtype, dim, dim_v)                                                          \
+  if (wanted == fa3::DType::dtype && wanted_dim <= dim && wanted_dim_v <= dim_v && dim + dim_v < found_size) { \
+    found = {fa3::launch_backward<fa3::DType::dtype, dim, dim_v>, dim};                                \
+    found_size = dim + dim_v;                                                                          \
+  }
+#include <instances.def>
+  return found;
+}
+
 // Strides of a dense or packed tensor, checked for what the copy engine can address.
-fa3::Strides mapped_strides(const char* name, const Tensor& tensor) {
+fa3::Strides mapped_strides(const char* op, const char* name, const Tensor& tensor) {
   const fa3::Strides strides = row_strides(tensor);
   bool fits = strides.head_dim == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
   const int64_t outer[3] = {strides.batch, strides.seqlen, strides.heads};
@@ -215,15 +238,15 @@ fa3::Strides mapped_strides(const char* name, const Tensor& tensor) {
     --dim;
     fits = fits && outer[dim] * 2 % 16 == 0 && outer[dim] >= 0 && (outer[dim] > 0 || tensor.size(at) == 1);
   }
-  FA3_CHECK(fits, "forward: ", name, " must have a contiguous head_dim, 16-byte aligned rows and strides above 0; pass ",
+  FA3_CHECK(fits, op, ": ", name, " must have a contiguous head_dim, 16-byte aligned rows and strides above 0; pass ",
             name, ".contiguous()");
   return strides;
 }
 
-// Everything that the two forms of the forward share.
-struct ForwardCall {
+// Everything that the forward's two forms and the backward share.
+struct Call {
   fa3::ForwardParams params{};
-  ForwardLauncher launch;
+  fa3::DType dtype;
   cudaStream_t stream;
   bool packed;
   bool empty;  // nothing is to be computed: no query, or no key
@@ -232,19 +255,19 @@ struct ForwardCall {
 
 constexpr int64_t kMaxExtent = fa3::kMaxSequence;
 
-int32_t window_bound(const std::optional<int64_t>& window) {
+int32_t window_bound(const char* op, const std::optional<int64_t>& window) {
   if (!window) return fa3::kNoBound;
-  FA3_CHECK(*window >= 0, "forward: a window reaches over 0 or more keys, got ", *window);
+  FA3_CHECK(*window >= 0, op, ": a window reaches over 0 or more keys, got ", *window);
   return static_cast<int32_t>(std::min(*window, kMaxExtent));
 }
 
 // An int32 tensor of `count` elements that the kernel may index, or nullptr where there is none.
-const int32_t* column(const char* name, const std::optional<Tensor>& tensor, int64_t count, const Tensor& q) {
+const int32_t* column(const char* op, const char* name, const std::optional<Tensor>& tensor, int64_t count, const Tensor& q) {
   if (!tensor) return nullptr;
   FA3_CHECK(tensor->dim() == 1 && tensor->size(0) == count && tensor->scalar_type() == ScalarType::Int &&
             tensor->is_cuda() && tensor->get_device_index() == q.get_device_index() &&
             (count <= 1 || tensor->stride(0) == 1),
-            "forward: ", name, " must be a contiguous int32 tensor of shape (", count, ",) on q's device, got shape ",
+            op, ": ", name, " must be a contiguous int32 tensor of shape (", count, ",) on q's device, got shape ",
             shape_of(*tensor));
   return static_cast<const int32_t*>(tensor->const_data_ptr());
 }
@@ -271,15 +294,16 @@ int32_t* tile_counter(const Tensor& like, cudaStream_t stream, std::optional<Ten
   return static_cast<int32_t*>(found->second.mutable_data_ptr());
 }
 
-ForwardCall prepare_forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& q_start,
+// `tiles_of_keys`: the launch draws tiles of keys, not of queries.
+Call prepare(const char* op, bool tiles_of_keys, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& q_start,
                             const std::optional<Tensor>& q_len, const std::optional<Tensor>& k_start,
                             const std::optional<Tensor>& k_len, const std::optional<Tensor>& offsets,
                             std::optional<int64_t> offset, double softmax_scale, std::optional<int64_t> window_left,
                             std::optional<int64_t> window_right, double softcap, int64_t sm_margin) {
-  ForwardCall call{};
+  Call call{};
   call.packed = q.dim() == 3;
   const int64_t packed = call.packed;
-  FA3_CHECK((packed || q.dim() == 4) && k.dim() == q.dim() && v.dim() == q.dim(), "forward: q, k and v must have shape "
+  FA3_CHECK((packed || q.dim() == 4) && k.dim() == q.dim() && v.dim() == q.dim(), op, ": q, k and v must have shape "
             "(batch, seqlen, heads, head_dim) or (tokens, heads, head_dim), got ", shape_of(q), ", ", shape_of(k),
             " and ", shape_of(v));
   const int64_t batch = packed ? 1 : q.size(0), seqlen_q = q.size(1 - packed), heads = q.size(2 - packed);
@@ -290,50 +314,49 @@ ForwardCall prepare_forward(const Tensor& q, const Tensor& k, const Tensor& v, c
     k_shape.insert(k_shape.begin(), batch);
     v_shape.insert(v_shape.begin(), batch);
   }
-  FA3_CHECK(same_shape(k, k_shape), "forward: k must have q's batch and head_dim; got ", shape_of(k), " beside q ",
+  FA3_CHECK(same_shape(k, k_shape), op, ": k must have q's batch and head_dim; got ", shape_of(k), " beside q ",
             shape_of(q));
-  FA3_CHECK(same_shape(v, v_shape), "forward: v must have k's shape but for head_dim; got ", shape_of(v), " beside k ",
+  FA3_CHECK(same_shape(v, v_shape), op, ": v must have k's shape but for head_dim; got ", shape_of(v), " beside k ",
             shape_of(k));
-  FA3_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "forward: the heads of q, ", heads,
+  FA3_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, op, ": the heads of q, ", heads,
             ", must be a multiple of those of k, ", kv_heads);
   FA3_CHECK(head_dim > 0 && head_dim % 8 == 0 && head_dim_v > 0 && head_dim_v % 8 == 0,
-            "forward: head dims must be multiples of 8, got ", head_dim, " and ", head_dim_v);
-  FA3_CHECK(std::max({seqlen_q, seqlen_k, heads * batch}) <= kMaxExtent, "forward: sequences and batch * heads may reach ",
+            op, ": head dims must be multiples of 8, got ", head_dim, " and ", head_dim_v);
+  FA3_CHECK(std::max({seqlen_q, seqlen_k, heads * batch}) <= kMaxExtent, op, ": sequences and batch * heads may reach ",
             kMaxExtent);
   for (const Tensor* tensor : {&q, &k, &v}) {
     FA3_CHECK(tensor->is_cuda() && tensor->get_device_index() == q.get_device_index() &&
-              tensor->scalar_type() == q.scalar_type(), "forward: q, k and v must share a CUDA device and a dtype");
+              tensor->scalar_type() == q.scalar_type(), op, ": q, k and v must share a CUDA device and a dtype");
   }
   FA3_CHECK(std::isfinite(softmax_scale) && softmax_scale > 0 && std::isfinite(softcap) && softcap >= 0,
-            "forward: softmax_scale must be above 0 and softcap at least 0, got ", softmax_scale, " and ", softcap);
-  FA3_CHECK(sm_margin >= 0, "forward: sm_margin must be 0 or more, got ", sm_margin);
+            op, ": softmax_scale must be above 0 and softcap at least 0, got ", softmax_scale, " and ", softcap);
+  FA3_CHECK(sm_margin >= 0, op, ": sm_margin must be 0 or more, got ", sm_margin);
   const auto dtype = dtype_of(q);
-  call.launch = dtype ? find_forward(*dtype, head_dim, head_dim_v) : nullptr;
-  FA3_CHECK(call.launch != nullptr, "forward: this library has no kernel for q's dtype and head dims ", head_dim, " and ",
-            head_dim_v, "; 'python -m fa3_dist doctor' lists its variants");
+  FA3_CHECK(dtype, op, ": q must be bfloat16, float16 or float32");
+  call.dtype = *dtype;
 
   fa3::ForwardParams& params = call.params;
   if (packed) {
-    FA3_CHECK(q_start && q_len && k_start && k_len, "forward: packed tensors need q_start, q_len, k_start and k_len");
+    FA3_CHECK(q_start && q_len && k_start && k_len, op, ": packed tensors need q_start, q_len, k_start and k_len");
     const int64_t ranges = q_start->dim() == 1 ? q_start->size(0) : -1;
-    FA3_CHECK(ranges <= kMaxExtent, "forward: there may be ", kMaxExtent, " ranges, got ", ranges);
-    params.q_start = column("q_start", q_start, ranges, q);
-    params.q_len = column("q_len", q_len, ranges, q);
-    params.k_start = column("k_start", k_start, ranges, q);
-    params.k_len = column("k_len", k_len, ranges, q);
+    FA3_CHECK(ranges <= kMaxExtent, op, ": there may be ", kMaxExtent, " ranges, got ", ranges);
+    params.q_start = column(op, "q_start", q_start, ranges, q);
+    params.q_len = column(op, "q_len", q_len, ranges, q);
+    params.k_start = column(op, "k_start", k_start, ranges, q);
+    params.k_len = column(op, "k_len", k_len, ranges, q);
     params.ranges = static_cast<int32_t>(ranges);
   } else {
-    FA3_CHECK(!q_start && !q_len && !k_start && !k_len, "forward: dense tensors go without q_start, q_len, k_start and "
+    FA3_CHECK(!q_start && !q_len && !k_start && !k_len, op, ": dense tensors go without q_start, q_len, k_start and "
               "k_len");
   }
-  FA3_CHECK(!offset || !offsets, "forward: give offset or offsets, not both");
-  params.offsets = column("offsets", offsets, packed ? params.ranges : batch, q);
+  FA3_CHECK(!offset || !offsets, op, ": give offset or offsets, not both");
+  params.offsets = column(op, "offsets", offsets, packed ? params.ranges : batch, q);
   params.default_offset = !offset && !offsets;
   // NOTE: past these an offset hides all or nothing, whatever the window.
   params.offset = static_cast<int32_t>(std::clamp(offset.value_or(0), int64_t{std::numeric_limits<int32_t>::min()},
                                                   int64_t{std::numeric_limits<int32_t>::max()}));
-  params.window_left = window_bound(window_left);
-  params.window_right = window_bound(window_right);
+  params.window_left = window_bound(op, window_left);
+  params.window_right = window_bound(op, window_right);
   params.batch = static_cast<int32_t>(batch);
   params.seqlen_q = static_cast<int32_t>(seqlen_q);
   params.seqlen_k = static_cast<int32_t>(seqlen_k);
@@ -350,23 +373,37 @@ ForwardCall prepare_forward(const Tensor& q, const Tensor& k, const Tensor& v, c
   if (call.empty) return call;
 
   params.q = q.const_data_ptr();
-  params.q_stride = mapped_strides("q", q);
+  params.q_stride = mapped_strides(op, "q", q);
   if (seqlen_k > 0) {
     params.k = k.const_data_ptr();
     params.v = v.const_data_ptr();
-    params.k_stride = mapped_strides("k", k);
-    params.v_stride = mapped_strides("v", v);
+    params.k_stride = mapped_strides(op, "k", k);
+    params.v_stride = mapped_strides(op, "v", v);
   } else {
     params.k = params.v = params.q;  // an address that a tensor map may hold; no key will be loaded from it
   }
   if (packed) {
-    const int64_t elements = fa3::workspace_elements(seqlen_q, heads, kv_heads, params.ranges);
+    const int64_t elements = tiles_of_keys
+                                 ? fa3::workspace_elements(seqlen_k, kv_heads, kv_heads, params.ranges)
+                                 : fa3::workspace_elements(seqlen_q, heads, kv_heads, params.ranges);
     call.scratch = empty_like(q, {elements}, ScalarType::Int);
     params.workspace = static_cast<int32_t*>(call.scratch->mutable_data_ptr());
   } else {
     params.tile_counter = tile_counter(q, call.stream, call.scratch);
   }
   return call;
+}
+
+// Fails for a variant without a kernel.
+template <class Launcher>
+Launcher existing(const char* op, Launcher launch, const Call& call) {
+  FA3_CHECK(launch != nullptr, op, ": this library has no kernel for q's dtype and head dims ", call.params.head_dim,
+            " and ", call.params.head_dim_v, "; 'python -m fa3_dist doctor' lists its variants");
+  return launch;
+}
+
+ForwardLauncher forward_launcher(const char* op, const Call& call) {
+  return existing(op, find_forward(call.dtype, call.params.head_dim, call.params.head_dim_v), call);
 }
 
 // out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), or packed (Tq, Hq, Dv) and (Hq, Tq).
@@ -377,8 +414,9 @@ std::tuple<Tensor, Tensor> forward_sm90(
     std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
     std::optional<ScalarType> out_dtype, bool /* deterministic: it always is */, int64_t sm_margin) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  ForwardCall call = prepare_forward(q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left,
+  Call call = prepare("forward", false, q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left,
                                      window_right, softcap, sm_margin);
+  const ForwardLauncher launch = forward_launcher("forward", call);
   const ScalarType wanted = out_dtype.value_or(q.scalar_type());
   FA3_CHECK(wanted == q.scalar_type() || wanted == ScalarType::Float, "forward: out_dtype must be q's dtype or float32");
   const int64_t packed = call.packed;
@@ -395,17 +433,17 @@ std::tuple<Tensor, Tensor> forward_sm90(
   call.params.out = out.mutable_data_ptr();
   call.params.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (wanted == ScalarType::Float) call.params.out_dtype = fa3::DType::fp32;
-  check_launch(call.launch(call.params, call.stream), "forward");
+  check_launch(launch(call.params, call.stream), "forward");
   return {out, lse};
 }
 
 // A contiguous output of this shape and dtype, on q's device.
-void* state_pointer(const char* name, Tensor& tensor, const std::vector<int64_t>& shape, ScalarType dtype,
+void* state_pointer(const char* op, const char* name, Tensor& tensor, const std::vector<int64_t>& shape, ScalarType dtype,
                     const Tensor& q) {
   FA3_CHECK(same_shape(tensor, shape) && tensor.scalar_type() == dtype && tensor.is_cuda() &&
             tensor.get_device_index() == q.get_device_index() && tensor.is_contiguous() &&
             reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0,
-            "forward_into: ", name, " has a shape, dtype, device or strides that this kernel does not write: it must be "
+            op, ": ", name, " has a shape, dtype, device or strides that this kernel does not write: it must be "
             "contiguous, 16-byte aligned and go with q ", shape_of(q), ", got ", shape_of(tensor));
   return tensor.mutable_data_ptr();
 }
@@ -418,19 +456,80 @@ void forward_into_sm90(const Tensor& q, const Tensor& k, const Tensor& v, Tensor
                        int64_t sm_margin) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   FA3_CHECK(q.dim() == 3, "forward_into: q must have shape (tokens, heads, head_dim), got ", shape_of(q));
-  ForwardCall call = prepare_forward(q, k, v, q_start, q_len, k_start, k_len, offsets, std::nullopt, softmax_scale,
+  Call call = prepare("forward_into", false, q, k, v, q_start, q_len, k_start, k_len, offsets, std::nullopt, softmax_scale,
                                      window_left, window_right, softcap, sm_margin);
+  const ForwardLauncher launch = forward_launcher("forward_into", call);
   std::vector<int64_t> out_shape{q.size(0), q.size(1), v.size(2)};
-  call.params.out_acc = static_cast<float*>(state_pointer("out_acc", out_acc, out_shape, ScalarType::Float, q));
-  call.params.lse = static_cast<float*>(state_pointer("lse", lse, {q.size(1), q.size(0)}, ScalarType::Float, q));
+  call.params.out_acc = static_cast<float*>(state_pointer("forward_into", "out_acc", out_acc, out_shape, ScalarType::Float, q));
+  call.params.lse = static_cast<float*>(state_pointer("forward_into", "lse", lse, {q.size(1), q.size(0)}, ScalarType::Float, q));
   if (out) {
     const bool is_float = out->scalar_type() == ScalarType::Float;
-    call.params.out = state_pointer("out", *out, out_shape, is_float ? ScalarType::Float : q.scalar_type(), q);
+    call.params.out = state_pointer("forward_into", "out", *out, out_shape, is_float ? ScalarType::Float : q.scalar_type(), q);
     if (is_float) call.params.out_dtype = fa3::DType::fp32;
   }
-  call.params.flags = column("flags", flags, call.params.ranges, q);
+  call.params.flags = column("forward_into", "flags", flags, call.params.ranges, q);
   if (call.empty) return;
-  check_launch(call.launch(call.params, call.stream), "forward_into");
+  check_launch(launch(call.params, call.stream), "forward_into");
+}
+
+// Gradients of q, k and v: written, or, where accumulate is set, added to what is there.
+void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
+                   const Tensor& delta, Tensor& dq, Tensor& dk, Tensor& dv, const std::optional<Tensor>& q_start,
+                   const std::optional<Tensor>& q_len, const std::optional<Tensor>& k_start,
+                   const std::optional<Tensor>& k_len, const std::optional<Tensor>& offsets,
+                   std::optional<int64_t> offset, double softmax_scale, std::optional<int64_t> window_left,
+                   std::optional<int64_t> window_right, double softcap, bool accumulate, bool deterministic,
+                   int64_t sm_margin) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  Call call = prepare("backward", true, q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale,
+                      window_left, window_right, softcap, sm_margin);
+  const BackwardKernel kernel = find_backward(call.dtype, call.params.head_dim, call.params.head_dim_v);
+  const BackwardLauncher launch = existing("backward", kernel.launch, call);
+  FA3_CHECK(!deterministic, "backward: this library has no deterministic kernel");
+  const int64_t packed = call.packed;
+  std::vector<int64_t> dout_shape = sizes_of(q), rows_shape{q.size(2 - packed), q.size(1 - packed)};
+  dout_shape.back() = v.size(3 - packed);
+  if (!packed) rows_shape.insert(rows_shape.begin(), q.size(0));
+  FA3_CHECK(same_shape(dout, dout_shape) && dout.scalar_type() == q.scalar_type() && dout.is_cuda() &&
+            dout.get_device_index() == q.get_device_index(),
+            "backward: dout must have the output's shape, q's dtype and be on q's device, got shape ", shape_of(dout));
+
+  fa3::BackwardParams params{};
+  const auto gradient = [&](const char* name, Tensor& tensor, const Tensor& like, fa3::DType& dtype) {
+    const bool is_float = accumulate || tensor.scalar_type() == ScalarType::Float;
+    dtype = is_float ? fa3::DType::fp32 : call.dtype;
+    return state_pointer("backward", name, tensor, sizes_of(like), is_float ? ScalarType::Float : q.scalar_type(), q);
+  };
+  params.dq = gradient("dq", dq, q, params.dq_dtype);
+  params.dk = gradient("dk", dk, k, params.dk_dtype);
+  params.dv = gradient("dv", dv, v, params.dv_dtype);
+  params.accumulate = accumulate;
+  const auto row_values = [&](const char* name, const Tensor& tensor) {
+    FA3_CHECK(same_shape(tensor, rows_shape) && tensor.scalar_type() == ScalarType::Float && tensor.is_cuda() &&
+              tensor.get_device_index() == q.get_device_index() && tensor.is_contiguous(),
+              "backward: ", name, " must be contiguous, float32, of shape ", packed ? "(heads, tokens)" : "(batch, heads, "
+              "seqlen)", " and on q's device, got shape ", shape_of(tensor));
+    return static_cast<const float*>(tensor.const_data_ptr());
+  };
+  // NOTE: the forward's field, where lse is a result; it is not written here.
+  call.params.lse = const_cast<float*>(row_values("lse", lse));
+  params.delta = row_values("delta", delta);
+  if (call.empty || k.size(1 - packed) == 0) {
+    if (accumulate) return;
+    for (Tensor* tensor : {&dq, &dk, &dv}) torch::stable::zero_(*tensor);
+    return;
+  }
+  params.forward = call.params;
+  params.dout = dout.const_data_ptr();
+  params.dout_stride = mapped_strides("backward", "dout", dout);
+  std::optional<Tensor> dq_sum;
+  if (!accumulate) {
+    std::vector<int64_t> shape = sizes_of(q);
+    shape.back() = kernel.head_dim;
+    dq_sum = empty_like(q, shape, ScalarType::Float);
+    params.dq_sum = static_cast<float*>(dq_sum->mutable_data_ptr());
+  }
+  check_launch(launch(params, call.stream), "backward");
 }
 
 }  // namespace
@@ -438,6 +537,7 @@ void forward_into_sm90(const Tensor& q, const Tensor& k, const Tensor& v, Tensor
 STABLE_TORCH_LIBRARY_IMPL(fa3_dist, CUDA, m) {
   m.impl("forward_sm90", TORCH_BOX(&forward_sm90));
   m.impl("forward_into_sm90", TORCH_BOX(&forward_into_sm90));
+  m.impl("backward_sm90", TORCH_BOX(&backward_sm90));
   m.impl("delta_sm90", TORCH_BOX(&delta_sm90));
 }
 

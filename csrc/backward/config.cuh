@@ -91,13 +91,19 @@ struct BackwardConfig {
   // dV += P^T dO, dK += dS^T Q.
   static constexpr int kColumnsDK = kSharesKeys ? kHeadDim / kConsumers : kHeadDim;  // of a warpgroup
   static constexpr int kColumnsDV = kSharesKeys ? kHeadDimV / kConsumers : kHeadDimV;
-  template <int kColumns>
-  static constexpr auto mma_kv() {
-    using Tile = Shape<Int<kKeys>, Int<kColumns>, Int<kQueries>>;
+  using KeysOfWarpgroup = std::conditional_t<kSharesKeys, Alone, ByKeys>;
+  using MmaDK = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, Shape<Int<kKeys>, Int<kColumnsDK>, Int<kQueries>>, GMMA::Major::K,
+                           GMMA::Major::MN>(),
+      KeysOfWarpgroup{}));
+  static constexpr auto mma_dv() {
+    using Tile = Shape<Int<kKeys>, Int<kColumnsDV>, Int<kQueries>>;
     if constexpr (kSharesKeys) {
-      return make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Tile, GMMA::Major::K, GMMA::Major::MN>(), Alone{});
+      return make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Tile, GMMA::Major::K, GMMA::Major::MN>(),
+                            KeysOfWarpgroup{});
     } else {
-      return make_tiled_mma(GMMA::rs_op_selector<Element, Element, float, Tile, GMMA::Major::K, GMMA::Major::MN>(), ByKeys{});
+      return make_tiled_mma(GMMA::rs_op_selector<Element, Element, float, Tile, GMMA::Major::K, GMMA::Major::MN>(),
+                            KeysOfWarpgroup{});
     }
   }
   using LayoutQt = Transposed<kQueries, kColumnsDK, kPanel>;

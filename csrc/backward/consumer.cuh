@@ -74,8 +74,8 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
   const float scale_log2 = (forward.softcap == 0.f ? forward.softmax_scale : forward.softcap) * kLog2E;
 
   typename Config::MmaS mma_s;
-  auto mma_dk = Config::template mma_kv<Config::kColumnsDK>();
-  auto mma_dv = Config::template mma_kv<Config::kColumnsDV>();
+  typename Config::MmaDK mma_dk;
+  auto mma_dv = Config::mma_dv();
   typename Config::MmaDQ mma_dq;
   const auto thread_s = mma_s.get_slice(thread);
   const auto thread_dk = mma_dk.get_slice(thread_of_keys);
@@ -97,164 +97,195 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
   static_assert(size(rS) == size(rP));
   constexpr int kScores = decltype(size(rS))::value;
 
-  Ring<Config::kStagesKV> kv_ring;
-  Ring<Config::kStages> ring;
-  Ring<kKeyTileSlots> tile_ring;
+  Ring<Config::kStagesKV> kv_ring;  // of the tile after the scores'
+  Ring<Config::kStages> ring;       // of the scores' step
+  Ring<kKeyTileSlots> tile_ring;    // of the tile after the scores'
+  static_assert(Config::kStages == 2);
+  // Of the step whose gradients come next: its tile's slot and stage of K and V, its query head of the group, its block.
+  int slot = 0, kv = 0, head = 0, block = 0;
+  bool fresh = true;     // it is its tile's first: rdK and rdV hold nothing
+  bool running = false;  // there is such a step
 
   while (true) {
-    const int slot = tile_ring.stage;
-    shared.tile_full[slot].wait(tile_ring.parity);
-    tile_ring.advance();
-    const KeyTile& tile = shared.tile[slot];
-    if (tile.end) break;
-    // Writes gradients: of dK, scaled, and dV.
-    const auto write = [&](bool accumulate) __attribute__((always_inline)) {
-      OutputRow row[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int key = tile.first_key + rows.row + 8 * r;
-        row[r].exists = key < tile.sequence.q_len;
-        row[r].at =
-            (int64_t{tile.batch} * forward.seqlen_k + tile.sequence.q_base + key) * forward.kv_heads + tile.kv_head;
+    // An iteration takes the scores of a step, and the gradients of the step before, whose tile may be another.
+    const bool tile_ends = !running || (head == group - 1 && block == shared.tile[slot].blocks.end - 1);
+    bool more = true;  // there are scores to compute
+    int scores_slot = slot, scores_kv = kv;
+    if (tile_ends) {
+      if (running && Config::kStagesKV == 1) {
+        more = false;  // the next tile's keys come when this one's are no longer needed
+      } else {
+        const int next = tile_ring.stage;
+        shared.tile_full[next].wait(tile_ring.parity);
+        const KeyTile& tile = shared.tile[next];
+        if (tile.end) {
+          if (!running) break;
+          more = false;
+        } else if (tile.blocks.first == tile.blocks.end) {
+          write_unseen_keys<Config>(params, tile);
+          shared.tile_empty[next].arrive();
+          tile_ring.advance();
+          if (!running) continue;
+          more = false;
+        } else {
+          scores_slot = next;
+          scores_kv = kv_ring.stage;
+          tile_ring.advance();
+          shared.k_full[scores_kv].wait(kv_ring.parity);
+          shared.v_full[scores_kv].wait(kv_ring.parity);
+          kv_ring.advance();
+        }
       }
-      write_keys<Element>(rdV, params.dv, params.dv_dtype, accumulate, row, column_dv, forward.head_dim_v);
-      write_keys<Element>(rdK, params.dk, params.dk_dtype, accumulate, row, column_dk, forward.head_dim);
-    };
-    if (tile.blocks.end == tile.blocks.first) {
-      if (!params.accumulate) {
-        clear(rdK);
-        clear(rdV);
-        write(false);
-      }
-      shared.tile_empty[slot].arrive();
-      continue;
     }
 
-    const int kv = kv_ring.stage;
-    shared.k_full[kv].wait(kv_ring.parity);
-    shared.v_full[kv].wait(kv_ring.parity);
-    int block = tile.blocks.first, head = 0;
-    bool has_gradients = false;  // rdK and rdV hold what the steps before gave
-#pragma unroll 1
-    while (head < group) {
-      const int first_query = block * Config::kQueries;
-      const int stage = ring.stage;
-      // S^T = K Q^T, dP^T = V dO^T
-      shared.q_full[stage].wait(ring.parity);
-      multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[kv], typename Config::LayoutK{})),
-               thread_s.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQ{})), rS, false);
-      shared.dout_full[stage].wait(ring.parity);
-      multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[kv], typename Config::LayoutV{})),
-               thread_s.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDO{})), rdP, false);
-      shared.rows_full[stage].wait(ring.parity);
-      warpgroup_wait<1>();
-      warpgroup_fence_operand(rS);
+    // S^T = K Q^T
+    // NOTE: at the start there are no gradients, and at the end no scores, yet all is multiplied, from whatever lies there,
+    // and forgotten: a product that depends on a branch makes the compiler wait for each. And none is under way when the
+    // loop closes: the compiler would wait for each then, too.
+    if (more) shared.q_full[ring.stage].wait(ring.parity);
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[scores_kv], typename Config::LayoutK{})),
+             thread_s.partition_fragment_B(as(shared.q[ring.stage], typename Config::LayoutQ{})), rS, false);
 
-      // P = exp(S - lse)
-      const auto round_weights = [&](int at) __attribute__((always_inline)) {
-        reinterpret_cast<uint32_t&>(rP(at)) = round_pair<Element>(rS(at), rS(at + 1));
-      };
-      const auto weigh = [&](int i) __attribute__((always_inline)) {
-        const float2 lse = *reinterpret_cast<const float2*>(&shared.lse_log2[stage][8 * i + rows.column]);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int at = 4 * i + 2 * r;
-          rS(at) = exp2_approximate(rS(at) * scale_log2 - lse.x);
-          rS(at + 1) = exp2_approximate(rS(at + 1) * scale_log2 - lse.y);
-          if constexpr (Config::kEarlyWeights) round_weights(at);
-        }
-      };
-      const bool capped = forward.softcap != 0.f;
-      if (capped) {
-        // What the cap multiplies dS by goes into dP, for lack of registers.
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(rdP);
-        const float inner = forward.softmax_scale / forward.softcap;
-#pragma unroll
-        for (int i = 0; i < kScores; ++i) {
-          rS(i) = tanh_accurate(rS(i) * inner);
-          rdP(i) = (rdP(i) - shared.delta[stage][i / 4 * 8 + rows.column + i % 2]) * (1.f - rS(i) * rS(i));
-        }
-      }
-      if (block < tile.blocks.first_plain || block >= tile.blocks.end_open) {
-        hide_queries<Config>(rS, tile, rows, first_query);
-      }
-#pragma unroll
-      for (int i = 0; i < kScores / 4; ++i) weigh(i);
-
-      // dV += P^T dO, dS = P (dP - delta)
-      const auto multiply_dv = [&](auto&& weights) __attribute__((always_inline)) {
-        Element* const sdO = shared.dout[stage] + column_dv * Config::kQueries;
-        multiply(mma_dv, weights, thread_dv.partition_fragment_B(as(sdO, typename Config::LayoutDOt{})), rdV, has_gradients);
-      };
-      if constexpr (Config::kSharesKeys) {
-        store_weights<Config>(rP, shared.p[ring.stage], thread);
-        warpgroup_wait<0>();
-      } else if constexpr (Config::kEarlyWeights) {
-        multiply_dv(rP);
-        warpgroup_wait<1>();
-      } else {
-        warpgroup_wait<0>();
-      }
-      warpgroup_fence_operand(rdP);
-#pragma unroll
-      for (int i = 0; i < kScores / 4; ++i) {
-        float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * i + rows.column]);
-        if (capped) delta = make_float2(0.f, 0.f);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int at = 4 * i + 2 * r;
-          if constexpr (!Config::kEarlyWeights) round_weights(at);
-          reinterpret_cast<uint32_t&>(rdS(at)) =
-              round_pair<Element>(rS(at) * (rdP(at) - delta.x), rS(at + 1) * (rdP(at + 1) - delta.y));
-        }
-      }
-      if constexpr (!Config::kSharesKeys && !Config::kEarlyWeights) multiply_dv(rP);
-      arrive_as_warp(shared.rows_empty[stage]);
-      store_weights<Config>(rdS, shared.ds[ring.stage], thread);
-      cutlass::arch::fence_view_async_shared();
-      cutlass::arch::NamedBarrier::sync(128 * Config::kConsumers, 0);
-
-      // dQ = dS K, dK += dS^T Q
-      Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<Config::kQueries>, Int<Config::kColumnsDQ>>{});
-      multiply(mma_dq, thread_dq.partition_fragment_A(as(shared.ds[ring.stage], typename Config::LayoutDS{})),
-               thread_dq.partition_fragment_B(as(shared.k[kv] + column_dq * Config::kKeys, typename Config::LayoutKt{})),
-               rdQ, false);
-      const auto sQt = thread_dk.partition_fragment_B(
-          as(shared.q[stage] + column_dk * Config::kQueries, typename Config::LayoutQt{}));
-      if constexpr (Config::kSharesKeys) {
-        multiply_dv(thread_dv.partition_fragment_A(as(shared.p[ring.stage], typename Config::LayoutP{})));
-        multiply(mma_dk, thread_dk.partition_fragment_A(as(shared.ds[ring.stage], typename Config::LayoutP{})), sQt,
-                 rdK, has_gradients);
-      } else {
-        multiply(mma_dk, rdS, sQt, rdK, has_gradients);
-      }
-      warpgroup_wait<Config::kSharesKeys ? 2 : 1>();
-      warpgroup_fence_operand(rdQ);
-      if constexpr (!Config::kSharesKeys) arrive_as_warp(shared.dout_empty[stage]);
-      const int64_t row_at =
-          (int64_t{tile.batch} * forward.seqlen_q + tile.sequence.k_base) * forward.heads +
-          tile.kv_head * group + head;
-      add_queries<Config>(rdQ, params, row_at, first_query + row_dq, tile.sequence.k_len, column_dq,
+    // Of the step before: dQ = dS K, dK += dS^T Q
+    const int stage = ring.stage, stage_before = 1 - ring.stage;
+    if (running) {
+      if constexpr (Config::kSharesKeys) store_weights<Config>(rP, shared.p[stage_before], thread);
+      store_weights<Config>(rdS, shared.ds[stage_before], thread);
+    }
+    cutlass::arch::fence_view_async_shared();
+    cutlass::arch::NamedBarrier::sync(128 * Config::kConsumers, 0);
+    const auto multiply_dv = [&](auto&& weights, int stage, bool first) __attribute__((always_inline)) {
+      Element* const sdO = shared.dout[stage] + column_dv * Config::kQueries;
+      multiply(mma_dv, weights, thread_dv.partition_fragment_B(as(sdO, typename Config::LayoutDOt{})), rdV, !first);
+    };
+    Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<Config::kQueries>, Int<Config::kColumnsDQ>>{});
+    multiply(mma_dq, thread_dq.partition_fragment_A(as(shared.ds[stage_before], typename Config::LayoutDS{})),
+             thread_dq.partition_fragment_B(
+                 as(shared.k[kv] + column_dq * Config::kKeys, typename Config::LayoutKt{})),
+             rdQ, false);
+    const auto sQt = thread_dk.partition_fragment_B(
+        as(shared.q[stage_before] + column_dk * Config::kQueries, typename Config::LayoutQt{}));
+    if constexpr (Config::kSharesKeys) {
+      multiply_dv(thread_dv.partition_fragment_A(as(shared.p[stage_before], typename Config::LayoutP{})), stage_before,
+                  fresh);
+    }
+    // NOTE: rdS would do as well where keys are not shared, but the scores need the registers.
+    multiply(mma_dk, thread_dk.partition_fragment_A(as(shared.ds[stage_before], typename Config::LayoutP{})), sQt, rdK,
+             !fresh);
+    warpgroup_wait<Config::kSharesKeys ? 2 : 1>();
+    warpgroup_fence_operand(rS);
+    warpgroup_fence_operand(rdQ);
+    if (running) {
+      const KeyTile& tile = shared.tile[slot];
+      const int64_t row_at = (int64_t{tile.batch} * forward.seqlen_q + tile.sequence.k_base) * forward.heads +
+                             tile.kv_head * group + head;
+      add_queries<Config>(rdQ, params, row_at, block * Config::kQueries + row_dq, tile.sequence.k_len, column_dq,
                           skipped_dq);
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(rdV);
-      warpgroup_fence_operand(rdK);
-      if constexpr (Config::kSharesKeys) arrive_as_warp(shared.dout_empty[stage]);
-      arrive_as_warp(shared.q_empty[stage]);
-      ring.advance();
-      has_gradients = true;
-      if (++block == tile.blocks.end) {
-        block = tile.blocks.first;
+    }
+
+    // dP^T = V dO^T
+    if (more) shared.dout_full[ring.stage].wait(ring.parity);
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[scores_kv], typename Config::LayoutV{})),
+             thread_s.partition_fragment_B(as(shared.dout[ring.stage], typename Config::LayoutDO{})), rdP, false);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(rdV);
+    warpgroup_fence_operand(rdK);
+    if (running) {
+      if constexpr (Config::kSharesKeys) arrive_as_warp(shared.dout_empty[stage_before]);
+      arrive_as_warp(shared.q_empty[stage_before]);
+      if (tile_ends) {
+        arrive_as_warp(shared.kv_empty[kv]);
+        const KeyTile& tile = shared.tile[slot];
+        OutputRow row[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int key = tile.first_key + rows.row + 8 * r;
+          row[r].exists = key < tile.sequence.q_len;
+          row[r].at =
+              (int64_t{tile.batch} * forward.seqlen_k + tile.sequence.q_base + key) * forward.kv_heads + tile.kv_head;
+        }
+        write_keys<Element>(rdV, 1.f, params.dv, params.dv_dtype, params.accumulate, row, column_dv, forward.head_dim_v);
+        write_keys<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, params.accumulate, row, column_dk,
+                            forward.head_dim);
+        shared.tile_empty[slot].arrive();
+      }
+    }
+
+    // P = exp(S - lse)
+    const auto round_weights = [&](int at) __attribute__((always_inline)) {
+      reinterpret_cast<uint32_t&>(rP(at)) = round_pair<Element>(rS(at), rS(at + 1));
+    };
+    const bool capped = forward.softcap != 0.f;
+    if (!tile_ends) {
+      if (++block == shared.tile[slot].blocks.end) {
+        block = shared.tile[slot].blocks.first;
         ++head;
       }
+    } else if (more) {
+      slot = scores_slot;
+      kv = scores_kv;
+      block = shared.tile[slot].blocks.first;
+      head = 0;
     }
-    arrive_as_warp(shared.kv_empty[kv]);
-    kv_ring.advance();
+    fresh = tile_ends;
+    // Without scores all this is done to whatever is in the registers: they must not keep what they held for that case.
+    if (more) shared.rows_full[stage].wait(ring.parity);
+    if (capped) {
+      // What the cap multiplies dS by goes into dP, for lack of registers.
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rdP);
+      const float inner = forward.softmax_scale / forward.softcap;
 #pragma unroll
-    for (int i = 0; i < decltype(size(rdK))::value; ++i) rdK(i) *= forward.softmax_scale;
-    write(params.accumulate);
-    shared.tile_empty[slot].arrive();
+      for (int i = 0; i < kScores; ++i) {
+        rS(i) = tanh_accurate(rS(i) * inner);
+        rdP(i) = (rdP(i) - shared.delta[stage][i / 4 * 8 + rows.column + i % 2]) * (1.f - rS(i) * rS(i));
+      }
+    }
+    const KeyTile& tile = shared.tile[slot];
+    if (block < tile.blocks.first_plain || block >= tile.blocks.end_open) {
+      hide_queries<Config>(rS, tile, rows, block * Config::kQueries);
+    }
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      const float2 lse = *reinterpret_cast<const float2*>(&shared.lse_log2[stage][8 * i + rows.column]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = 4 * i + 2 * r;
+        rS(at) = exp2_approximate(rS(at) * scale_log2 - lse.x);
+        rS(at + 1) = exp2_approximate(rS(at + 1) * scale_log2 - lse.y);
+        if constexpr (Config::kEarlyWeights) round_weights(at);
+      }
+    }
+
+    // dV += P^T dO, dS = P (dP - delta)
+    if constexpr (Config::kEarlyWeights && !Config::kSharesKeys) {
+      multiply_dv(rP, stage, tile_ends);
+      warpgroup_wait<1>();
+    } else {
+      warpgroup_wait<0>();
+    }
+    warpgroup_fence_operand(rdP);
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * i + rows.column]);
+      if (capped) delta = make_float2(0.f, 0.f);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = 4 * i + 2 * r;
+        if constexpr (!Config::kEarlyWeights) round_weights(at);
+        reinterpret_cast<uint32_t&>(rdS(at)) =
+            round_pair<Element>(rS(at) * (rdP(at) - delta.x), rS(at + 1) * (rdP(at + 1) - delta.y));
+      }
+    }
+    if (more) arrive_as_warp(shared.rows_empty[stage]);
+    if constexpr (!Config::kSharesKeys) {
+      if constexpr (!Config::kEarlyWeights) multiply_dv(rP, stage, tile_ends);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rdV);
+      if (more) arrive_as_warp(shared.dout_empty[stage]);
+    }
+    if (more) ring.advance();
+    running = more;
   }
 }
 

@@ -60,8 +60,8 @@ __device__ __forceinline__ void add_queries(const Gradient& rdQ, const BackwardP
 
 // Stores 16-bit rows. The threads of a quad first trade columns, so that each holds 8 neighbours, 16 bytes, of a row.
 template <class Element, class Gradient>
-__device__ __forceinline__ void store_columns(const Gradient& rG, Element* row, int r, bool exists, int first_column,
-                                              int head_dim) {
+__device__ __forceinline__ void store_columns(const Gradient& rG, float scale, Element* row, int r, bool exists,
+                                              int first_column, int head_dim) {
   const int lane = threadIdx.x % 4;
 #pragma unroll
   for (int block = 0; block < decltype(size(rG))::value / 16; ++block) {
@@ -69,7 +69,7 @@ __device__ __forceinline__ void store_columns(const Gradient& rG, Element* row, 
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int i = 4 * (4 * block + j) + 2 * r;
-      pair[j] = round_pair<Element>(rG(i), rG(i + 1));
+      pair[j] = round_pair<Element>(scale * rG(i), scale * rG(i + 1));
     }
     // Transposes the quad's 4 x 4 pairs, one bit of the lane and of j at a time.
 #pragma unroll
@@ -89,14 +89,15 @@ __device__ __forceinline__ void store_columns(const Gradient& rG, Element* row, 
   }
 }
 
-// Writes a thread's rows of dK or dV, or adds them to what is there: the keys of a launch that accumulates are disjoint.
+// Writes a thread's rows of dK or dV, scaled, or adds them to what is there: the keys of a launch that accumulates are disjoint.
 template <class Element, class Gradient>
-__device__ __forceinline__ void write_keys(const Gradient& rG, void* to, DType dtype, bool accumulate,
+__device__ __forceinline__ void write_keys(const Gradient& rG, float scale, void* to, DType dtype, bool accumulate,
                                            const OutputRow (&rows)[2], int first_column, int head_dim) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (dtype != DType::fp32) {
-      store_columns(rG, static_cast<Element*>(to) + rows[r].at * head_dim, r, rows[r].exists, first_column, head_dim);
+      store_columns(rG, scale, static_cast<Element*>(to) + rows[r].at * head_dim, r, rows[r].exists, first_column,
+                    head_dim);
       continue;
     }
     float* const row = static_cast<float*>(to) + rows[r].at * head_dim;
@@ -104,13 +105,33 @@ __device__ __forceinline__ void write_keys(const Gradient& rG, void* to, DType d
     for (int i = 0; i < decltype(size(rG))::value / 4; ++i) {
       const int column = first_column + 8 * i + 2 * (threadIdx.x % 4);
       if (!rows[r].exists || column >= head_dim) continue;
-      float2 value = make_float2(rG(4 * i + 2 * r), rG(4 * i + 2 * r + 1));
+      float2 value = make_float2(scale * rG(4 * i + 2 * r), scale * rG(4 * i + 2 * r + 1));
       if (accumulate) {
         const float2 before = *reinterpret_cast<const float2*>(row + column);
         value = make_float2(value.x + before.x, value.y + before.y);
       }
       *reinterpret_cast<float2*>(row + column) = value;
     }
+  }
+}
+
+// Keys that no query sees: gradients 0, or as they are.
+template <class Config>
+__device__ __forceinline__ void write_unseen_keys(const BackwardParams& params, const KeyTile& tile) {
+  if (params.accumulate) return;
+  const ForwardParams& forward = params.forward;
+  const auto clear_row = [](void* to, DType dtype, int64_t row, int head_dim) {
+    const int words = dtype == DType::fp32 ? head_dim : head_dim / 2;
+    for (int i = threadIdx.x % 32; i < words; i += 32) static_cast<float*>(to)[row * words + i] = 0.f;
+  };
+#pragma unroll 1
+  for (int i = threadIdx.x / 32 - 4; i < Config::kKeys; i += 4 * Config::kConsumers) {
+    const int key = tile.first_key + i;
+    if (key >= tile.sequence.q_len) break;
+    const int64_t row =
+        (int64_t{tile.batch} * forward.seqlen_k + tile.sequence.q_base + key) * forward.kv_heads + tile.kv_head;
+    clear_row(params.dk, params.dk_dtype, row, forward.head_dim);
+    clear_row(params.dv, params.dv_dtype, row, forward.head_dim_v);
   }
 }
 
