@@ -569,7 +569,8 @@ def _compiled_backward(
         elif accumulate:
             written.append(x.clone(memory_format=torch.contiguous_format))
         else:
-            written.append(torch.empty(like.shape, dtype=q.dtype if x.dtype == q.dtype else torch.float32, device=q.device))
+            dtype = q.dtype if x.dtype == q.dtype else torch.float32
+            written.append(torch.empty(like.shape, dtype=dtype, device=q.device))
     _backward_sm90(dout, q, k, v, lse.contiguous(), delta.contiguous(), *written, *_with_plain_columns(rest))
     for x, result in zip((dq, dk, dv), written):
         if x is not result:
