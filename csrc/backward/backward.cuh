@@ -46,6 +46,15 @@ inline ForwardParams transpose(const ForwardParams& params) {
   return transposed;
 }
 
+// Whether every key of a dense batch is known to be seen by some query: gradients of others are never written.
+inline bool sees_every_key(const ForwardParams& params) {
+  if (params.q_start != nullptr || params.offsets != nullptr) return false;
+  const int64_t shift = params.default_offset ? int64_t{params.seqlen_k} - params.seqlen_q : params.offset;
+  const bool first = params.window_left == kNoBound || shift - params.window_left <= 0;
+  const bool last = params.window_right == kNoBound || shift + params.window_right + params.seqlen_q >= params.seqlen_k;
+  return first && last;
+}
+
 // Describes Q or dO, whose rows are queries, as make_key_map describes K.
 inline bool make_query_map(CUtensorMap& map, DType dtype, const void* data, const Strides& stride, bool packed,
                            const ForwardParams& params, int head_dim, int rows, int columns) {
@@ -64,7 +73,8 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   BackwardArguments arguments{};
   arguments.params = params;
   arguments.transposed = transpose(forward);
-  arguments.units_per_group = units_in_cache(arguments.transposed, 1, int64_t{forward.seqlen_q} * forward.heads / forward.kv_heads);
+  arguments.units_per_group =
+      units_in_cache(arguments.transposed, 1, int64_t{forward.seqlen_q} * (forward.heads / forward.kv_heads));
   arguments.counter = packed ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
                              : reinterpret_cast<TileCounter*>(forward.tile_counter);
   const bool mapped =
@@ -96,12 +106,14 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   };
   if (!params.accumulate) {
     clear(params.dq_sum, query_rows * kHeadDim, DType::fp32);
-    if (packed) {  // keys that lie in no range
+    if (!sees_every_key(forward)) {
       clear(params.dk, key_rows * forward.head_dim, params.dk_dtype);
       clear(params.dv, key_rows * forward.head_dim_v, params.dv_dtype);
     }
   }
-  if (error == cudaSuccess && packed) error = launch_schedule(arguments.transposed, {Config::kKeys, Config::kQueries}, stream);
+  if (error == cudaSuccess && packed) {
+    error = launch_schedule(arguments.transposed, {Config::kKeys, Config::kQueries}, stream);
+  }
   if (error != cudaSuccess) return error;
   const int64_t blocks = std::min<int64_t>(tiles, std::max(1, processors - forward.sm_margin));
   backward_kernel<Config><<<dim3(static_cast<unsigned>(blocks)), Config::kThreads, kSharedBytes, stream>>>(arguments);

@@ -53,6 +53,8 @@ struct BackwardConfig {
   static constexpr int kConsumerRegisters = 240;
   static_assert(kLaunchRegisters - kProducerRegisters >= kConsumers * (kConsumerRegisters - kLaunchRegisters));
 
+  // Whether the scores of a step are under way while dQ of the step before is; for head_dim 256 registers are short.
+  static constexpr bool kEarlyScores = kHeadDim <= 192;
   // Whether P is rounded, and multiplied, before dP is there; where registers are short, both wait for dP.
   static constexpr bool kEarlyWeights = kQueries == 64 && kHeadDim >= 96;
 

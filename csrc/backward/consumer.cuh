@@ -117,15 +117,8 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
       } else {
         const int next = tile_ring.stage;
         shared.tile_full[next].wait(tile_ring.parity);
-        const KeyTile& tile = shared.tile[next];
-        if (tile.end) {
+        if (shared.tile[next].end) {
           if (!running) break;
-          more = false;
-        } else if (tile.blocks.first == tile.blocks.end) {
-          write_unseen_keys<Config>(params, tile);
-          shared.tile_empty[next].arrive();
-          tile_ring.advance();
-          if (!running) continue;
           more = false;
         } else {
           scores_slot = next;
@@ -138,13 +131,16 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
       }
     }
 
-    // S^T = K Q^T
+    // S^T = K Q^T, where there are registers for it, under what follows.
     // NOTE: at the start there are no gradients, and at the end no scores, yet all is multiplied, from whatever lies there,
     // and forgotten: a product that depends on a branch makes the compiler wait for each. And none is under way when the
     // loop closes: the compiler would wait for each then, too.
-    if (more) shared.q_full[ring.stage].wait(ring.parity);
-    multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[scores_kv], typename Config::LayoutK{})),
-             thread_s.partition_fragment_B(as(shared.q[ring.stage], typename Config::LayoutQ{})), rS, false);
+    const auto multiply_s = [&]() __attribute__((always_inline)) {
+      if (more) shared.q_full[ring.stage].wait(ring.parity);
+      multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[scores_kv], typename Config::LayoutK{})),
+               thread_s.partition_fragment_B(as(shared.q[ring.stage], typename Config::LayoutQ{})), rS, false);
+    };
+    if constexpr (Config::kEarlyScores) multiply_s();
 
     // Of the step before: dQ = dS K, dK += dS^T Q
     const int stage = ring.stage, stage_before = 1 - ring.stage;
@@ -173,7 +169,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     multiply(mma_dk, thread_dk.partition_fragment_A(as(shared.ds[stage_before], typename Config::LayoutP{})), sQt, rdK,
              !fresh);
     warpgroup_wait<Config::kSharesKeys ? 2 : 1>();
-    warpgroup_fence_operand(rS);
+    if constexpr (Config::kEarlyScores) warpgroup_fence_operand(rS);
     warpgroup_fence_operand(rdQ);
     if (running) {
       const KeyTile& tile = shared.tile[slot];
@@ -184,10 +180,12 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     }
 
     // dP^T = V dO^T
+    if constexpr (!Config::kEarlyScores) multiply_s();
     if (more) shared.dout_full[ring.stage].wait(ring.parity);
     multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[scores_kv], typename Config::LayoutV{})),
              thread_s.partition_fragment_B(as(shared.dout[ring.stage], typename Config::LayoutDO{})), rdP, false);
     warpgroup_wait<1>();
+    if constexpr (!Config::kEarlyScores) warpgroup_fence_operand(rS);
     warpgroup_fence_operand(rdV);
     warpgroup_fence_operand(rdK);
     if (running) {

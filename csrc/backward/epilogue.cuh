@@ -115,24 +115,4 @@ __device__ __forceinline__ void write_keys(const Gradient& rG, float scale, void
   }
 }
 
-// Keys that no query sees: gradients 0, or as they are.
-template <class Config>
-__device__ __forceinline__ void write_unseen_keys(const BackwardParams& params, const KeyTile& tile) {
-  if (params.accumulate) return;
-  const ForwardParams& forward = params.forward;
-  const auto clear_row = [](void* to, DType dtype, int64_t row, int head_dim) {
-    const int words = dtype == DType::fp32 ? head_dim : head_dim / 2;
-    for (int i = threadIdx.x % 32; i < words; i += 32) static_cast<float*>(to)[row * words + i] = 0.f;
-  };
-#pragma unroll 1
-  for (int i = threadIdx.x / 32 - 4; i < Config::kKeys; i += 4 * Config::kConsumers) {
-    const int key = tile.first_key + i;
-    if (key >= tile.sequence.q_len) break;
-    const int64_t row =
-        (int64_t{tile.batch} * forward.seqlen_k + tile.sequence.q_base + key) * forward.kv_heads + tile.kv_head;
-    clear_row(params.dk, params.dk_dtype, row, forward.head_dim);
-    clear_row(params.dv, params.dv_dtype, row, forward.head_dim_v);
-  }
-}
-
 }  // namespace fa3

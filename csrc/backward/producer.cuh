@@ -35,23 +35,23 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
     const int rank = in_group / units_here;
     const int unit = group * units_per_group + in_group - rank * units_here;
 
-    shared.tile_empty[ring.stage].wait(ring.parity ^ 1);
-    KeyTile& tile = shared.tile[ring.stage];
-    tile.end = false;
-    tile.batch = unit / params.kv_heads;
-    tile.kv_head = unit - tile.batch * params.kv_heads;
+    const int batch = unit / params.kv_heads;
+    Sequence sequence;
+    int first_key;
     if (packed) {
       const TileRecord record = schedule_records(params.workspace)[rank];
-      tile.sequence = record.sequence;
-      tile.first_key = record.first_query;
+      sequence = record.sequence;
+      first_key = record.first_query;
     } else {
-      tile.sequence = sequence_at(params, tile.batch);
-      tile.first_key = rank * Config::kKeys;  // under a causal mask the first keys are those that most queries see
+      sequence = sequence_at(params, batch);
+      first_key = rank * Config::kKeys;  // under a causal mask the first keys are those that most queries see
     }
-    KeyBlocks blocks = visible_blocks(tile.sequence, tile.first_key, Config::kKeys, Config::kQueries);
+    KeyBlocks blocks = visible_blocks(sequence, first_key, Config::kKeys, Config::kQueries);
+    if (blocks.first == blocks.end) continue;  // the gradients of keys that nobody sees are 0 from the start
     // Keys past the end are hidden one by one.
-    if (tile.first_key + Config::kKeys > tile.sequence.q_len) blocks.end_open = blocks.first_plain;
-    tile.blocks = blocks;
+    if (first_key + Config::kKeys > sequence.q_len) blocks.end_open = blocks.first_plain;
+    shared.tile_empty[ring.stage].wait(ring.parity ^ 1);
+    shared.tile[ring.stage] = {false, batch, unit - batch * params.kv_heads, first_key, sequence, blocks};
     shared.tile_full[ring.stage].arrive();
     ring.advance();
   }
@@ -102,7 +102,6 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
     shared.tile_empty[tile_ring.stage].arrive();
     tile_ring.advance();
-    if (first_block == end_block) continue;
     const int stage = kv_ring.stage;
     shared.kv_empty[stage].wait(kv_ring.parity ^ 1);
     kv_ring.advance();

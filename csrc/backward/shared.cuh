@@ -22,7 +22,7 @@ struct BackwardArguments {
 // A tile on its way from the thread that draws it to those that load it and to the consumers, which keep it until they
 // have written its results.
 struct KeyTile {
-  bool end;  // no more tiles
+  bool end;  // no more tiles; nothing else is said
   int batch;
   int kv_head;
   int first_key;
