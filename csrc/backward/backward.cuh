@@ -64,6 +64,21 @@ inline bool make_query_map(CUtensorMap& map, DType dtype, const void* data, cons
   return make_key_map(map, dtype, data, stride, packed, queries, head_dim, rows, columns);
 }
 
+// Describes what dq is summed up in: contiguous rows of `columns`. If packed, with the rows twice, as make_key_map does.
+inline bool make_sum_map(CUtensorMap& map, float* data, bool packed, const ForwardParams& params, int head_dim,
+                         int64_t columns, int panel) {
+  const int64_t token = params.heads * columns;
+  const int box[4] = {panel, 64, 1, 1};
+  if (!packed) {
+    const int64_t extents[4] = {head_dim, params.seqlen_q, params.heads, params.batch};
+    const int64_t strides[3] = {token, columns, params.seqlen_q * token};
+    return make_tensor_map<4>(map, DType::fp32, data, extents, strides, box);
+  }
+  const int64_t extents[4] = {head_dim, 64, params.heads, int64_t{params.seqlen_q} + 1};
+  const int64_t strides[3] = {token, columns, token};
+  return make_tensor_map<4>(map, DType::fp32, data - 64 * token, extents, strides, box);
+}
+
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   using Config = BackwardConfig<kDType, kHeadDim, kHeadDimV>;
@@ -85,7 +100,10 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
       make_key_map(arguments.k, kDType, forward.k, forward.k_stride, packed, forward, forward.head_dim, Config::kKeys,
                    Config::kPanel) &&
       make_key_map(arguments.v, kDType, forward.v, forward.v_stride, packed, forward, forward.head_dim_v,
-                   Config::kKeys, Config::kPanelV);
+                   Config::kKeys, Config::kPanelV) &&
+      (!Config::kBulkDQ ||
+       make_sum_map(arguments.dq, params.accumulate ? static_cast<float*>(params.dq) : params.dq_sum, packed, forward,
+                    forward.head_dim, params.accumulate ? forward.head_dim : kHeadDim, Config::kColumnsPanelDQ));
   if (!mapped) return cudaErrorInvalidValue;
 
   // NOTE: of packed ranges this is an upper bound, since each may end in a tile of its own.
@@ -120,10 +138,10 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   error = cudaGetLastError();
   if (error != cudaSuccess || params.accumulate) return error;
   if (params.dq_dtype == DType::fp32) {
-    return convert_dq<float, kHeadDim>(params.dq_sum, params.dq, query_rows, forward.head_dim, forward.softmax_scale,
+    return convert_dq<float, kHeadDim, !Config::kBulkDQ>(params.dq_sum, params.dq, query_rows, forward.head_dim, forward.softmax_scale,
                                        stream);
   }
-  return convert_dq<Element, kHeadDim>(params.dq_sum, params.dq, query_rows, forward.head_dim, forward.softmax_scale,
+  return convert_dq<Element, kHeadDim, !Config::kBulkDQ>(params.dq_sum, params.dq, query_rows, forward.head_dim, forward.softmax_scale,
                                        stream);
 }
 

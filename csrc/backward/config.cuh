@@ -34,16 +34,28 @@ struct BackwardConfig {
   static_assert(!kSharesKeys || kQueries == 64);
   static constexpr int kQueriesOfWarpgroup = kSharesKeys ? kQueries / kConsumers : kQueries;
 
-  static constexpr int kBytesKV = kKeys * (kHeadDim + kHeadDimV) * sizeof(Element);
+  static constexpr int kBytesK = kKeys * kHeadDim * sizeof(Element);
+  static constexpr int kBytesV = kKeys * kHeadDimV * sizeof(Element);
   static constexpr int kBytesQ = kQueries * (kHeadDim + kHeadDimV) * sizeof(Element);  // and dO
   // Of Q and dO; and of dS, of which one is written while the other warpgroup still reads the one before.
   static constexpr int kStages = 2;
   static constexpr int kStagesP = kSharesKeys ? kStages : 1;
   static constexpr int kElementsDS = kQueries * kKeys;
   static constexpr int kElementsP = kSharesKeys ? kQueries * kKeys : 8;
-  static constexpr int kBytesDS = (kStages * kElementsDS + kStagesP * kElementsP) * sizeof(Element);
-  // The next tile's keys and values arrive under this tile's last blocks where there is room.
-  static constexpr int kStagesKV = 2 * kBytesKV + kStages * kBytesQ + kBytesDS <= 225 * 1024 ? 2 : 1;
+  static constexpr int kBytesSteps =
+      kStages * kBytesQ + (kStages * kElementsDS + kStagesP * kElementsP) * sizeof(Element);
+  static constexpr int kBytesShared = 225 * 1024;  // without barriers and other small things
+  // dQ leaves through shared memory, by bulk additions, in panels of 64 queries and 32 columns; where there is no room, by
+  // additions from registers, which take the memory pipeline longer than the products take the tensor cores.
+  static constexpr int kColumnsPanelDQ = 32;
+  static constexpr int kElementsPanelDQ = 64 * kColumnsPanelDQ;
+  static constexpr bool kBulkDQ = kBytesSteps + kBytesK + kBytesV + kQueries * kHeadDim * 4 <= kBytesShared;
+  static constexpr int kElementsDQ = kBulkDQ ? kQueries * kHeadDim : 4;
+  // The next tile's keys and values arrive under this tile's last blocks where there is room. A tile's values are done
+  // with earlier than its keys.
+  static constexpr int kBytesLeft = kBytesShared - kBytesSteps - kElementsDQ * 4 - kBytesK - kBytesV;
+  static constexpr int kStagesK = kBytesLeft >= kBytesK ? 2 : 1;
+  static constexpr int kStagesV = kBytesLeft >= kBytesK + kBytesV ? 2 : 1;
 
   // One producer warpgroup and the consumers.
   static constexpr int kThreads = 128 * (kConsumers + 1);

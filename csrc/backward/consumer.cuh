@@ -37,6 +37,8 @@ __device__ __forceinline__ void hide_queries(Scores& scores, const KeyTile& tile
 // 128 bytes, swizzled: Config::LayoutP and Config::LayoutDS.
 template <class Config, class Rounded>
 __device__ __forceinline__ void store_weights(const Rounded& rounded, typename Config::Element* to, int thread) {
+  // NOTE: opaque, since else the compiler keeps all that follows from it in registers, and there are none to spare.
+  asm volatile("" : "+r"(thread));
   const int lane = thread % 32;
   const int key = (Config::kSharesKeys ? thread % 128 : thread) / 32 * 16 + lane % 16;
   const uint32_t row = static_cast<uint32_t>(__cvta_generic_to_shared(to)) + key * 128;
@@ -66,9 +68,11 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
   const int column_dk = Config::kSharesKeys ? warpgroup * Config::kColumnsDK : 0;
   const int column_dv = Config::kSharesKeys ? warpgroup * Config::kColumnsDV : 0;
   const int thread_of_queries = Config::kSplitsColumns ? thread % 128 : thread;
-  const int row_dq = thread_of_queries / 32 * 16 + thread % 32 / 4;
+  const int first_row_dq = Config::kSplitsColumns ? 0 : warpgroup * 64;
   const int column_dq = Config::kSplitsColumns ? warpgroup * (Config::kHeadDim - Config::kColumnsDQ) : 0;
   const int skipped_dq = Config::kSplitsColumns ? warpgroup * (2 * Config::kColumnsDQ - Config::kHeadDim) : 0;
+  float* const panels_dq = shared.dq + (Config::kSplitsColumns ? column_dq * 64 : warpgroup * 64 * Config::kHeadDim);
+  const bool packed = forward.q_start != nullptr;
   const int group = forward.heads / forward.kv_heads;
   constexpr float kLog2E = 1.4426950408889634f;
   const float scale_log2 = (forward.softcap == 0.f ? forward.softmax_scale : forward.softcap) * kLog2E;
@@ -97,37 +101,35 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
   static_assert(size(rS) == size(rP));
   constexpr int kScores = decltype(size(rS))::value;
 
-  Ring<Config::kStagesKV> kv_ring;  // of the tile after the scores'
-  Ring<Config::kStages> ring;       // of the scores' step
-  Ring<kKeyTileSlots> tile_ring;    // of the tile after the scores'
+  // Of the step whose gradients come next: its tile (which they are in, in turn, says slot and stages of K and V), its
+  // query head of the group, its block.
+  int tile_index = -1, head = 0, block = 0;
+  Ring<Config::kStages> ring;  // of the scores' step
   static_assert(Config::kStages == 2);
-  // Of the step whose gradients come next: its tile's slot and stage of K and V, its query head of the group, its block.
-  int slot = 0, kv = 0, head = 0, block = 0;
-  bool fresh = true;     // it is its tile's first: rdK and rdV hold nothing
-  bool running = false;  // there is such a step
+  const auto stage_of = [](int index, auto stages) { return decltype(stages)::value == 1 ? 0 : index % 2; };
+  const auto parity_of = [](int index, auto stages) { return decltype(stages)::value == 1 ? index % 2 : index / 2 % 2; };
+  constexpr Int<kKeyTileSlots> kSlots;
+  constexpr Int<Config::kStagesK> kStagesK;
+  constexpr Int<Config::kStagesV> kStagesV;
+  bool fresh = true;           // it is its tile's first: rdK and rdV hold nothing
+  bool running = false;        // there is such a step
 
   while (true) {
     // An iteration takes the scores of a step, and the gradients of the step before, whose tile may be another.
+    const int slot = stage_of(tile_index & 3, kSlots), k_stage = stage_of(tile_index & 3, kStagesK);
     const bool tile_ends = !running || (head == group - 1 && block == shared.tile[slot].blocks.end - 1);
     bool more = true;  // there are scores to compute
-    int scores_slot = slot, scores_kv = kv;
+    int scores_tile = tile_index;
     if (tile_ends) {
-      if (running && Config::kStagesKV == 1) {
+      if (running && kStagesK == 1) {
         more = false;  // the next tile's keys come when this one's are no longer needed
       } else {
-        const int next = tile_ring.stage;
-        shared.tile_full[next].wait(tile_ring.parity);
-        if (shared.tile[next].end) {
-          if (!running) break;
-          more = false;
-        } else {
-          scores_slot = next;
-          scores_kv = kv_ring.stage;
-          tile_ring.advance();
-          shared.k_full[scores_kv].wait(kv_ring.parity);
-          shared.v_full[scores_kv].wait(kv_ring.parity);
-          kv_ring.advance();
-        }
+        ++scores_tile;
+        const int next = stage_of(scores_tile, kSlots);
+        shared.tile_full[next].wait(parity_of(scores_tile, kSlots));
+        more = !shared.tile[next].end;
+        if (!more && !running) break;
+        if (more) shared.k_full[stage_of(scores_tile, kStagesK)].wait(parity_of(scores_tile, kStagesK));
       }
     }
 
@@ -137,7 +139,8 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     // loop closes: the compiler would wait for each then, too.
     const auto multiply_s = [&]() __attribute__((always_inline)) {
       if (more) shared.q_full[ring.stage].wait(ring.parity);
-      multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[scores_kv], typename Config::LayoutK{})),
+      Element* const sK = shared.k[stage_of(scores_tile, kStagesK)];
+      multiply(mma_s, thread_s.partition_fragment_A(as(sK, typename Config::LayoutK{})),
                thread_s.partition_fragment_B(as(shared.q[ring.stage], typename Config::LayoutQ{})), rS, false);
     };
     if constexpr (Config::kEarlyScores) multiply_s();
@@ -149,6 +152,9 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
       store_weights<Config>(rdS, shared.ds[stage_before], thread);
     }
     cutlass::arch::fence_view_async_shared();
+    if constexpr (Config::kBulkDQ) {
+      if (thread % 128 == 0) tma_store_wait<0>();  // the step before's dQ has left shared memory
+    }
     cutlass::arch::NamedBarrier::sync(128 * Config::kConsumers, 0);
     const auto multiply_dv = [&](auto&& weights, int stage, bool first) __attribute__((always_inline)) {
       Element* const sdO = shared.dout[stage] + column_dv * Config::kQueries;
@@ -157,7 +163,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<Config::kQueries>, Int<Config::kColumnsDQ>>{});
     multiply(mma_dq, thread_dq.partition_fragment_A(as(shared.ds[stage_before], typename Config::LayoutDS{})),
              thread_dq.partition_fragment_B(
-                 as(shared.k[kv] + column_dq * Config::kKeys, typename Config::LayoutKt{})),
+                 as(shared.k[k_stage] + column_dq * Config::kKeys, typename Config::LayoutKt{})),
              rdQ, false);
     const auto sQt = thread_dk.partition_fragment_B(
         as(shared.q[stage_before] + column_dk * Config::kQueries, typename Config::LayoutQt{}));
@@ -173,16 +179,33 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     warpgroup_fence_operand(rdQ);
     if (running) {
       const KeyTile& tile = shared.tile[slot];
-      const int64_t row_at = (int64_t{tile.batch} * forward.seqlen_q + tile.sequence.k_base) * forward.heads +
-                             tile.kv_head * group + head;
-      add_queries<Config>(rdQ, params, row_at, block * Config::kQueries + row_dq, tile.sequence.k_len, column_dq,
-                          skipped_dq);
+      const int query_head = tile.kv_head * group + head;
+      if constexpr (Config::kBulkDQ) {
+        store_queries<Config>(rdQ, params.accumulate ? forward.softmax_scale : 1.f, panels_dq, skipped_dq);
+        cutlass::arch::fence_view_async_shared();
+        cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
+        if (thread % 128 == 0) {
+          const int skipped_panels = skipped_dq / Config::kColumnsPanelDQ;
+          add_panels<Config>(arguments.dq, panels_dq + skipped_panels * Config::kElementsPanelDQ, column_dq + skipped_dq,
+                             column_dq + Config::kColumnsDQ, tile.sequence.k_base, tile.sequence.k_len,
+                             block * Config::kQueries + first_row_dq, query_head, tile.batch, packed);
+        }
+      } else {
+        const int64_t row_at =
+            (int64_t{tile.batch} * forward.seqlen_q + tile.sequence.k_base) * forward.heads + query_head;
+        add_queries<Config>(rdQ, params, row_at, block * Config::kQueries + first_row_dq + rows.row % 64,
+                            tile.sequence.k_len, column_dq, skipped_dq);
+      }
     }
 
     // dP^T = V dO^T
     if constexpr (!Config::kEarlyScores) multiply_s();
-    if (more) shared.dout_full[ring.stage].wait(ring.parity);
-    multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[scores_kv], typename Config::LayoutV{})),
+    const int v_stage = stage_of(scores_tile, kStagesV);
+    if (more) {
+      if (tile_ends) shared.v_full[v_stage].wait(parity_of(scores_tile, kStagesV));
+      shared.dout_full[ring.stage].wait(ring.parity);
+    }
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[v_stage], typename Config::LayoutV{})),
              thread_s.partition_fragment_B(as(shared.dout[ring.stage], typename Config::LayoutDO{})), rdP, false);
     warpgroup_wait<1>();
     if constexpr (!Config::kEarlyScores) warpgroup_fence_operand(rS);
@@ -192,7 +215,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
       if constexpr (Config::kSharesKeys) arrive_as_warp(shared.dout_empty[stage_before]);
       arrive_as_warp(shared.q_empty[stage_before]);
       if (tile_ends) {
-        arrive_as_warp(shared.kv_empty[kv]);
+        arrive_as_warp(shared.k_empty[k_stage]);
         const KeyTile& tile = shared.tile[slot];
         OutputRow row[2];
 #pragma unroll
@@ -220,9 +243,8 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
         ++head;
       }
     } else if (more) {
-      slot = scores_slot;
-      kv = scores_kv;
-      block = shared.tile[slot].blocks.first;
+      tile_index = scores_tile;
+      block = shared.tile[stage_of(tile_index, kSlots)].blocks.first;
       head = 0;
     }
     fresh = tile_ends;
@@ -239,7 +261,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
         rdP(i) = (rdP(i) - shared.delta[stage][i / 4 * 8 + rows.column + i % 2]) * (1.f - rS(i) * rS(i));
       }
     }
-    const KeyTile& tile = shared.tile[slot];
+    const KeyTile& tile = shared.tile[stage_of(tile_index & 3, kSlots)];
     if (block < tile.blocks.first_plain || block >= tile.blocks.end_open) {
       hide_queries<Config>(rS, tile, rows, block * Config::kQueries);
     }
@@ -263,6 +285,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
       warpgroup_wait<0>();
     }
     warpgroup_fence_operand(rdP);
+    if (more && head == group - 1 && block == tile.blocks.end - 1) arrive_as_warp(shared.v_empty[v_stage]);
 #pragma unroll
     for (int i = 0; i < kScores / 4; ++i) {
       float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * i + rows.column]);
@@ -284,6 +307,9 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     }
     if (more) ring.advance();
     running = more;
+  }
+  if constexpr (Config::kBulkDQ) {
+    if (thread % 128 == 0) tma_store_wait<0>();
   }
 }
 

@@ -8,8 +8,8 @@ namespace fa3 {
 
 constexpr int kConvertThreads = 256;
 
-// A thread takes 16 columns of a row: what dq_sum_column permutes among themselves.
-template <class Output, int kHeadDim>
+// A thread takes 16 columns of a row: what dq_sum_column permutes among themselves, where kPermuted.
+template <class Output, int kHeadDim, bool kPermuted>
 __global__ void __launch_bounds__(kConvertThreads)
     convert_dq_kernel(const float* dq_sum, Output* dq, int64_t rows, int head_dim, float scale) {
   constexpr int kPieces = kHeadDim / 16;
@@ -23,16 +23,16 @@ __global__ void __launch_bounds__(kConvertThreads)
     if (column + 8 * half >= head_dim) break;
     Vec<Output, 8> result;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) result.value[i] = Output(scale * sum.value[dq_sum_column(8 * half + i)]);
+    for (int i = 0; i < 8; ++i) result.value[i] = Output(scale * sum.value[kPermuted ? dq_sum_column(8 * half + i) : 8 * half + i]);
     *reinterpret_cast<Vec<Output, 8>*>(dq + row * head_dim + column + 8 * half) = result;
   }
 }
 
-template <class Output, int kHeadDim>
+template <class Output, int kHeadDim, bool kPermuted>
 cudaError_t convert_dq(const float* dq_sum, void* dq, int64_t rows, int head_dim, float scale, cudaStream_t stream) {
   const int64_t blocks = (rows * (kHeadDim / 16) + kConvertThreads - 1) / kConvertThreads;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  convert_dq_kernel<Output, kHeadDim><<<dim3(static_cast<unsigned>(blocks)), kConvertThreads, 0, stream>>>(
+  convert_dq_kernel<Output, kHeadDim, kPermuted><<<dim3(static_cast<unsigned>(blocks)), kConvertThreads, 0, stream>>>(
       dq_sum, static_cast<Output*>(dq), rows, head_dim, scale);
   return cudaGetLastError();
 }

@@ -1,6 +1,8 @@
 // From a tile's accumulators to memory: dK and dV once a tile, dQ once a block of queries, by additions in fp32.
 #pragma once
 
+#include <cute/arch/copy_sm90_tma.hpp>
+
 #include "backward/shared.cuh"
 #include "forward/epilogue.cuh"
 
@@ -8,6 +10,56 @@ namespace fa3 {
 
 // ---- dQ --------------------------------------------------------------------------------------------------------------
 
+// Writes a thread's part of a warpgroup's dQ, 64 queries, to panels of shared memory as the bulk addition reads them:
+// rows of 128 bytes whose 16-byte pieces are swizzled.
+template <class Config, class Gradient>
+__device__ __forceinline__ void store_queries(const Gradient& rdQ, float scale, float* first_panel, int skipped) {
+  constexpr int kBlocks = decltype(size(rdQ))::value / 4;  // of 8 columns
+  const int lane = threadIdx.x % 32;
+  const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+  // NOTE: threads of odd rows write two blocks further on, and back: of four rows that a store writes at a time, no two
+  // then meet in a memory bank.
+  const bool odd = lane & 4;
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(first_panel)) + row * 128 + lane % 2 * 8;
+  const uint32_t swizzle = ((odd ? 4 : 0) ^ (lane % 4 / 2) ^ (row % 8)) * 16;
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+    if (8 * i < skipped) continue;
+    const uint32_t at = to + i / 4 * (Config::kElementsPanelDQ * 4) + ((i % 4 * 32) ^ swizzle);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int even_at = 4 * i + 2 * r, odd_at = 4 * (i ^ 2) + 2 * r;
+      const float first = scale * (odd ? rdQ(odd_at) : rdQ(even_at));
+      const float second = scale * (odd ? rdQ(odd_at + 1) : rdQ(even_at + 1));
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + 8 * r * 128), "f"(first), "f"(second) : "memory");
+    }
+  }
+}
+
+// Adds panels of shared memory to dq or dq_sum: rows from `row` on of a range of `length` that starts at `base`, of which
+// none past the end. By one thread.
+template <class Config>
+__device__ __forceinline__ void add_panels(const CUtensorMap& map, const float* first_panel, int first_column,
+                                           int last_column, int base, int length, int row, int head, int batch,
+                                           bool packed) {
+  int inside_at = row, outer = batch;
+  if (packed) {
+    // As in load_rows.
+    const int inside = min(length - row, 64);
+    if (inside <= 0) return;
+    inside_at = 64 - inside;
+    outer = base + row + inside;
+  }
+#pragma unroll 1
+  for (int column = first_column; column < last_column; column += Config::kColumnsPanelDQ) {
+    SM90_TMA_REDUCE_ADD_4D::copy(&map, first_panel, column, inside_at, head, outer);
+    first_panel += Config::kElementsPanelDQ;
+  }
+  tma_store_arrive();
+}
+
+// Additions from registers.
+//
 // Inside a row of the accumulator dq_sum, columns are permuted, so that a thread's elements of two neighbouring blocks of
 // 8 columns are neighbours, and a quad's fill 64 bytes: column 16 j + 8 h + 2 q + e is at 16 j + 4 q + 2 h + e.
 __host__ __device__ constexpr int dq_sum_column(int column) {

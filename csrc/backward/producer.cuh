@@ -90,7 +90,8 @@ template <class Config>
 __device__ __forceinline__ void load_key_tiles(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
   const bool packed = arguments.transposed.q_start != nullptr;
   const int group = arguments.params.forward.heads / arguments.params.forward.kv_heads;
-  Ring<Config::kStagesKV> kv_ring;
+  Ring<Config::kStagesK> k_ring;
+  Ring<Config::kStagesV> v_ring;
   Ring<Config::kStages> ring;
   Ring<kKeyTileSlots> tile_ring;
   while (true) {
@@ -102,15 +103,12 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
     shared.tile_empty[tile_ring.stage].arrive();
     tile_ring.advance();
-    const int stage = kv_ring.stage;
-    shared.kv_empty[stage].wait(kv_ring.parity ^ 1);
-    kv_ring.advance();
-    load_rows<Config::kKeys, Config::kHeadDim, Config::kPanel>(arguments.k, shared.k_full[stage], shared.k[stage],
-                                                               sequence.q_base, sequence.q_len, first_key, kv_head,
-                                                               batch, packed);
-    load_rows<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(arguments.v, shared.v_full[stage], shared.v[stage],
-                                                                 sequence.q_base, sequence.q_len, first_key, kv_head,
-                                                                 batch, packed);
+    shared.k_empty[k_ring.stage].wait(k_ring.parity ^ 1);
+    load_rows<Config::kKeys, Config::kHeadDim, Config::kPanel>(arguments.k, shared.k_full[k_ring.stage],
+                                                               shared.k[k_ring.stage], sequence.q_base, sequence.q_len,
+                                                               first_key, kv_head, batch, packed);
+    k_ring.advance();
+    bool values_wait = true;  // V comes after the first Q: that is the order in which they are needed
 #pragma unroll 1
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
 #pragma unroll 1
@@ -119,6 +117,14 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
         load_rows<Config::kQueries, Config::kHeadDim, Config::kPanel>(
             arguments.q, shared.q_full[ring.stage], shared.q[ring.stage], sequence.k_base, sequence.k_len,
             block * Config::kQueries, head, batch, packed);
+        if (values_wait) {
+          shared.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
+          load_rows<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(
+              arguments.v, shared.v_full[v_ring.stage], shared.v[v_ring.stage], sequence.q_base, sequence.q_len,
+              first_key, kv_head, batch, packed);
+          v_ring.advance();
+          values_wait = false;
+        }
         shared.dout_empty[ring.stage].wait(ring.parity ^ 1);
         load_rows<Config::kQueries, Config::kHeadDimV, Config::kPanelV>(
             arguments.dout, shared.dout_full[ring.stage], shared.dout[ring.stage], sequence.k_base, sequence.k_len,

@@ -13,6 +13,7 @@ struct BackwardArguments {
   CUtensorMap dout;
   CUtensorMap k;
   CUtensorMap v;
+  CUtensorMap dq;  // what dq is summed up in, by panels
   BackwardParams params;
   ForwardParams transposed;  // params.forward with queries and keys in each other's place: what tiles are drawn from
   TileCounter* counter;
@@ -33,18 +34,20 @@ constexpr int kKeyTileSlots = 2;
 
 template <class Config>
 struct alignas(1024) BackwardShared {
-  alignas(1024) typename Config::Element k[Config::kStagesKV][Config::kKeys * Config::kHeadDim];
-  alignas(1024) typename Config::Element v[Config::kStagesKV][Config::kKeys * Config::kHeadDimV];
+  alignas(1024) typename Config::Element k[Config::kStagesK][Config::kKeys * Config::kHeadDim];
+  alignas(1024) typename Config::Element v[Config::kStagesV][Config::kKeys * Config::kHeadDimV];
   alignas(1024) typename Config::Element q[Config::kStages][Config::kQueries * Config::kHeadDim];
   alignas(1024) typename Config::Element dout[Config::kStages][Config::kQueries * Config::kHeadDimV];
   alignas(1024) typename Config::Element ds[Config::kStages][Config::kElementsDS];
   alignas(1024) typename Config::Element p[Config::kStagesP][Config::kElementsP];  // where keys are shared
+  alignas(1024) float dq[Config::kElementsDQ];  // panels
   alignas(16) float lse_log2[Config::kStages][Config::kQueries];  // +inf for rows whose weights are 0
   alignas(16) float delta[Config::kStages][Config::kQueries];
 
-  LoadBarrier k_full[Config::kStagesKV];
-  LoadBarrier v_full[Config::kStagesKV];
-  Barrier kv_empty[Config::kStagesKV];
+  LoadBarrier k_full[Config::kStagesK];
+  LoadBarrier v_full[Config::kStagesV];
+  Barrier k_empty[Config::kStagesK];
+  Barrier v_empty[Config::kStagesV];
   LoadBarrier q_full[Config::kStages];
   LoadBarrier dout_full[Config::kStages];
   HandOver rows_full[Config::kStages];  // lse_log2 and delta
@@ -60,10 +63,13 @@ struct alignas(1024) BackwardShared {
 template <class Config>
 __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
   constexpr int kConsumerWarps = 4 * Config::kConsumers;
-  for (int stage = 0; stage < Config::kStagesKV; ++stage) {
+  for (int stage = 0; stage < Config::kStagesK; ++stage) {
     shared.k_full[stage].init(1);
+    shared.k_empty[stage].init(kConsumerWarps);
+  }
+  for (int stage = 0; stage < Config::kStagesV; ++stage) {
     shared.v_full[stage].init(1);
-    shared.kv_empty[stage].init(kConsumerWarps);
+    shared.v_empty[stage].init(kConsumerWarps);
   }
   for (int stage = 0; stage < Config::kStages; ++stage) {
     shared.q_full[stage].init(1);
