@@ -262,7 +262,8 @@ int32_t window_bound(const char* op, const std::optional<int64_t>& window) {
 }
 
 // An int32 tensor of `count` elements that the kernel may index, or nullptr where there is none.
-const int32_t* column(const char* op, const char* name, const std::optional<Tensor>& tensor, int64_t count, const Tensor& q) {
+const int32_t* column(const char* op, const char* name, const std::optional<Tensor>& tensor, int64_t count,
+                      const Tensor& q) {
   if (!tensor) return nullptr;
   FA3_CHECK(tensor->dim() == 1 && tensor->size(0) == count && tensor->scalar_type() == ScalarType::Int &&
             tensor->is_cuda() && tensor->get_device_index() == q.get_device_index() &&
@@ -295,11 +296,12 @@ int32_t* tile_counter(const Tensor& like, cudaStream_t stream, std::optional<Ten
 }
 
 // `tiles_of_keys`: the launch draws tiles of keys, not of queries.
-Call prepare(const char* op, bool tiles_of_keys, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& q_start,
-                            const std::optional<Tensor>& q_len, const std::optional<Tensor>& k_start,
-                            const std::optional<Tensor>& k_len, const std::optional<Tensor>& offsets,
-                            std::optional<int64_t> offset, double softmax_scale, std::optional<int64_t> window_left,
-                            std::optional<int64_t> window_right, double softcap, int64_t sm_margin) {
+Call prepare(const char* op, bool tiles_of_keys, const Tensor& q, const Tensor& k, const Tensor& v,
+             const std::optional<Tensor>& q_start, const std::optional<Tensor>& q_len,
+             const std::optional<Tensor>& k_start, const std::optional<Tensor>& k_len,
+             const std::optional<Tensor>& offsets, std::optional<int64_t> offset, double softmax_scale,
+             std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
+             int64_t sm_margin) {
   Call call{};
   call.packed = q.dim() == 3;
   const int64_t packed = call.packed;
@@ -414,8 +416,8 @@ std::tuple<Tensor, Tensor> forward_sm90(
     std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
     std::optional<ScalarType> out_dtype, bool /* deterministic: it always is */, int64_t sm_margin) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  Call call = prepare("forward", false, q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left,
-                                     window_right, softcap, sm_margin);
+  Call call = prepare("forward", false, q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale,
+                      window_left, window_right, softcap, sm_margin);
   const ForwardLauncher launch = forward_launcher("forward", call);
   const ScalarType wanted = out_dtype.value_or(q.scalar_type());
   FA3_CHECK(wanted == q.scalar_type() || wanted == ScalarType::Float, "forward: out_dtype must be q's dtype or float32");
@@ -456,15 +458,18 @@ void forward_into_sm90(const Tensor& q, const Tensor& k, const Tensor& v, Tensor
                        int64_t sm_margin) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   FA3_CHECK(q.dim() == 3, "forward_into: q must have shape (tokens, heads, head_dim), got ", shape_of(q));
-  Call call = prepare("forward_into", false, q, k, v, q_start, q_len, k_start, k_len, offsets, std::nullopt, softmax_scale,
-                                     window_left, window_right, softcap, sm_margin);
+  Call call = prepare("forward_into", false, q, k, v, q_start, q_len, k_start, k_len, offsets, std::nullopt,
+                      softmax_scale, window_left, window_right, softcap, sm_margin);
   const ForwardLauncher launch = forward_launcher("forward_into", call);
   std::vector<int64_t> out_shape{q.size(0), q.size(1), v.size(2)};
-  call.params.out_acc = static_cast<float*>(state_pointer("forward_into", "out_acc", out_acc, out_shape, ScalarType::Float, q));
-  call.params.lse = static_cast<float*>(state_pointer("forward_into", "lse", lse, {q.size(1), q.size(0)}, ScalarType::Float, q));
+  const auto state = [&](const char* name, Tensor& tensor, const std::vector<int64_t>& shape, ScalarType dtype) {
+    return state_pointer("forward_into", name, tensor, shape, dtype, q);
+  };
+  call.params.out_acc = static_cast<float*>(state("out_acc", out_acc, out_shape, ScalarType::Float));
+  call.params.lse = static_cast<float*>(state("lse", lse, {q.size(1), q.size(0)}, ScalarType::Float));
   if (out) {
     const bool is_float = out->scalar_type() == ScalarType::Float;
-    call.params.out = state_pointer("forward_into", "out", *out, out_shape, is_float ? ScalarType::Float : q.scalar_type(), q);
+    call.params.out = state("out", *out, out_shape, is_float ? ScalarType::Float : q.scalar_type());
     if (is_float) call.params.out_dtype = fa3::DType::fp32;
   }
   call.params.flags = column("forward_into", "flags", flags, call.params.ranges, q);

@@ -137,12 +137,10 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   backward_kernel<Config><<<dim3(static_cast<unsigned>(blocks)), Config::kThreads, kSharedBytes, stream>>>(arguments);
   error = cudaGetLastError();
   if (error != cudaSuccess || params.accumulate) return error;
-  if (params.dq_dtype == DType::fp32) {
-    return convert_dq<float, kHeadDim, !Config::kBulkDQ>(params.dq_sum, params.dq, query_rows, forward.head_dim, forward.softmax_scale,
-                                       stream);
-  }
-  return convert_dq<Element, kHeadDim, !Config::kBulkDQ>(params.dq_sum, params.dq, query_rows, forward.head_dim, forward.softmax_scale,
-                                       stream);
+  constexpr bool kPermuted = !Config::kBulkDQ;
+  const auto convert = params.dq_dtype == DType::fp32 ? convert_dq<float, kHeadDim, kPermuted>
+                                                      : convert_dq<Element, kHeadDim, kPermuted>;
+  return convert(params.dq_sum, params.dq, query_rows, forward.head_dim, forward.softmax_scale, stream);
 }
 
 }  // namespace fa3

@@ -23,7 +23,9 @@ __global__ void __launch_bounds__(kConvertThreads)
     if (column + 8 * half >= head_dim) break;
     Vec<Output, 8> result;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) result.value[i] = Output(scale * sum.value[kPermuted ? dq_sum_column(8 * half + i) : 8 * half + i]);
+    for (int i = 8 * half; i < 8 * half + 8; ++i) {
+      result.value[i % 8] = Output(scale * sum.value[kPermuted ? dq_sum_column(i) : i]);
+    }
     *reinterpret_cast<Vec<Output, 8>*>(dq + row * head_dim + column + 8 * half) = result;
   }
 }

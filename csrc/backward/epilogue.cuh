@@ -141,7 +141,8 @@ __device__ __forceinline__ void store_columns(const Gradient& rG, float scale, E
   }
 }
 
-// Writes a thread's rows of dK or dV, scaled, or adds them to what is there: the keys of a launch that accumulates are disjoint.
+// Writes a thread's rows of dK or dV, scaled, or adds them to what is there: the keys of a launch that accumulates are
+// disjoint.
 template <class Element, class Gradient>
 __device__ __forceinline__ void write_keys(const Gradient& rG, float scale, void* to, DType dtype, bool accumulate,
                                            const OutputRow (&rows)[2], int first_column, int head_dim) {

@@ -39,8 +39,9 @@ struct alignas(1024) BackwardShared {
   alignas(1024) typename Config::Element q[Config::kStages][Config::kQueries * Config::kHeadDim];
   alignas(1024) typename Config::Element dout[Config::kStages][Config::kQueries * Config::kHeadDimV];
   alignas(1024) typename Config::Element ds[Config::kStages][Config::kElementsDS];
-  alignas(1024) typename Config::Element p[Config::kStagesP][Config::kElementsP];  // where keys are shared
   alignas(1024) float dq[Config::kElementsDQ];  // panels
+  // Where keys are shared.
+  alignas(Config::kSharesKeys ? 1024 : 16) typename Config::Element p[Config::kStagesP][Config::kElementsP];
   alignas(16) float lse_log2[Config::kStages][Config::kQueries];  // +inf for rows whose weights are 0
   alignas(16) float delta[Config::kStages][Config::kQueries];
 
