@@ -64,18 +64,22 @@ inline bool make_query_map(CUtensorMap& map, DType dtype, const void* data, cons
   return make_key_map(map, dtype, data, stride, packed, queries, head_dim, rows, columns);
 }
 
-// Describes what dq is summed up in: contiguous rows of `columns`. If packed, with the rows twice, as make_key_map does.
-inline bool make_sum_map(CUtensorMap& map, float* data, bool packed, const ForwardParams& params, int head_dim,
-                         int64_t columns, int panel) {
-  const int64_t token = params.heads * columns;
+// Describes what dq is summed up in: dq itself, or dq_sum, whose rows have `columns` and lie head by head, so that the
+// additions that are under way at a time meet in the cache. If packed, with the rows twice, as make_key_map does.
+inline bool make_sum_map(CUtensorMap& map, const BackwardParams& params, bool packed, int64_t columns, int panel) {
+  const ForwardParams& forward = params.forward;
+  float* const data = params.accumulate ? static_cast<float*>(params.dq) : params.dq_sum;
+  const int64_t token = params.accumulate ? forward.heads * int64_t{forward.head_dim} : columns;
+  const int64_t head = params.accumulate ? forward.head_dim : forward.seqlen_q * columns;
   const int box[4] = {panel, 64, 1, 1};
   if (!packed) {
-    const int64_t extents[4] = {head_dim, params.seqlen_q, params.heads, params.batch};
-    const int64_t strides[3] = {token, columns, params.seqlen_q * token};
+    const int64_t batch = int64_t{forward.seqlen_q} * forward.heads * (params.accumulate ? forward.head_dim : columns);
+    const int64_t extents[4] = {forward.head_dim, forward.seqlen_q, forward.heads, forward.batch};
+    const int64_t strides[3] = {token, head, batch};
     return make_tensor_map<4>(map, DType::fp32, data, extents, strides, box);
   }
-  const int64_t extents[4] = {head_dim, 64, params.heads, int64_t{params.seqlen_q} + 1};
-  const int64_t strides[3] = {token, columns, token};
+  const int64_t extents[4] = {forward.head_dim, 64, forward.heads, int64_t{forward.seqlen_q} + 1};
+  const int64_t strides[3] = {token, head, token};
   return make_tensor_map<4>(map, DType::fp32, data - 64 * token, extents, strides, box);
 }
 
@@ -102,8 +106,7 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
       make_key_map(arguments.v, kDType, forward.v, forward.v_stride, packed, forward, forward.head_dim_v,
                    Config::kKeys, Config::kPanelV) &&
       (!Config::kBulkDQ ||
-       make_sum_map(arguments.dq, params.accumulate ? static_cast<float*>(params.dq) : params.dq_sum, packed, forward,
-                    forward.head_dim, params.accumulate ? forward.head_dim : kHeadDim, Config::kColumnsPanelDQ));
+       make_sum_map(arguments.dq, params, packed, kHeadDim, Config::kColumnsPanelDQ));
   if (!mapped) return cudaErrorInvalidValue;
 
   // NOTE: of packed ranges this is an upper bound, since each may end in a tile of its own.
@@ -140,7 +143,7 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   constexpr bool kPermuted = !Config::kBulkDQ;
   const auto convert = params.dq_dtype == DType::fp32 ? convert_dq<float, kHeadDim, kPermuted>
                                                       : convert_dq<Element, kHeadDim, kPermuted>;
-  return convert(params.dq_sum, params.dq, query_rows, forward.head_dim, forward.softmax_scale, stream);
+  return convert(params, stream);
 }
 
 }  // namespace fa3

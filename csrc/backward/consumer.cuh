@@ -191,10 +191,9 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
                              block * Config::kQueries + first_row_dq, query_head, tile.batch, packed);
         }
       } else {
-        const int64_t row_at =
-            (int64_t{tile.batch} * forward.seqlen_q + tile.sequence.k_base) * forward.heads + query_head;
-        add_queries<Config>(rdQ, params, row_at, block * Config::kQueries + first_row_dq + rows.row % 64,
-                            tile.sequence.k_len, column_dq, skipped_dq);
+        add_queries<Config>(rdQ, params, tile.batch, query_head, tile.sequence.k_base,
+                            block * Config::kQueries + first_row_dq + rows.row % 64, tile.sequence.k_len, column_dq,
+                            skipped_dq);
       }
     }
 

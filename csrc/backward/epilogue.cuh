@@ -75,26 +75,29 @@ __device__ __forceinline__ void add_global(float* to, float a, float b, float c,
 }
 
 // Adds a thread's part of dQ: rows `query` and `query` + 8 of those before `end_query`, columns from `first_column`,
-// of which the first `skipped` are the other warpgroup's.
-// `row_at` is where query 0 of the sequence and head has its row.
+// of which the first `skipped` are the other warpgroup's. `token` and `head` are where query 0 lies.
 template <class Config, class Gradient>
-__device__ __forceinline__ void add_queries(const Gradient& rdQ, const BackwardParams& params, int64_t row_at, int query,
-                                            int end_query, int first_column, int skipped) {
+__device__ __forceinline__ void add_queries(const Gradient& rdQ, const BackwardParams& params, int batch, int head,
+                                            int64_t token, int query, int end_query, int first_column, int skipped) {
   const ForwardParams& forward = params.forward;
   constexpr int kBlocks = decltype(size(rdQ))::value / 4;  // of 8 columns
-  const int row_elements = params.accumulate ? forward.head_dim : Config::kHeadDim;
   const int lane_column = first_column + threadIdx.x % 4 * (params.accumulate ? 2 : 4);
-  float* const first_row = (params.accumulate ? static_cast<float*>(params.dq) : params.dq_sum) + lane_column +
-                           (row_at + int64_t{query} * forward.heads) * row_elements;
+  const int64_t row_elements = params.accumulate ? int64_t{forward.heads} * forward.head_dim : Config::kHeadDim;
+  float* first_row = params.accumulate
+                         ? static_cast<float*>(params.dq) +
+                               (int64_t{batch} * forward.seqlen_q * forward.heads + head) * forward.head_dim
+                         : params.dq_sum + (int64_t{batch} * forward.heads + head) * forward.seqlen_q * Config::kHeadDim;
+  first_row += lane_column + (token + query) * row_elements;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (query + 8 * r >= end_query) break;
-    float* const to = first_row + int64_t{8 * r} * forward.heads * row_elements;
+    float* const to = first_row + 8 * r * row_elements;
     if (!params.accumulate) {
 #pragma unroll
       for (int i = 0; i < kBlocks; i += 2) {
         if (8 * i < skipped) continue;
-        add_global(to + 8 * i, rdQ(4 * i + 2 * r), rdQ(4 * i + 2 * r + 1), rdQ(4 * i + 4 + 2 * r), rdQ(4 * i + 5 + 2 * r));
+        const int at = 4 * i + 2 * r;
+        add_global(to + 8 * i, rdQ(at), rdQ(at + 1), rdQ(at + 4), rdQ(at + 5));
       }
     } else {
       const float scale = forward.softmax_scale;
