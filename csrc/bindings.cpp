@@ -22,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include "backward/backward.h"
 #include "backward/delta.h"
 #include "build_info.h"
 #include "forward/forward.h"
@@ -254,8 +255,30 @@ ForwardLauncher find_forward([[maybe_unused]] fa3::DType wanted, [[maybe_unused]
   return found;
 }
 
+using BackwardLauncher = cudaError_t (*)(const fa3::BackwardParams&, cudaStream_t);
+
+// A row of the backward: its kernel, and the head_dim of the rows that it sums dq up in.
+struct BackwardKernel {
+  BackwardLauncher launch = nullptr;
+  int64_t head_dim = 0;
+};
+
+// The kernel of the smallest head dims in the list that hold these, if there is one.
+BackwardKernel find_backward([[maybe_unused]] fa3::DType wanted, [[maybe_unused]] int64_t wanted_dim,
+                             [[maybe_unused]] int64_t wanted_dim_v) {
+  BackwardKernel found;
+  [[maybe_unused]] int64_t found_size = std::numeric_limits<int64_t>::max();
+#define FA3_BACKWARD(kind, dtype, dim, dim_v)                                                          \
+  if (wanted == fa3::DType::dtype && wanted_dim <= dim && wanted_dim_v <= dim_v && dim + dim_v < found_size) { \
+    found = {fa3::launch_backward<fa3::DType::dtype, dim, dim_v>, dim};                                \
+    found_size = dim + dim_v;                                                                          \
+  }
+#include <instances.def>
+  return found;
+}
+
 // Strides of a dense or packed tensor, checked for what the copy engine can address.
-fa3::Strides mapped_strides(const char* name, const View& tensor) {
+fa3::Strides mapped_strides(const char* op, const char* name, const View& tensor) {
   const fa3::Strides strides = row_strides(tensor);
   bool fits = strides.head_dim == 1 && reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0;
   const int64_t outer[3] = {strides.batch, strides.seqlen, strides.heads};
@@ -263,13 +286,13 @@ fa3::Strides mapped_strides(const char* name, const View& tensor) {
     --dim;
     fits = fits && outer[dim] * 2 % 16 == 0 && outer[dim] >= 0 && (outer[dim] > 0 || tensor.sizes[at] == 1);
   }
-  FA3_CHECK(fits, "forward: ", name, " must have a contiguous head_dim, 16-byte aligned rows and strides above 0; pass ",
+  FA3_CHECK(fits, op, ": ", name, " must have a contiguous head_dim, 16-byte aligned rows and strides above 0; pass ",
             name, ".contiguous()");
   return strides;
 }
 
-// Arguments of the forward but for the dtype of its result, in the schema's order.
-struct ForwardInputs {
+// Arguments that the forward's two forms and the backward share, in the order of the schemas.
+struct Inputs {
   View q, k, v;
   std::optional<View> q_start, q_len, k_start, k_len, offsets;
   std::optional<int64_t> offset;
@@ -280,9 +303,8 @@ struct ForwardInputs {
 };
 
 // What they come to.
-struct ForwardCall {
+struct Call {
   fa3::ForwardParams params{};
-  ForwardLauncher launch;
   ScalarType dtype;
   int32_t device;
   bool packed;
@@ -291,18 +313,19 @@ struct ForwardCall {
 
 constexpr int64_t kMaxExtent = fa3::kMaxSequence;
 
-int32_t window_bound(const std::optional<int64_t>& window) {
+int32_t window_bound(const char* op, const std::optional<int64_t>& window) {
   if (!window) return fa3::kNoBound;
-  FA3_CHECK(*window >= 0, "forward: a window reaches over 0 or more keys, got ", *window);
+  FA3_CHECK(*window >= 0, op, ": a window reaches over 0 or more keys, got ", *window);
   return static_cast<int32_t>(std::min(*window, kMaxExtent));
 }
 
 // An int32 tensor of `count` elements that the kernel may index, or nullptr where there is none.
-const int32_t* column(const char* name, const std::optional<View>& tensor, int64_t count, const View& q) {
+const int32_t* column(const char* op, const char* name, const std::optional<View>& tensor, int64_t count,
+                      const View& q) {
   if (!tensor) return nullptr;
   FA3_CHECK(tensor->dims == 1 && tensor->sizes[0] == count && tensor->dtype == ScalarType::Int &&
             tensor->device == q.device && (count <= 1 || tensor->strides[0] == 1),
-            "forward: ", name, " must be a contiguous int32 tensor of shape (", count, ",) on q's device, got shape ",
+            op, ": ", name, " must be a contiguous int32 tensor of shape (", count, ",) on q's device, got shape ",
             shape_of(*tensor));
   return static_cast<const int32_t*>(tensor->data);
 }
@@ -330,64 +353,62 @@ int32_t* tile_counter(int32_t device, cudaStream_t stream, std::optional<Tensor>
   return static_cast<int32_t*>(found->second.mutable_data_ptr());
 }
 
-ForwardCall check_forward(const ForwardInputs& in) {
+Call check_call(const char* op, const Inputs& in) {
   const View &q = in.q, &k = in.k, &v = in.v;
-  ForwardCall call{};
+  Call call{};
   call.packed = q.dims == 3;
   const int64_t packed = call.packed;
-  FA3_CHECK((packed || q.dims == 4) && k.dims == q.dims && v.dims == q.dims, "forward: q, k and v must have shape "
+  FA3_CHECK((packed || q.dims == 4) && k.dims == q.dims && v.dims == q.dims, op, ": q, k and v must have shape "
             "(batch, seqlen, heads, head_dim) or (tokens, heads, head_dim), got ", shape_of(q), ", ", shape_of(k),
             " and ", shape_of(v));
   const int64_t batch = packed ? 1 : q.sizes[0], seqlen_q = q.sizes[1 - packed], heads = q.sizes[2 - packed];
   const int64_t head_dim = q.sizes[3 - packed], seqlen_k = k.sizes[1 - packed], kv_heads = k.sizes[2 - packed];
   const int64_t head_dim_v = v.sizes[3 - packed];
-  FA3_CHECK((packed || k.sizes[0] == batch) && k.sizes[3 - packed] == head_dim, "forward: k must have q's batch and "
+  FA3_CHECK((packed || k.sizes[0] == batch) && k.sizes[3 - packed] == head_dim, op, ": k must have q's batch and "
             "head_dim; got ", shape_of(k), " beside q ", shape_of(q));
-  FA3_CHECK(std::equal(k.sizes, k.sizes + k.dims - 1, v.sizes), "forward: v must have k's shape but for head_dim; got ",
+  FA3_CHECK(std::equal(k.sizes, k.sizes + k.dims - 1, v.sizes), op, ": v must have k's shape but for head_dim; got ",
             shape_of(v), " beside k ", shape_of(k));
-  FA3_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "forward: the heads of q, ", heads,
+  FA3_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, op, ": the heads of q, ", heads,
             ", must be a multiple of those of k, ", kv_heads);
   FA3_CHECK(head_dim > 0 && head_dim % 8 == 0 && head_dim_v > 0 && head_dim_v % 8 == 0,
-            "forward: head dims must be multiples of 8, got ", head_dim, " and ", head_dim_v);
-  FA3_CHECK(std::max({seqlen_q, seqlen_k, heads * batch}) <= kMaxExtent, "forward: sequences and batch * heads may reach ",
+            op, ": head dims must be multiples of 8, got ", head_dim, " and ", head_dim_v);
+  FA3_CHECK(std::max({seqlen_q, seqlen_k, heads * batch}) <= kMaxExtent, op, ": sequences and batch * heads may reach ",
             kMaxExtent);
   for (const View* tensor : {&q, &k, &v}) {
     FA3_CHECK(tensor->device >= 0 && tensor->device == q.device && tensor->dtype && tensor->dtype == q.dtype,
-              "forward: q, k and v must share a CUDA device and a dtype");
+              op, ": q, k and v must share a CUDA device and a dtype");
   }
   FA3_CHECK(std::isfinite(in.softmax_scale) && in.softmax_scale > 0 && std::isfinite(in.softcap) && in.softcap >= 0,
-            "forward: softmax_scale must be above 0 and softcap at least 0, got ", in.softmax_scale, " and ", in.softcap);
-  FA3_CHECK(in.sm_margin >= 0, "forward: sm_margin must be 0 or more, got ", in.sm_margin);
+            op, ": softmax_scale must be above 0 and softcap at least 0, got ", in.softmax_scale, " and ", in.softcap);
+  FA3_CHECK(in.sm_margin >= 0, op, ": sm_margin must be 0 or more, got ", in.sm_margin);
   const auto dtype = dtype_of(*q.dtype);
-  call.launch = dtype ? find_forward(*dtype, head_dim, head_dim_v) : nullptr;
-  FA3_CHECK(call.launch != nullptr, "forward: this library has no kernel for q's dtype and head dims ", head_dim, " and ",
-            head_dim_v, "; 'python -m fa3_dist doctor' lists its variants");
+  FA3_CHECK(dtype, op, ": q must be bfloat16, float16 or float32");
   call.dtype = *q.dtype;
   call.device = q.device;
 
   fa3::ForwardParams& params = call.params;
   if (packed) {
-    FA3_CHECK(in.q_start && in.q_len && in.k_start && in.k_len, "forward: packed tensors need q_start, q_len, k_start and "
+    FA3_CHECK(in.q_start && in.q_len && in.k_start && in.k_len, op, ": packed tensors need q_start, q_len, k_start and "
               "k_len");
     const int64_t ranges = in.q_start->dims == 1 ? in.q_start->sizes[0] : -1;
-    FA3_CHECK(ranges <= kMaxExtent, "forward: there may be ", kMaxExtent, " ranges, got ", ranges);
-    params.q_start = column("q_start", in.q_start, ranges, q);
-    params.q_len = column("q_len", in.q_len, ranges, q);
-    params.k_start = column("k_start", in.k_start, ranges, q);
-    params.k_len = column("k_len", in.k_len, ranges, q);
+    FA3_CHECK(ranges <= kMaxExtent, op, ": there may be ", kMaxExtent, " ranges, got ", ranges);
+    params.q_start = column(op, "q_start", in.q_start, ranges, q);
+    params.q_len = column(op, "q_len", in.q_len, ranges, q);
+    params.k_start = column(op, "k_start", in.k_start, ranges, q);
+    params.k_len = column(op, "k_len", in.k_len, ranges, q);
     params.ranges = static_cast<int32_t>(ranges);
   } else {
-    FA3_CHECK(!in.q_start && !in.q_len && !in.k_start && !in.k_len, "forward: dense tensors go without q_start, q_len, "
+    FA3_CHECK(!in.q_start && !in.q_len && !in.k_start && !in.k_len, op, ": dense tensors go without q_start, q_len, "
               "k_start and k_len");
   }
-  FA3_CHECK(!in.offset || !in.offsets, "forward: give offset or offsets, not both");
-  params.offsets = column("offsets", in.offsets, packed ? params.ranges : batch, q);
+  FA3_CHECK(!in.offset || !in.offsets, op, ": give offset or offsets, not both");
+  params.offsets = column(op, "offsets", in.offsets, packed ? params.ranges : batch, q);
   params.default_offset = !in.offset && !in.offsets;
   // NOTE: past these an offset hides all or nothing, whatever the window.
   params.offset = static_cast<int32_t>(std::clamp(in.offset.value_or(0), int64_t{std::numeric_limits<int32_t>::min()},
                                                   int64_t{std::numeric_limits<int32_t>::max()}));
-  params.window_left = window_bound(in.window_left);
-  params.window_right = window_bound(in.window_right);
+  params.window_left = window_bound(op, in.window_left);
+  params.window_right = window_bound(op, in.window_right);
   params.batch = static_cast<int32_t>(batch);
   params.seqlen_q = static_cast<int32_t>(seqlen_q);
   params.seqlen_k = static_cast<int32_t>(seqlen_k);
@@ -403,31 +424,53 @@ ForwardCall check_forward(const ForwardInputs& in) {
   if (call.empty) return call;
 
   params.q = q.data;
-  params.q_stride = mapped_strides("q", q);
+  params.q_stride = mapped_strides(op, "q", q);
   if (seqlen_k > 0) {
     params.k = k.data;
     params.v = v.data;
-    params.k_stride = mapped_strides("k", k);
-    params.v_stride = mapped_strides("v", v);
+    params.k_stride = mapped_strides(op, "k", k);
+    params.v_stride = mapped_strides(op, "v", v);
   } else {
     params.k = params.v = params.q;  // an address that a tensor map may hold; no key will be loaded from it
   }
   return call;
 }
 
-// Launches a call that is not empty, of which all is known but the kernel's scratch memory.
-void launch_forward(const char* name, ForwardCall& call) {
+// Fails for a variant without a kernel.
+template <class Launcher>
+Launcher existing(const char* op, Launcher launch, const Call& call) {
+  FA3_CHECK(launch != nullptr, op, ": this library has no kernel for q's dtype and head dims ", call.params.head_dim,
+            " and ", call.params.head_dim_v, "; 'python -m fa3_dist doctor' lists its variants");
+  return launch;
+}
+
+// Gives a call that is not empty its kernel's scratch memory, which `owner` keeps; returns the stream to launch it on.
+// `tiles_of_keys`: the launch draws tiles of keys, not of queries.
+cudaStream_t prepare_launch(Call& call, bool tiles_of_keys, std::optional<Tensor>& owner) {
   const cudaStream_t stream = current_stream(call.device);
   fa3::ForwardParams& params = call.params;
-  std::optional<Tensor> scratch;
   if (call.packed) {
-    const int64_t elements = fa3::workspace_elements(params.seqlen_q, params.heads, params.kv_heads, params.ranges);
-    scratch = empty(call.device, {elements}, ScalarType::Int);
-    params.workspace = static_cast<int32_t*>(scratch->mutable_data_ptr());
+    const int64_t elements =
+        tiles_of_keys ? fa3::workspace_elements(params.seqlen_k, params.kv_heads, params.kv_heads, params.ranges)
+                      : fa3::workspace_elements(params.seqlen_q, params.heads, params.kv_heads, params.ranges);
+    owner = empty(call.device, {elements}, ScalarType::Int);
+    params.workspace = static_cast<int32_t*>(owner->mutable_data_ptr());
   } else {
-    params.tile_counter = tile_counter(call.device, stream, scratch);
+    params.tile_counter = tile_counter(call.device, stream, owner);
   }
-  check_launch(call.launch(params, stream), name);
+  return stream;
+}
+
+ForwardLauncher forward_launcher(const char* op, const Call& call) {
+  const auto dtype = dtype_of(call.dtype);
+  return existing(op, find_forward(*dtype, call.params.head_dim, call.params.head_dim_v), call);
+}
+
+void launch_forward(const char* op, Call& call) {
+  std::optional<Tensor> scratch;
+  const ForwardLauncher launch = forward_launcher(op, call);
+  const cudaStream_t stream = prepare_launch(call, false, scratch);
+  check_launch(launch(call.params, stream), op);
 }
 
 struct Shapes {
@@ -435,7 +478,7 @@ struct Shapes {
   std::vector<int64_t> lse;  // (B, Hq, Sq), or packed (Hq, Tq)
 };
 
-Shapes result_shapes(const ForwardCall& call) {
+Shapes result_shapes(const Call& call) {
   const fa3::ForwardParams& params = call.params;
   Shapes shapes{{params.seqlen_q, params.heads, params.head_dim_v}, {params.heads, params.seqlen_q}};
   if (!call.packed) {
@@ -451,7 +494,7 @@ std::tuple<Tensor, Tensor> forward_sm90(
     const std::optional<Tensor>& offsets, std::optional<int64_t> offset, double softmax_scale,
     std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
     std::optional<ScalarType> out_dtype, bool /* deterministic: it always is */, int64_t sm_margin) {
-  ForwardCall call = check_forward({view_of(q), view_of(k), view_of(v), view_of(q_start), view_of(q_len),
+  Call call = check_call("forward", {view_of(q), view_of(k), view_of(v), view_of(q_start), view_of(q_len),
                                     view_of(k_start), view_of(k_len), view_of(offsets), offset, softmax_scale,
                                     window_left, window_right, softcap, sm_margin});
   const ScalarType wanted = out_dtype.value_or(call.dtype);
@@ -481,30 +524,30 @@ bool is_contiguous(const View& view) {
 }
 
 // Memory to write `shape` to, contiguous, of this dtype and on q's device.
-void* state_pointer(const char* name, const View& view, const std::vector<int64_t>& shape, ScalarType dtype,
-                    const View& q) {
+void* state_pointer(const char* op, const char* name, const View& view, const std::vector<int64_t>& shape,
+                    ScalarType dtype, const View& q) {
   FA3_CHECK(std::equal(view.sizes, view.sizes + view.dims, shape.begin(), shape.end()) && view.dtype == dtype &&
             view.device == q.device && is_contiguous(view) && reinterpret_cast<uintptr_t>(view.data) % 16 == 0,
-            "forward_into: ", name, " has a shape, dtype, device or strides that this kernel does not write: it must be "
+            op, ": ", name, " has a shape, dtype, device or strides that this kernel does not write: it must be "
             "contiguous, 16-byte aligned and go with q ", shape_of(q), ", got ", shape_of(view));
   return const_cast<void*>(view.data);
 }
 
 // Continues the running state out_acc (Tq, Hq, Dv), lse (Hq, Tq) over the visits; those flagged last end in out.
-void continue_forward(const ForwardInputs& in, const View& out_acc, const View& lse, const std::optional<View>& out,
+void continue_forward(const Inputs& in, const View& out_acc, const View& lse, const std::optional<View>& out,
                       const View& flags) {
   const View& q = in.q;
   FA3_CHECK(q.dims == 3, "forward_into: q must have shape (tokens, heads, head_dim), got ", shape_of(q));
-  ForwardCall call = check_forward(in);
+  Call call = check_call("forward_into", in);
   const Shapes shapes = result_shapes(call);
-  call.params.out_acc = static_cast<float*>(state_pointer("out_acc", out_acc, shapes.out, ScalarType::Float, q));
-  call.params.lse = static_cast<float*>(state_pointer("lse", lse, shapes.lse, ScalarType::Float, q));
+  call.params.out_acc = static_cast<float*>(state_pointer("forward_into", "out_acc", out_acc, shapes.out, ScalarType::Float, q));
+  call.params.lse = static_cast<float*>(state_pointer("forward_into", "lse", lse, shapes.lse, ScalarType::Float, q));
   if (out) {
     const bool is_float = out->dtype == ScalarType::Float;
-    call.params.out = state_pointer("out", *out, shapes.out, is_float ? ScalarType::Float : call.dtype, q);
+    call.params.out = state_pointer("forward_into", "out", *out, shapes.out, is_float ? ScalarType::Float : call.dtype, q);
     if (is_float) call.params.out_dtype = fa3::DType::fp32;
   }
-  call.params.flags = column("flags", flags, call.params.ranges, q);
+  call.params.flags = column("forward_into", "flags", flags, call.params.ranges, q);
   if (call.empty) return;
   const CurrentDevice device(call.device);
   launch_forward("forward_into", call);
@@ -523,6 +566,75 @@ void forward_into_sm90(const Tensor& q, const Tensor& k, const Tensor& v, Tensor
                     view_of(k_len), view_of(offsets), std::nullopt, softmax_scale, window_left, window_right, softcap,
                     sm_margin},
                    view_of(out_acc), view_of(lse), view_of(out), view_of(flags));
+}
+
+void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
+                   const Tensor& delta, Tensor& dq, Tensor& dk, Tensor& dv, const std::optional<Tensor>& q_start,
+                   const std::optional<Tensor>& q_len, const std::optional<Tensor>& k_start,
+                   const std::optional<Tensor>& k_len, const std::optional<Tensor>& offsets,
+                   std::optional<int64_t> offset, double softmax_scale, std::optional<int64_t> window_left,
+                   std::optional<int64_t> window_right, double softcap, bool accumulate, bool deterministic,
+                   int64_t sm_margin) {
+  constexpr const char* kOp = "backward";
+  const View view = view_of(q);
+  Call call = check_call(kOp, {view, view_of(k), view_of(v), view_of(q_start), view_of(q_len), view_of(k_start),
+                               view_of(k_len), view_of(offsets), offset, softmax_scale, window_left, window_right, softcap,
+                               sm_margin});
+  const fa3::DType dtype = *dtype_of(call.dtype);
+  const BackwardKernel kernel = find_backward(dtype, call.params.head_dim, call.params.head_dim_v);
+  const BackwardLauncher launch = existing(kOp, kernel.launch, call);
+  FA3_CHECK(!deterministic, "backward: this library has no deterministic kernel");
+  const Shapes shapes = result_shapes(call);
+  const auto has = [&](const View& tensor, const std::vector<int64_t>& shape, ScalarType wanted) {
+    return std::equal(tensor.sizes, tensor.sizes + tensor.dims, shape.begin(), shape.end()) && tensor.dtype == wanted &&
+           tensor.device == call.device;
+  };
+  const View dout_view = view_of(dout);
+  FA3_CHECK(has(dout_view, shapes.out, call.dtype), "backward: dout must have the output's shape, q's dtype and be on q's "
+            "device, got shape ", shape_of(dout_view));
+
+  fa3::BackwardParams params{};
+  const auto gradient = [&](const char* name, Tensor& tensor, const Tensor& like, fa3::DType& gradient_dtype) {
+    const bool is_float = accumulate || tensor.scalar_type() == ScalarType::Float;
+    gradient_dtype = is_float ? fa3::DType::fp32 : dtype;
+    // NOTE: asked for memory to write to, a tensor that shares its own with a lazy copy parts from it.
+    if (tensor.is_cuda()) tensor.mutable_data_ptr();
+    const View shape = view_of(like);
+    return state_pointer(kOp, name, view_of(tensor), {shape.sizes, shape.sizes + shape.dims},
+                         is_float ? ScalarType::Float : call.dtype, view);
+  };
+  params.dq = gradient("dq", dq, q, params.dq_dtype);
+  params.dk = gradient("dk", dk, k, params.dk_dtype);
+  params.dv = gradient("dv", dv, v, params.dv_dtype);
+  params.accumulate = accumulate;
+  const auto row_values = [&](const char* name, const Tensor& tensor) {
+    const View rows = view_of(tensor);
+    FA3_CHECK(has(rows, shapes.lse, ScalarType::Float) && is_contiguous(rows), "backward: ", name,
+              " must be contiguous, float32, of shape ", call.packed ? "(heads, tokens)" : "(batch, heads, seqlen)",
+              " and on q's device, got shape ", shape_of(rows));
+    return static_cast<const float*>(rows.data);
+  };
+  // NOTE: the forward's field, where lse is a result; it is not written here.
+  call.params.lse = const_cast<float*>(row_values("lse", lse));
+  params.delta = row_values("delta", delta);
+  const CurrentDevice device(call.device);
+  if (call.empty || call.params.seqlen_k == 0) {
+    if (accumulate) return;
+    for (Tensor* tensor : {&dq, &dk, &dv}) torch::stable::zero_(*tensor);
+    return;
+  }
+  params.dout = dout_view.data;
+  params.dout_stride = mapped_strides(kOp, "dout", dout_view);
+  std::optional<Tensor> dq_sum, scratch;
+  if (!accumulate) {
+    std::vector<int64_t> shape = shapes.out;
+    shape.back() = kernel.head_dim;
+    dq_sum = empty(call.device, shape, ScalarType::Float);
+    params.dq_sum = static_cast<float*>(dq_sum->mutable_data_ptr());
+  }
+  const cudaStream_t stream = prepare_launch(call, true, scratch);
+  params.forward = call.params;
+  check_launch(launch(params, stream), kOp);
 }
 
 // ---- forward, called from Python -------------------------------------------------------------------------------------
@@ -609,7 +721,7 @@ PyObject* run_forward(PyObject* const* arguments) {
   const auto [q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left, window_right, softcap,
               out_dtype, deterministic, sm_margin] = *reinterpret_cast<PyObject* const(*)[16]>(arguments);
   if (!is_exactly(deterministic, &PyBool_Type)) throw Refused{};  // it always is
-  ForwardCall call = check_forward({as_view(q), as_view(k), as_view(v), as_optional_view(q_start), as_optional_view(q_len),
+  Call call = check_call("forward", {as_view(q), as_view(k), as_view(v), as_optional_view(q_start), as_optional_view(q_len),
                                     as_optional_view(k_start), as_optional_view(k_len), as_optional_view(offsets),
                                     as_optional_integer(offset), as_double(softmax_scale),
                                     as_optional_integer(window_left), as_optional_integer(window_right),
@@ -687,6 +799,7 @@ STABLE_TORCH_LIBRARY_IMPL(fa3_dist, CUDA, m) {
   m.impl("forward_sm90", TORCH_BOX(&forward_sm90));
   m.impl("forward_into_sm90", TORCH_BOX(&forward_into_sm90));
   m.impl("delta_sm90", TORCH_BOX(&delta_sm90));
+  m.impl("backward_sm90", TORCH_BOX(&backward_sm90));
 }
 
 // JSON: version, variants, csrc_hash, nvcc, cutlass. The string lives as long as the library.

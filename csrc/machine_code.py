@@ -60,6 +60,7 @@ RULES = {
     "memory": Rule(opcodes=("LDG.E.128",), exempt="strided"),
     "control": Rule(),
     "matrix": Rule(opcodes=("HGMMA", "UTMALDG"), loops="HGMMA", hidden="MUFU.EX2"),
+    "gradient": Rule(opcodes=("HGMMA", "UTMALDG"), exempt="convert", loops="HGMMA"),
     "matrix8": Rule(opcodes=("QGMMA", "UTMALDG"), loops="QGMMA", hidden="MUFU.EX2"),
 }
 _WAIT = "WARPGROUP.DEPBAR"

@@ -84,6 +84,24 @@ struct ForwardParams {
   float softcap;          // 0: none
   DType out_dtype;        // the inputs' or fp32
   int32_t sm_margin;      // SMs left to other kernels
+  bool transposed;        // queries and keys are in each other's place: offsets count backwards
+};
+
+// Gradients of an attention: delta = rowsum(dout * out) - dlse, and what the forward took and gave (its out, out_acc and
+// flags are not read). dout: as q. dq, dk, dv: shapes of q, k and v, contiguous, 16-byte aligned.
+struct BackwardParams {
+  ForwardParams forward;
+  const void* dout;    // (batch, seqlen_q, heads, head_dim_v)
+  const float* delta;  // as lse
+  void* dq;
+  void* dk;
+  void* dv;
+  float* dq_sum;       // scratch memory of (batch, heads, seqlen_q, the row's head_dim), unless accumulate is set
+  Strides dout_stride;
+  DType dq_dtype;      // the inputs' or fp32
+  DType dk_dtype;
+  DType dv_dtype;
+  bool accumulate;     // dq, dk, dv are fp32 and added to; the ranges' keys are disjoint
 };
 
 constexpr int32_t kMaxSequence = 1 << 30;

@@ -54,8 +54,8 @@ SCHEMAS = {
 _VARIANT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # Operators with an `<op>_sm90` implementation in the compiled library, and the family of rows in csrc/instances.def
 # that says which dtypes and head dims it has.
-COMPILED = {"forward": "forward", "forward_into": "forward", "delta": "delta"}
-VECTOR = 8  # the compiled forward takes head dims that are multiples of it: 16 bytes of bf16 or fp16
+COMPILED = {"forward": "forward", "forward_into": "forward", "delta": "delta", "backward": "backward"}
+VECTOR = 8  # the compiled attention takes head dims that are multiples of it: 16 bytes of bf16 or fp16
 
 
 # ---- public wrappers -------------------------------------------------------------------------------------------------
@@ -406,13 +406,20 @@ def _request(op: str, args: tuple[Any, ...]) -> _Request:
         return _Request(op, (dout.dtype, out.dtype))
     q, k, v = args[1:4] if op == "backward" else args[:3]
     request = _Request(op, (q.dtype,), (q.shape[-1], v.shape[-1]))
-    if op != "forward_into":
-        return request
-    out, needs = args[5], []
-    if out is not None and out.dtype not in (q.dtype, torch.float32):
-        needs.append(f"an out of {out.dtype}")
-    if q.shape[-1] % VECTOR or v.shape[-1] % VECTOR:  # the operator pads inputs, but not a state that it does not own
-        needs.append(f"a state whose head dims are not multiples of {VECTOR}")
+    needs = []
+    odd = q.shape[-1] % VECTOR or v.shape[-1] % VECTOR  # the operator pads what it owns, not a state that it adds to
+    if op == "forward_into":
+        out = args[5]
+        if out is not None and out.dtype not in (q.dtype, torch.float32):
+            needs.append(f"an out of {out.dtype}")
+        if odd:
+            needs.append(f"a state whose head dims are not multiples of {VECTOR}")
+    elif op == "backward":
+        call = dict(zip(SCHEMA_ARGS[op], args))
+        if call.get("deterministic"):
+            needs.append("deterministic gradients")
+        if odd and call.get("accumulate"):
+            needs.append(f"a state whose head dims are not multiples of {VECTOR}")
     return request._replace(needs=tuple(needs))
 
 
@@ -541,6 +548,28 @@ def _compiled_forward_into(
     for x, copy in zip(state, written):
         if x is not copy:
             x.copy_(copy)
+
+
+def _compiled_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    *rest: Any,
+) -> None:
+    accumulate = rest[SCHEMA_ARGS["backward"].index("accumulate") - 9]
+    dout, q, k, v = (torch_kernels.pad_head_dim(x, VECTOR) for x in (dout.to(q.dtype), q, k, v))
+    dout, q, k, v = torch_kernels.with_plain_rows(dout, q, k, v)
+    written = []
+    for x, like in ((dq, q), (dk, k), (dv, v)):
+        if _is_writable(x) and x.shape == like.shape and x.dtype in (q.dtype, torch.float32):
+            written.append(x)
+        elif accumulate:
+            written.append(x.clone(memory_format=torch.contiguous_format))
+        else:
+            dtype = q.dtype if x.dtype == q.dtype else torch.float32
+            written.append(torch.empty(like.shape, dtype=dtype, device=q.device))
+    _backward_sm90(dout, q, k, v, lse.contiguous(), delta.contiguous(), *written, *_with_plain_columns(rest))
+    for x, result in zip((dq, dk, dv), written):
+        if x is not result:
+            x.copy_(result[..., : x.shape[-1]])
 
 
 def _with_plain_columns(rest: Sequence[Any]) -> list[Any]:
@@ -684,10 +713,12 @@ _TENSORS = SCHEMA_ARGS["forward"].index("offset")  # arguments of forward before
 
 _forward_sm90 = torch.ops.fa3_dist.forward_sm90.default
 _forward_into_sm90 = torch.ops.fa3_dist.forward_into_sm90.default
+_backward_sm90 = torch.ops.fa3_dist.backward_sm90.default
 _RUN_COMPILED: dict[str, Callable[..., Any]] = {
     "forward": _compiled_forward,
     "forward_into": _compiled_forward_into,
     "delta": torch.ops.fa3_dist.delta_sm90.default,
+    "backward": _compiled_backward,
 }
 
 torch.library.register_fake(f"{NAMESPACE}::forward", _fake_forward, lib=_definitions)

@@ -22,7 +22,10 @@ from tests import test_bad_input, test_interface, test_ops
 from tests.test_ops import RANGE_NAMES, index_tensors, random_qkv
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-VARIANTS = ["forward_bf16_64_64", "forward_bf16_192_128", "forward_fp32_64_64", "delta_bf16", "delta_fp32"]
+VARIANTS = [
+    "forward_bf16_64_64", "forward_bf16_192_128", "forward_fp32_64_64", "backward_bf16_64_64", "delta_bf16",
+    "delta_fp32",
+]  # fmt: skip
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
@@ -129,7 +132,10 @@ def request(op, dtypes, head_dims=(), needs=()):
         (request("delta", (BF16, FP32)), True),
         (request("delta", (BF16, FP64)), False),
         (request("delta", (FP16, BF16)), False),
-        (request("backward", (BF16,), (64, 64)), False),
+        (request("backward", (BF16,), (64, 64)), True),
+        (request("backward", (BF16,), (128, 128)), False),
+        (request("backward", (FP32,), (64, 64)), False),
+        (request("backward", (BF16,), (64, 64), ("deterministic gradients",)), False),
     ],
     ids=str,
 )
@@ -141,7 +147,7 @@ def test_sizes_of_operators_follow_from_the_variants():
     sizes = ops.compiled_sizes([*VARIANTS, "quantize_e4m3_rows"])
     assert sizes["forward"] == sizes["forward_into"] == {"bf16": [(64, 64), (192, 128)], "fp32": [(64, 64)]}
     assert sizes["delta"] == {"bf16": [()], "fp32": [()]}
-    assert "backward" not in sizes and len(sizes) == 3
+    assert sizes["backward"] == {"bf16": [(64, 64)]} and len(sizes) == 4
 
 
 def test_doctor_describes_operators_from_the_variants():
@@ -150,20 +156,21 @@ def test_doctor_describes_operators_from_the_variants():
         ["forward", "bf16 64/64 192/128, fp32 64/64"],
         ["forward_into", "bf16 64/64 192/128, fp32 64/64"],
         ["delta", "bf16, fp32"],
-        ["backward", "none: it runs through PyTorch"],
+        ["backward", "bf16 64/64"],
     ]
 
 
-def test_readme_claims_what_the_variants_cover():
-    """The rows of the README's table that name an sm_90a kernel for the forward, against csrc/instances.def."""
-    kernels = [row for row in _build.instances() if row.family == "forward"]
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_readme_claims_what_the_variants_cover(op):
+    """The rows of the README's table that name an sm_90a kernel for it, against csrc/instances.def."""
+    kernels = [row for row in _build.instances() if row.family == op]
     largest = {row.traits[0]: max(map(int, row.traits[1:])) for row in kernels}
-    (claim,) = re.findall(r"^\| forward, (.+) and (.+), head_dim up to (\d+): .*\*\*sm_90a", README.read_text(), re.M)
+    (claim,) = re.findall(rf"^\| {op}, (.+) and (.+), head_dim up to (\d+): .*\*\*sm_90a", README.read_text(), re.M)
     assert set(claim[:2]) == set(largest)
     for dtype in claim[:2]:
         for most in (8, int(claim[2])):
             name = next(torch_dtype for torch_dtype, short in ops._VARIANT_DTYPES.items() if short == dtype)
-            assert ops._covers([row.name for row in kernels], request("forward", (name,), (most, most)))
+            assert ops._covers([row.name for row in kernels], request(op, (name,), (most, most)))
         assert largest[dtype] == int(claim[2])
 
 
@@ -176,6 +183,12 @@ def test_requests_name_what_no_kernel_has():
     assert str(ops._request("delta", (q, q))) == "fa3_dist::delta for torch.bfloat16"
     for out in (None, v, v.float()):
         assert not ops._request("forward_into", (q, q, v, None, None, out, *ranges)).needs
+    backward = {name: None for name in ops.SCHEMA_ARGS["backward"]} | {"q": q, "k": q, "v": q}
+    assert not ops._request("backward", tuple(backward.values())).needs
+    assert "deterministic" in str(ops._request("backward", tuple((backward | {"deterministic": True}).values())))
+    odd = {name: torch.empty(5, 2, 33, dtype=BF16) for name in "qkv"}
+    assert not ops._request("backward", tuple((backward | odd).values())).needs
+    assert ops._request("backward", tuple((backward | odd | {"accumulate": True}).values())).needs
     assert "with an out of torch.float16" in str(ops._request("forward_into", (q, q, v, None, None, v.half(), *ranges)))
     narrow = v[..., :20]
     assert "with a state whose head dims are not multiples of 8" in str(

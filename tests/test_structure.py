@@ -31,7 +31,8 @@ PYTHON_RANK = {
     "__main__": 7,
 }
 FORBIDDEN = {("layers", "parallel")}  # of lower rank, but layers get their attention as an argument
-CSRC_RANK = {"": 0, "common": 1, "forward": 2, "backward": 2, "quantize": 2, "bindings.cpp": 3}  # "": params.h
+# "": params.h. The backward rests on the forward: the same tiles, schedule, loads and products, seen from the keys.
+CSRC_RANK = {"": 0, "common": 1, "forward": 2, "quantize": 2, "backward": 3, "bindings.cpp": 4}
 TORCH_HEADER = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
 
 

@@ -34,7 +34,7 @@ inline __host__ __device__ int units_per_group(const ForwardParams& params, int 
                                                int64_t tiles_per_unit) {
   constexpr int64_t kCacheBytes = 24 << 20;
   // Two tiles a processor: tiles of masked sequences differ in length, and the longest of a group come first.
-  const int64_t tiles = params.window_right == kNoBound ? 64 : 256;
+  const int64_t tiles = params.window_left == kNoBound && params.window_right == kNoBound ? 64 : 256;
   const int64_t bytes = seqlen_k * (params.head_dim + params.head_dim_v) * 2;
   const int64_t in_cache = bytes > 0 && bytes < kCacheBytes ? kCacheBytes / bytes : 1;
   const int64_t units_per_kv_head = params.heads / params.kv_heads / heads_in_tile;

@@ -30,6 +30,7 @@ __device__ __forceinline__ Sequence sequence_at(const ForwardParams& params, int
   int64_t shift = params.offset;
   if (params.default_offset) shift = sequence.k_len - sequence.q_len;
   if (params.offsets != nullptr) shift = params.offsets[index];
+  if (params.transposed && !params.default_offset) shift = -shift;
   // Past these limits a diagonal hides all keys or none.
   const auto diagonal = [&](int64_t at) {
     return static_cast<int>(min(max(at, -int64_t{sequence.q_len}), int64_t{sequence.k_len}));

@@ -1,0 +1,154 @@
+// Attention backward for Hopper, after FlashAttention-2 and -3 (arXiv:2307.08691, arXiv:2407.08608), on persistent
+// blocks: a tile is a block of keys of one KV head, and meets all blocks of queries, of all query heads of the KV head,
+// that see it. One producer warpgroup draws tiles and brings what they need (producer.cuh), consumer warpgroups compute
+// (consumer.cuh), dq is summed up in fp32 in global memory and then converted (convert.cuh).
+#pragma once
+
+#include "backward/consumer.cuh"
+#include "backward/convert.cuh"
+#include "backward/producer.cuh"
+#include "forward/forward.cuh"
+#undef FA3_INSTANTIATE  // the forward's
+
+namespace fa3 {
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    backward_kernel(const __grid_constant__ BackwardArguments arguments) {
+  // NOTE: a kernel without static shared memory gets its dynamic memory aligned so; rounding the address up instead would
+  // hide from the compiler that it is shared memory.
+  extern __shared__ __align__(1024) unsigned char storage[];
+  auto& shared = *reinterpret_cast<BackwardShared<Config>*>(storage);
+  if (static_cast<uint32_t>(__cvta_generic_to_shared(storage)) % 1024 != 0) __trap();
+  if (threadIdx.x == 0) init_shared(shared);
+  __syncthreads();
+
+  if (threadIdx.x < 128) {
+    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    if (threadIdx.x == 0) load_key_tiles<Config>(arguments, shared);
+    if (threadIdx.x == 32) draw_key_tiles<Config>(arguments, shared);
+    if (threadIdx.x >= 64 && threadIdx.x < 96) load_row_values<Config>(arguments, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+    consume_queries<Config>(arguments, shared);
+  }
+}
+
+// The same attention seen from the keys: key j is seen by the queries [j - offset - window_right, j - offset + window_left].
+inline ForwardParams transpose(const ForwardParams& params) {
+  ForwardParams transposed = params;
+  std::swap(transposed.q_start, transposed.k_start);
+  std::swap(transposed.q_len, transposed.k_len);
+  std::swap(transposed.seqlen_q, transposed.seqlen_k);
+  std::swap(transposed.window_left, transposed.window_right);
+  transposed.heads = params.kv_heads;
+  transposed.transposed = true;
+  return transposed;
+}
+
+// Whether every key of a dense batch is known to be seen by some query: gradients of others are never written.
+inline bool sees_every_key(const ForwardParams& params) {
+  if (params.q_start != nullptr || params.offsets != nullptr) return false;
+  const int64_t shift = params.default_offset ? int64_t{params.seqlen_k} - params.seqlen_q : params.offset;
+  const bool first = params.window_left == kNoBound || shift - params.window_left <= 0;
+  const bool last = params.window_right == kNoBound || shift + params.window_right + params.seqlen_q >= params.seqlen_k;
+  return first && last;
+}
+
+// Describes Q or dO, whose rows are queries, as make_key_map describes K.
+inline bool make_query_map(CUtensorMap& map, DType dtype, const void* data, const Strides& stride, bool packed,
+                           const ForwardParams& params, int head_dim, int rows, int columns) {
+  ForwardParams queries = params;
+  queries.seqlen_k = params.seqlen_q;
+  queries.kv_heads = params.heads;
+  return make_key_map(map, dtype, data, stride, packed, queries, head_dim, rows, columns);
+}
+
+// Describes what dq is summed up in: dq itself, or dq_sum, whose rows have `columns` and lie head by head, so that the
+// additions that are under way at a time meet in the cache. If packed, with the rows twice, as make_key_map does.
+inline bool make_sum_map(CUtensorMap& map, const BackwardParams& params, bool packed, int64_t columns, int panel) {
+  const ForwardParams& forward = params.forward;
+  float* const data = params.accumulate ? static_cast<float*>(params.dq) : params.dq_sum;
+  const int64_t token = params.accumulate ? forward.heads * int64_t{forward.head_dim} : columns;
+  const int64_t head = params.accumulate ? forward.head_dim : forward.seqlen_q * columns;
+  const int box[4] = {panel, 64, 1, 1};
+  if (!packed) {
+    const int64_t batch = int64_t{forward.seqlen_q} * forward.heads * (params.accumulate ? forward.head_dim : columns);
+    const int64_t extents[4] = {forward.head_dim, forward.seqlen_q, forward.heads, forward.batch};
+    const int64_t strides[3] = {token, head, batch};
+    return make_tensor_map<4>(map, DType::fp32, data, extents, strides, box);
+  }
+  const int64_t extents[4] = {forward.head_dim, 64, forward.heads, int64_t{forward.seqlen_q} + 1};
+  const int64_t strides[3] = {token, head, token};
+  return make_tensor_map<4>(map, DType::fp32, data - 64 * token, extents, strides, box);
+}
+
+template <DType kDType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
+  using Config = BackwardConfig<kDType, kHeadDim, kHeadDimV>;
+  using Element = typename Config::Element;
+  const ForwardParams& forward = params.forward;
+  const bool packed = forward.q_start != nullptr;
+  BackwardArguments arguments{};
+  arguments.params = params;
+  arguments.transposed = transpose(forward);
+  arguments.units_per_group =
+      units_per_group(arguments.transposed, 1, int64_t{forward.seqlen_q} * (forward.heads / forward.kv_heads),
+                      (forward.seqlen_k + Config::kKeys - 1) / Config::kKeys);
+  arguments.counter = packed ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
+                             : reinterpret_cast<TileCounter*>(forward.tile_counter);
+  const bool mapped =
+      make_query_map(arguments.q, kDType, forward.q, forward.q_stride, packed, forward, forward.head_dim,
+                     Config::kQueries, Config::kPanel) &&
+      make_query_map(arguments.dout, kDType, params.dout, params.dout_stride, packed, forward, forward.head_dim_v,
+                     Config::kQueries, Config::kPanelV) &&
+      make_key_map(arguments.k, kDType, forward.k, forward.k_stride, packed, forward, forward.head_dim, Config::kKeys,
+                   Config::kPanel) &&
+      make_key_map(arguments.v, kDType, forward.v, forward.v_stride, packed, forward, forward.head_dim_v,
+                   Config::kKeys, Config::kPanelV) &&
+      (!Config::kBulkDQ ||
+       make_sum_map(arguments.dq, params, packed, kHeadDim, Config::kColumnsPanelDQ));
+  if (!mapped) return cudaErrorInvalidValue;
+
+  // NOTE: of packed ranges this is an upper bound, since each may end in a tile of its own.
+  const int64_t tiles = ((int64_t{forward.seqlen_k} + Config::kKeys - 1) / Config::kKeys + forward.ranges) *
+                        forward.kv_heads * forward.batch;
+  if (tiles > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
+  int device = 0, processors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  constexpr int kSharedBytes = sizeof(BackwardShared<Config>);
+  static_assert(kSharedBytes <= 227 * 1024);
+  cudaError_t error = allow_shared_memory<backward_kernel<Config>>(device, kSharedBytes);
+
+  const int64_t query_rows = int64_t{forward.batch} * forward.seqlen_q * forward.heads;
+  const int64_t key_rows = int64_t{forward.batch} * forward.seqlen_k * forward.kv_heads;
+  const auto clear = [&](void* to, int64_t elements, DType dtype) {
+    if (error == cudaSuccess) error = cudaMemsetAsync(to, 0, elements * (dtype == DType::fp32 ? 4 : 2), stream);
+  };
+  if (!params.accumulate) {
+    clear(params.dq_sum, query_rows * kHeadDim, DType::fp32);
+    if (!sees_every_key(forward)) {
+      clear(params.dk, key_rows * forward.head_dim, params.dk_dtype);
+      clear(params.dv, key_rows * forward.head_dim_v, params.dv_dtype);
+    }
+  }
+  if (error == cudaSuccess && packed) {
+    error = launch_schedule(arguments.transposed, {Config::kKeys, Config::kQueries}, stream);
+  }
+  if (error != cudaSuccess) return error;
+  const int64_t blocks = std::min<int64_t>(tiles, std::max(1, processors - forward.sm_margin));
+  backward_kernel<Config><<<dim3(static_cast<unsigned>(blocks)), Config::kThreads, kSharedBytes, stream>>>(arguments);
+  error = cudaGetLastError();
+  if (error != cudaSuccess || params.accumulate) return error;
+  constexpr bool kPermuted = !Config::kBulkDQ;
+  const auto convert = params.dq_dtype == DType::fp32 ? convert_dq<float, kHeadDim, kPermuted>
+                                                      : convert_dq<Element, kHeadDim, kPermuted>;
+  return convert(params, stream);
+}
+
+}  // namespace fa3
+
+#define FA3_INSTANTIATE(dtype, head_dim, head_dim_v)                                                             \
+  template cudaError_t fa3::launch_backward<fa3::DType::dtype, head_dim, head_dim_v>(const fa3::BackwardParams&, \
+                                                                                     cudaStream_t);

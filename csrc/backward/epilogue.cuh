@@ -1,0 +1,174 @@
+// From a tile's accumulators to memory: dK and dV once a tile, dQ once a block of queries, by additions in fp32.
+#pragma once
+
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "backward/shared.cuh"
+#include "forward/epilogue.cuh"
+
+namespace fa3 {
+
+// ---- dQ --------------------------------------------------------------------------------------------------------------
+
+// Writes a thread's part of a warpgroup's dQ, 64 queries, to panels of shared memory as the bulk addition reads them:
+// rows of 128 bytes whose 16-byte pieces are swizzled.
+template <class Config, class Gradient>
+__device__ __forceinline__ void store_queries(const Gradient& rdQ, float scale, float* first_panel, int skipped) {
+  constexpr int kBlocks = decltype(size(rdQ))::value / 4;  // of 8 columns
+  const int lane = threadIdx.x % 32;
+  const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+  // NOTE: threads of odd rows write two blocks further on, and back: of four rows that a store writes at a time, no two
+  // then meet in a memory bank.
+  const bool odd = lane & 4;
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(first_panel)) + row * 128 + lane % 2 * 8;
+  const uint32_t swizzle = ((odd ? 4 : 0) ^ (lane % 4 / 2) ^ (row % 8)) * 16;
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+    if (8 * i < skipped) continue;
+    const uint32_t at = to + i / 4 * (Config::kElementsPanelDQ * 4) + ((i % 4 * 32) ^ swizzle);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int even_at = 4 * i + 2 * r, odd_at = 4 * (i ^ 2) + 2 * r;
+      const float first = scale * (odd ? rdQ(odd_at) : rdQ(even_at));
+      const float second = scale * (odd ? rdQ(odd_at + 1) : rdQ(even_at + 1));
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + 8 * r * 128), "f"(first), "f"(second) : "memory");
+    }
+  }
+}
+
+// Adds panels of shared memory to dq or dq_sum: rows from `row` on of a range of `length` that starts at `base`, of which
+// none past the end. By one thread.
+template <class Config>
+__device__ __forceinline__ void add_panels(const CUtensorMap& map, const float* first_panel, int first_column,
+                                           int last_column, int base, int length, int row, int head, int batch,
+                                           bool packed) {
+  int inside_at = row, outer = batch;
+  if (packed) {
+    // As in load_rows.
+    const int inside = min(length - row, 64);
+    if (inside <= 0) return;
+    inside_at = 64 - inside;
+    outer = base + row + inside;
+  }
+#pragma unroll 1
+  for (int column = first_column; column < last_column; column += Config::kColumnsPanelDQ) {
+    SM90_TMA_REDUCE_ADD_4D::copy(&map, first_panel, column, inside_at, head, outer);
+    first_panel += Config::kElementsPanelDQ;
+  }
+  tma_store_arrive();
+}
+
+// Additions from registers.
+//
+// Inside a row of the accumulator dq_sum, columns are permuted, so that a thread's elements of two neighbouring blocks of
+// 8 columns are neighbours, and a quad's fill 64 bytes: column 16 j + 8 h + 2 q + e is at 16 j + 4 q + 2 h + e.
+__host__ __device__ constexpr int dq_sum_column(int column) {
+  return column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
+}
+
+__device__ __forceinline__ void add_global(float* to, float a, float b) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(a), "f"(b) : "memory");
+}
+__device__ __forceinline__ void add_global(float* to, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
+}
+
+// Adds a thread's part of dQ: rows `query` and `query` + 8 of those before `end_query`, columns from `first_column`,
+// of which the first `skipped` are the other warpgroup's. `token` and `head` are where query 0 lies.
+template <class Config, class Gradient>
+__device__ __forceinline__ void add_queries(const Gradient& rdQ, const BackwardParams& params, int batch, int head,
+                                            int64_t token, int query, int end_query, int first_column, int skipped) {
+  const ForwardParams& forward = params.forward;
+  constexpr int kBlocks = decltype(size(rdQ))::value / 4;  // of 8 columns
+  const int lane_column = first_column + threadIdx.x % 4 * (params.accumulate ? 2 : 4);
+  const int64_t row_elements = params.accumulate ? int64_t{forward.heads} * forward.head_dim : Config::kHeadDim;
+  float* first_row = params.accumulate
+                         ? static_cast<float*>(params.dq) +
+                               (int64_t{batch} * forward.seqlen_q * forward.heads + head) * forward.head_dim
+                         : params.dq_sum + (int64_t{batch} * forward.heads + head) * forward.seqlen_q * Config::kHeadDim;
+  first_row += lane_column + (token + query) * row_elements;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (query + 8 * r >= end_query) break;
+    float* const to = first_row + 8 * r * row_elements;
+    if (!params.accumulate) {
+#pragma unroll
+      for (int i = 0; i < kBlocks; i += 2) {
+        if (8 * i < skipped) continue;
+        const int at = 4 * i + 2 * r;
+        add_global(to + 8 * i, rdQ(at), rdQ(at + 1), rdQ(at + 4), rdQ(at + 5));
+      }
+    } else {
+      const float scale = forward.softmax_scale;
+      const int columns = forward.head_dim - lane_column;
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        if (8 * i < skipped || 8 * i >= columns) continue;
+        add_global(to + 8 * i, scale * rdQ(4 * i + 2 * r), scale * rdQ(4 * i + 2 * r + 1));
+      }
+    }
+  }
+}
+
+// ---- dK and dV -------------------------------------------------------------------------------------------------------
+
+// Stores 16-bit rows. The threads of a quad first trade columns, so that each holds 8 neighbours, 16 bytes, of a row.
+template <class Element, class Gradient>
+__device__ __forceinline__ void store_columns(const Gradient& rG, float scale, Element* row, int r, bool exists,
+                                              int first_column, int head_dim) {
+  const int lane = threadIdx.x % 4;
+#pragma unroll
+  for (int block = 0; block < decltype(size(rG))::value / 16; ++block) {
+    uint32_t pair[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int i = 4 * (4 * block + j) + 2 * r;
+      pair[j] = round_pair<Element>(scale * rG(i), scale * rG(i + 1));
+    }
+    // Transposes the quad's 4 x 4 pairs, one bit of the lane and of j at a time.
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+      const bool upper = lane & bit;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (j & bit) continue;
+        const uint32_t received = __shfl_xor_sync(0xffffffffu, upper ? pair[j] : pair[j | bit], bit);
+        (upper ? pair[j] : pair[j | bit]) = received;
+      }
+    }
+    const int column = first_column + 32 * block + 8 * lane;
+    if (exists && column < head_dim) {
+      *reinterpret_cast<uint4*>(row + column) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+    }
+  }
+}
+
+// Writes a thread's rows of dK or dV, scaled, or adds them to what is there: the keys of a launch that accumulates are
+// disjoint.
+template <class Element, class Gradient>
+__device__ __forceinline__ void write_keys(const Gradient& rG, float scale, void* to, DType dtype, bool accumulate,
+                                           const OutputRow (&rows)[2], int first_column, int head_dim) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (dtype != DType::fp32) {
+      store_columns(rG, scale, static_cast<Element*>(to) + rows[r].at * head_dim, r, rows[r].exists, first_column,
+                    head_dim);
+      continue;
+    }
+    float* const row = static_cast<float*>(to) + rows[r].at * head_dim;
+#pragma unroll
+    for (int i = 0; i < decltype(size(rG))::value / 4; ++i) {
+      const int column = first_column + 8 * i + 2 * (threadIdx.x % 4);
+      if (!rows[r].exists || column >= head_dim) continue;
+      float2 value = make_float2(scale * rG(4 * i + 2 * r), scale * rG(4 * i + 2 * r + 1));
+      if (accumulate) {
+        const float2 before = *reinterpret_cast<const float2*>(row + column);
+        value = make_float2(value.x + before.x, value.y + before.y);
+      }
+      *reinterpret_cast<float2*>(row + column) = value;
+    }
+  }
+}
+
+}  // namespace fa3

@@ -1,0 +1,185 @@
+// Who keeps the consumers busy: a thread that draws tiles, one that brings their tensors by bulk loads, and a warp that
+// brings lse and delta, each as far ahead as there is room.
+#pragma once
+
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "backward/shared.cuh"
+
+namespace fa3 {
+
+// ---- tiles -----------------------------------------------------------------------------------------------------------
+
+// The tiles of a launch, in the order in which they are drawn: group of KV heads after group; inside a group those with
+// the most queries first, and the KV heads side by side.
+template <class Config>
+__device__ __forceinline__ void draw_key_tiles(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
+  const ForwardParams& params = arguments.transposed;
+  const bool packed = params.q_start != nullptr;
+  int per_unit = (params.seqlen_q + Config::kKeys - 1) / Config::kKeys;
+  int units_per_group = arguments.units_per_group;
+  if (packed) {
+    const auto& header = *reinterpret_cast<const ScheduleHeader*>(params.workspace);
+    per_unit = header.records;
+    units_per_group = header.units_per_group;
+  }
+  const int units = params.kv_heads * params.batch;
+  const int tiles = per_unit * units;
+  Ring<kKeyTileSlots> ring;
+  TileCounter& counter = *arguments.counter;
+#pragma unroll 1
+  for (int index = blockIdx.x; index < tiles; index = gridDim.x + atomicAdd(&counter.drawn, 1)) {
+    const int group = index / (units_per_group * per_unit);
+    const int in_group = index - group * units_per_group * per_unit;
+    const int units_here = min(units_per_group, units - group * units_per_group);
+    const int rank = in_group / units_here;
+    const int unit = group * units_per_group + in_group - rank * units_here;
+
+    const int batch = unit / params.kv_heads;
+    Sequence sequence;
+    int first_key;
+    if (packed) {
+      const TileRecord record = schedule_records(params.workspace)[rank];
+      sequence = record.sequence;
+      first_key = record.first_query;
+    } else {
+      sequence = sequence_at(params, batch);
+      first_key = rank * Config::kKeys;  // under a causal mask the first keys are those that most queries see
+    }
+    KeyBlocks blocks = visible_blocks(sequence, first_key, Config::kKeys, Config::kQueries);
+    if (blocks.first == blocks.end) continue;  // the gradients of keys that nobody sees are 0 from the start
+    // Keys past the end are hidden one by one.
+    if (first_key + Config::kKeys > sequence.q_len) blocks.end_open = blocks.first_plain;
+    shared.tile_empty[ring.stage].wait(ring.parity ^ 1);
+    shared.tile[ring.stage] = {false, batch, unit - batch * params.kv_heads, first_key, sequence, blocks};
+    shared.tile_full[ring.stage].arrive();
+    ring.advance();
+  }
+  shared.tile_empty[ring.stage].wait(ring.parity ^ 1);
+  shared.tile[ring.stage].end = true;
+  shared.tile_full[ring.stage].arrive();
+  // The last block to get here leaves the counter as it found it.
+  __threadfence();
+  if (atomicInc(&counter.finished, gridDim.x - 1) == gridDim.x - 1) atomicExch(&counter.drawn, 0);
+}
+
+// ---- loads -----------------------------------------------------------------------------------------------------------
+
+// Starts loading rows [first, first + kRows) of a range of `length` rows that starts at row `base`; has `barrier` count
+// the bytes. Rows past the range's end read as 0.
+template <int kRows, int kColumns, int kPanel, class Element>
+__device__ __forceinline__ void load_rows(const CUtensorMap& map, LoadBarrier& barrier, Element* destination, int base,
+                                          int length, int first, int head, int batch, bool packed) {
+  int row = first, outer = batch;
+  if (packed) {
+    // The map is (head_dim, kRows, heads, tokens), and rows and tokens both step by a token: the box is moved down the
+    // rows until its part past the end of the range lies outside of the map, and reads as 0.
+    const int inside = min(length - first, kRows);
+    row = kRows - inside;
+    outer = base + first + inside;
+  }
+  barrier.arrive_and_expect_tx(kRows * kColumns * sizeof(Element));
+#pragma unroll
+  for (int column = 0; column < kColumns; column += kPanel) {
+    SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&barrier), 0, destination + column * kRows, column, row,
+                           head, outer);
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void load_key_tiles(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
+  const bool packed = arguments.transposed.q_start != nullptr;
+  const int group = arguments.params.forward.heads / arguments.params.forward.kv_heads;
+  Ring<Config::kStagesK> k_ring;
+  Ring<Config::kStagesV> v_ring;
+  Ring<Config::kStages> ring;
+  Ring<kKeyTileSlots> tile_ring;
+  while (true) {
+    shared.tile_full[tile_ring.stage].wait(tile_ring.parity);
+    const KeyTile& tile = shared.tile[tile_ring.stage];
+    if (tile.end) break;
+    const Sequence sequence = tile.sequence;
+    const int batch = tile.batch, kv_head = tile.kv_head, first_key = tile.first_key;
+    const int first_block = tile.blocks.first, end_block = tile.blocks.end;
+    shared.tile_empty[tile_ring.stage].arrive();
+    tile_ring.advance();
+    shared.k_empty[k_ring.stage].wait(k_ring.parity ^ 1);
+    load_rows<Config::kKeys, Config::kHeadDim, Config::kPanel>(arguments.k, shared.k_full[k_ring.stage],
+                                                               shared.k[k_ring.stage], sequence.q_base, sequence.q_len,
+                                                               first_key, kv_head, batch, packed);
+    k_ring.advance();
+    bool values_wait = true;  // V comes after the first Q: that is the order in which they are needed
+#pragma unroll 1
+    for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+#pragma unroll 1
+      for (int block = first_block; block < end_block; ++block) {
+        shared.q_empty[ring.stage].wait(ring.parity ^ 1);
+        load_rows<Config::kQueries, Config::kHeadDim, Config::kPanel>(
+            arguments.q, shared.q_full[ring.stage], shared.q[ring.stage], sequence.k_base, sequence.k_len,
+            block * Config::kQueries, head, batch, packed);
+        if (values_wait) {
+          shared.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
+          load_rows<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(
+              arguments.v, shared.v_full[v_ring.stage], shared.v[v_ring.stage], sequence.q_base, sequence.q_len,
+              first_key, kv_head, batch, packed);
+          v_ring.advance();
+          values_wait = false;
+        }
+        shared.dout_empty[ring.stage].wait(ring.parity ^ 1);
+        load_rows<Config::kQueries, Config::kHeadDimV, Config::kPanelV>(
+            arguments.dout, shared.dout_full[ring.stage], shared.dout[ring.stage], sequence.k_base, sequence.k_len,
+            block * Config::kQueries, head, batch, packed);
+        ring.advance();
+      }
+    }
+  }
+}
+
+// Brings lse, in powers of 2, and delta, by ordinary loads of one warp. Rows that see no key, and rows past the end,
+// get lse +inf and delta 0: their weights are exactly 0 whatever the scores, and so is what they add.
+template <class Config>
+__device__ __forceinline__ void load_row_values(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  const ForwardParams& params = arguments.params.forward;
+  const int lane = threadIdx.x % 32;
+  const int group = params.heads / params.kv_heads;
+  Ring<Config::kStages> ring;
+  Ring<kKeyTileSlots> tile_ring;
+  while (true) {
+    shared.tile_full[tile_ring.stage].wait(tile_ring.parity);
+    const KeyTile& tile = shared.tile[tile_ring.stage];
+    if (tile.end) break;
+    const int rows = tile.sequence.k_len;
+    const int kv_head = tile.kv_head;
+    const int64_t first_head = int64_t{tile.batch} * params.heads + kv_head * group;
+    const int64_t base = first_head * params.seqlen_q + tile.sequence.k_base;
+    const int first_block = tile.blocks.first, end_block = tile.blocks.end;
+    shared.tile_empty[tile_ring.stage].arrive();
+    tile_ring.advance();
+#pragma unroll 1
+    for (int head = 0; head < group; ++head) {
+      const float* const lse = params.lse + base + int64_t{head} * params.seqlen_q;
+      const float* const delta = arguments.params.delta + base + int64_t{head} * params.seqlen_q;
+#pragma unroll 1
+      for (int block = first_block; block < end_block; ++block) {
+        shared.rows_empty[ring.stage].wait(ring.parity ^ 1);
+#pragma unroll
+        for (int i = 0; i < Config::kQueries; i += 32) {
+          const int row = block * Config::kQueries + i + lane;
+          float row_lse = -INFINITY, row_delta = 0.f;
+          if (row < rows) {
+            row_lse = lse[row];
+            row_delta = delta[row];
+          }
+          const bool unseen = row_lse == -INFINITY;
+          shared.lse_log2[ring.stage][i + lane] = unseen ? INFINITY : row_lse * kLog2E;
+          shared.delta[ring.stage][i + lane] = unseen ? 0.f : row_delta;
+        }
+        shared.rows_full[ring.stage].arrive();
+        ring.advance();
+      }
+    }
+  }
+}
+
+}  // namespace fa3

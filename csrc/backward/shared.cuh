@@ -1,0 +1,91 @@
+// What the warpgroups of a backward block share, and how they hand it to each other.
+#pragma once
+
+#include "backward/config.cuh"
+#include "forward/shared.cuh"
+#include "forward/tiles.cuh"
+
+namespace fa3 {
+
+// What the kernel gets: the parameters, and what the host derives from them.
+struct BackwardArguments {
+  CUtensorMap q;  // of rows of queries or of keys, as make_key_map describes them
+  CUtensorMap dout;
+  CUtensorMap k;
+  CUtensorMap v;
+  CUtensorMap dq;  // what dq is summed up in, by panels
+  BackwardParams params;
+  ForwardParams transposed;  // params.forward with queries and keys in each other's place: what tiles are drawn from
+  TileCounter* counter;
+  int units_per_group;  // KV heads that are walked together (dense)
+};
+
+// A tile on its way from the thread that draws it to those that load it and to the consumers, which keep it until they
+// have written its results.
+struct KeyTile {
+  bool end;  // no more tiles; nothing else is said
+  int batch;
+  int kv_head;
+  int first_key;
+  Sequence sequence;  // NOTE: transposed: its "queries" are the keys
+  KeyBlocks blocks;   // of queries; in [first_plain, end_open) no score is hidden
+};
+constexpr int kKeyTileSlots = 2;
+
+template <class Config>
+struct alignas(1024) BackwardShared {
+  alignas(1024) typename Config::Element k[Config::kStagesK][Config::kKeys * Config::kHeadDim];
+  alignas(1024) typename Config::Element v[Config::kStagesV][Config::kKeys * Config::kHeadDimV];
+  alignas(1024) typename Config::Element q[Config::kStages][Config::kQueries * Config::kHeadDim];
+  alignas(1024) typename Config::Element dout[Config::kStages][Config::kQueries * Config::kHeadDimV];
+  alignas(1024) typename Config::Element ds[Config::kStages][Config::kElementsDS];
+  alignas(1024) float dq[Config::kElementsDQ];  // panels
+  // Where keys are shared.
+  alignas(Config::kSharesKeys ? 1024 : 16) typename Config::Element p[Config::kStagesP][Config::kElementsP];
+  alignas(16) float lse_log2[Config::kStages][Config::kQueries];  // +inf for rows whose weights are 0
+  alignas(16) float delta[Config::kStages][Config::kQueries];
+
+  LoadBarrier k_full[Config::kStagesK];
+  LoadBarrier v_full[Config::kStagesV];
+  Barrier k_empty[Config::kStagesK];
+  Barrier v_empty[Config::kStagesV];
+  LoadBarrier q_full[Config::kStages];
+  LoadBarrier dout_full[Config::kStages];
+  HandOver rows_full[Config::kStages];  // lse_log2 and delta
+  Barrier q_empty[Config::kStages];
+  Barrier dout_empty[Config::kStages];
+  HandOver rows_empty[Config::kStages];
+
+  KeyTile tile[kKeyTileSlots];
+  HandOver tile_full[kKeyTileSlots];
+  HandOver tile_empty[kKeyTileSlots];
+};
+
+template <class Config>
+__device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
+  constexpr int kConsumerWarps = 4 * Config::kConsumers;
+  for (int stage = 0; stage < Config::kStagesK; ++stage) {
+    shared.k_full[stage].init(1);
+    shared.k_empty[stage].init(kConsumerWarps);
+  }
+  for (int stage = 0; stage < Config::kStagesV; ++stage) {
+    shared.v_full[stage].init(1);
+    shared.v_empty[stage].init(kConsumerWarps);
+  }
+  for (int stage = 0; stage < Config::kStages; ++stage) {
+    shared.q_full[stage].init(1);
+    shared.dout_full[stage].init(1);
+    shared.rows_full[stage].init(32);
+    shared.q_empty[stage].init(kConsumerWarps);
+    shared.dout_empty[stage].init(kConsumerWarps);
+    shared.rows_empty[stage].init(kConsumerWarps);
+  }
+  for (int slot = 0; slot < kKeyTileSlots; ++slot) {
+    shared.tile_full[slot].init(1);
+    // All who read a tile: consumers, the thread that loads, and the warp that brings lse and delta.
+    shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + 32);
+  }
+  cutlass::arch::fence_barrier_init();
+}
+
+}  // namespace fa3
