@@ -752,7 +752,7 @@ PyObject* run_forward(PyObject* const* arguments) {
 PyObject* run_forward_into(PyObject* const* arguments) {
   const auto [q, k, v, out_acc, lse, out, q_start, q_len, k_start, k_len, offsets, flags, softmax_scale, window_left,
               window_right, softcap, sm_margin] = *reinterpret_cast<PyObject* const(*)[17]>(arguments);
-  const ForwardInputs inputs{as_view(q), as_view(k), as_view(v), as_view(q_start), as_view(q_len), as_view(k_start),
+  const Inputs inputs{as_view(q), as_view(k), as_view(v), as_view(q_start), as_view(q_len), as_view(k_start),
                              as_view(k_len), as_view(offsets), std::nullopt, as_double(softmax_scale),
                              as_optional_integer(window_left), as_optional_integer(window_right), as_double(softcap),
                              as_integer(sm_margin)};

@@ -86,6 +86,8 @@ def forward(
     Returns:
         out (B, Sq, Hq, Dv) or (Tq, Hq, Dv), and lse, the natural log of the sum of exp(scores), fp32 (fp64 for fp64).
         A row that sees no key, or lies in no range, has out 0, lse -inf and gradients 0.
+        Short ranges that are neighbours in memory are computed together: an infinity or a NaN in v of one may reach
+        the out of the others.
 
     Raises:
         TypeError, ValueError: an argument is not of the form above; the message names it.

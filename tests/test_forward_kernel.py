@@ -291,6 +291,31 @@ def test_one_long_document_among_many_short_ones():
         judge(out[None, rows], lse[None, :, rows], *(x[None, rows] for x in (q, k, v)), window_right=0)
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("mask", [*MASKS, "offsets"])
+def test_short_neighbours_share_tiles(heads, head_dims, mask):
+    """Runs of short documents, broken by longer ones and by gaps; more ranges than one pass over the list holds."""
+    generator = torch.Generator().manual_seed(31)
+    lengths = torch.randint(0, 70, (1100,), generator=generator).tolist()
+    lengths[40], lengths[41], lengths[200], lengths[1050] = 128, 127, 129, 500
+    lengths[1023], lengths[1024] = 30, 31
+    start, length, total = pack(lengths)
+    start[500:] += 3  # nobody's tokens
+    q, k, v = (x[0] for x in qkv(29, total + 3, total + 3, *heads, head_dims[0], batch=1, head_dim_v=head_dims[1]))
+    options = {"window_right": 0} if mask == "offsets" else MASKS[mask]
+    offsets = torch.arange(len(lengths), device="cuda", dtype=torch.int32) % 41 - 20 if mask == "offsets" else None
+    poison_memory()
+    out, lse = ops.forward(
+        q, k, v, q_start=start, q_len=length, k_start=start, k_len=length, offsets=offsets, **options
+    )
+    for i in [*range(60), *range(195, 205), *range(495, 505), *range(1015, 1060), 1099]:
+        rows = slice(int(start[i]), int(start[i]) + lengths[i])
+        offset = {} if offsets is None else {"offset": int(offsets[i])}
+        if lengths[i]:
+            judge(out[None, rows], lse[None, :, rows], *(x[None, rows] for x in (q, k, v)), **options, **offset)
+
+
 def test_keys_past_a_range_are_not_read():
     """Ranges that end inside a tile, with NaN right behind them, in the last rows of memory too."""
     lengths_q, lengths_k = [130, 1, 77], [200, 129, 1]

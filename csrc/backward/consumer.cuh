@@ -11,6 +11,12 @@
 
 namespace fa3 {
 
+// Where a thread's elements lie in a tile of its warpgroup (forward/softmax.cuh).
+struct ThreadRows {
+  int row;     // the other one is row + 8
+  int column;  // of element 0
+};
+
 // Hides the scores that the mask hides: rows are keys, columns the queries from `first_query` on.
 template <class Config, class Scores>
 __device__ __forceinline__ void hide_queries(Scores& scores, const KeyTile& tile, ThreadRows rows, int first_query) {
