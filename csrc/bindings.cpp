@@ -516,6 +516,7 @@ std::tuple<Tensor, Tensor> forward_sm90(
 }
 
 bool is_contiguous(const View& view) {
+  if (std::find(view.sizes, view.sizes + view.dims, 0) != view.sizes + view.dims) return true;  // as torch has it
   int64_t stride = 1;
   for (int64_t dim = view.dims; dim-- > 0; stride *= view.sizes[dim]) {
     if (view.sizes[dim] > 1 && view.strides[dim] != stride) return false;
