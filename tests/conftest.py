@@ -29,3 +29,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _seed() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def only_the_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that the compiled library does not run is an error, not a detour."""
+    from fa3_dist import ops
+
+    monkeypatch.setenv("FA3_DIST_STRICT", "1")
+    ops._has_compiled_kernel.cache_clear()

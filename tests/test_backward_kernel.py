@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import warnings
 
@@ -13,30 +12,13 @@ from torch import Tensor
 from fa3_dist import _build, ops
 from tests import oracle
 from tests.accuracy import Problem, assert_solves, flatten, flatten_lse
+from tests.hopper import DTYPES, MASKS, ONLY_THE_COMPILED_KERNEL, column, pack
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-]
+pytestmark = ONLY_THE_COMPILED_KERNEL
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BUILT = (ops.library_info() or {"variants": []})["variants"]
 VARIANTS = [row.traits for row in _build.instances() if row.family == "backward" and row.name in BUILT]
 LENGTHS = [(1, 1), (1, 239), (3, 799), (127, 512), (113, 203), (384, 256), (640, 128), (1024, 1023)]
-MASKS = {
-    "full": {},
-    "causal": {"window_right": 0},
-    "window": {"window_left": 200, "window_right": 0},
-    "local": {"window_left": 70, "window_right": 33},
-}
-
-
-@pytest.fixture(autouse=True)
-def only_the_compiled_kernel(monkeypatch):
-    monkeypatch.setenv("FA3_DIST_STRICT", "1")
-    ops._has_compiled_kernel.cache_clear()
 
 
 def problem_tensors(
@@ -163,16 +145,6 @@ def test_gradients_with_strides_of_their_own():
 
 
 # ---- packed ----------------------------------------------------------------------------------------------------------
-
-
-def pack(lengths: list[int], gap: int = 0) -> tuple[list[int], int]:
-    """Starts `gap` rows apart, and how many rows that takes."""
-    starts = list(itertools.accumulate([length + gap for length in lengths], initial=gap))
-    return starts[:-1], starts[-1]
-
-
-def column(values: list[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device="cuda")
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)])

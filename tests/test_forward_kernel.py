@@ -15,35 +15,18 @@ from torch import Tensor
 
 from fa3_dist import _build, ops
 from fa3_dist.ops import FIRST, LAST
-from tests import oracle
+from tests import hopper, oracle
 from tests.accuracy import assert_close_to_oracle
+from tests.hopper import DTYPES, MASKS, ONLY_THE_COMPILED_KERNEL, column
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-]
+pytestmark = ONLY_THE_COMPILED_KERNEL
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = [row.traits for row in _build.instances() if row.family == "forward"]
 # FlashAttention-3's own test sizes: one row, ends inside a tile, ends on a tile, longer than a tile.
 LENGTHS = [
     (1, 1), (1, 239), (3, 799), (127, 512), (113, 203), (128, 217), (256, 512), (384, 256), (640, 128), (512, 256),
     (1024, 1024), (1023, 1024), (1024, 1023), (4096, 4096), (4224, 4224),
 ]  # fmt: skip
-MASKS = {
-    "full": {},
-    "causal": {"window_right": 0},
-    "window": {"window_left": 200, "window_right": 0},
-    "local": {"window_left": 70, "window_right": 33},
-}
-
-
-@pytest.fixture(autouse=True)
-def only_the_compiled_kernel(monkeypatch):
-    monkeypatch.setenv("FA3_DIST_STRICT", "1")
-    ops._has_compiled_kernel.cache_clear()
 
 
 def poison_memory() -> None:
@@ -252,9 +235,8 @@ def test_fp16_is_closer_than_standard_attention():
 
 def pack(lengths: list[int], gap: int = 0) -> tuple[Tensor, Tensor, int]:
     """Starts and lengths on the GPU, `gap` rows apart, and how many rows that takes."""
-    starts = list(itertools.accumulate([length + gap for length in lengths], initial=gap))
-    as_tensor = lambda x: torch.tensor(x, dtype=torch.int32, device="cuda")  # noqa: E731
-    return as_tensor(starts[:-1]), as_tensor(lengths), starts[-1]
+    starts, total = hopper.pack(lengths, gap)
+    return column(starts), column(lengths), total
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
