@@ -1,11 +1,11 @@
 // Attention backward for Hopper, after FlashAttention-2 and -3 (arXiv:2307.08691, arXiv:2407.08608), on persistent
 // blocks: a tile is a block of keys of one KV head, and meets all blocks of queries, of all query heads of the KV head,
 // that see it. One producer warpgroup draws tiles and brings what they need (producer.cuh), consumer warpgroups compute
-// (consumer.cuh), dq is summed up in fp32 in global memory and then converted (convert.cuh).
+// (consumer.cuh, lagging.cuh), dq is summed up in fp32 in global memory and then converted (convert.cuh).
 #pragma once
 
-#include "backward/consumer.cuh"
 #include "backward/convert.cuh"
+#include "backward/lagging.cuh"
 #include "backward/producer.cuh"
 #include "forward/forward.cuh"
 #undef FA3_INSTANTIATE  // the forward's
@@ -28,9 +28,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x == 0) load_key_tiles<Config>(arguments, shared);
     if (threadIdx.x == 32) draw_key_tiles<Config>(arguments, shared);
     if (threadIdx.x >= 64 && threadIdx.x < 96) load_row_values<Config>(arguments, shared);
+    if constexpr (Config::kLagsDQ) {
+      if (threadIdx.x == 96) add_query_blocks<Config>(arguments, shared);
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-    consume_queries<Config>(arguments, shared);
+    if constexpr (Config::kLagsDQ) {
+      consume_queries_lagging<Config>(arguments, shared);
+    } else {
+      consume_queries<Config>(arguments, shared);
+    }
   }
 }
 
@@ -44,6 +51,18 @@ inline ForwardParams transpose(const ForwardParams& params) {
   transposed.heads = params.kv_heads;
   transposed.transposed = true;
   return transposed;
+}
+
+// KV heads of a dense batch that are walked together; each meets `queries` rows of queries, in `tiles` tiles.
+// Those of a masked batch differ in length, and the longest of a group come first: the more tiles it has, the closer
+// together do the processors finish, and of few KV heads enough tiles run at a time to share their queries in the L2 cache.
+inline int kv_heads_per_group(const ForwardParams& transposed, int64_t queries, int64_t tiles) {
+  constexpr int64_t kBalancedTiles = 1024, kFewHeads = 16;
+  const int heads = units_per_group(transposed, 1, queries, tiles);
+  if (transposed.window_left == kNoBound && transposed.window_right == kNoBound) return heads;
+  const int64_t balanced = std::min((kBalancedTiles + tiles - 1) / tiles, kFewHeads);
+  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(heads, balanced),
+                                            int64_t{transposed.kv_heads} * transposed.batch));
 }
 
 // Whether every key of a dense batch is known to be seen by some query: gradients of others are never written.
@@ -71,14 +90,15 @@ inline bool make_sum_map(CUtensorMap& map, const BackwardParams& params, bool pa
   float* const data = params.accumulate ? static_cast<float*>(params.dq) : params.dq_sum;
   const int64_t token = params.accumulate ? forward.heads * int64_t{forward.head_dim} : columns;
   const int64_t head = params.accumulate ? forward.head_dim : forward.seqlen_q * columns;
+  const int64_t width = params.accumulate ? forward.head_dim : columns;
   const int box[4] = {panel, 64, 1, 1};
   if (!packed) {
     const int64_t batch = int64_t{forward.seqlen_q} * forward.heads * (params.accumulate ? forward.head_dim : columns);
-    const int64_t extents[4] = {forward.head_dim, forward.seqlen_q, forward.heads, forward.batch};
+    const int64_t extents[4] = {width, forward.seqlen_q, forward.heads, forward.batch};
     const int64_t strides[3] = {token, head, batch};
     return make_tensor_map<4>(map, DType::fp32, data, extents, strides, box);
   }
-  const int64_t extents[4] = {forward.head_dim, 64, forward.heads, int64_t{forward.seqlen_q} + 1};
+  const int64_t extents[4] = {width, 64, forward.heads, int64_t{forward.seqlen_q} + 1};
   const int64_t strides[3] = {token, head, token};
   return make_tensor_map<4>(map, DType::fp32, data - 64 * token, extents, strides, box);
 }
@@ -93,8 +113,8 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   arguments.params = params;
   arguments.transposed = transpose(forward);
   arguments.units_per_group =
-      units_per_group(arguments.transposed, 1, int64_t{forward.seqlen_q} * (forward.heads / forward.kv_heads),
-                      (forward.seqlen_k + Config::kKeys - 1) / Config::kKeys);
+      kv_heads_per_group(arguments.transposed, int64_t{forward.seqlen_q} * (forward.heads / forward.kv_heads),
+                         (forward.seqlen_k + Config::kKeys - 1) / Config::kKeys);
   arguments.counter = packed ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
                              : reinterpret_cast<TileCounter*>(forward.tile_counter);
   const bool mapped =
@@ -141,9 +161,11 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   backward_kernel<Config><<<dim3(static_cast<unsigned>(blocks)), Config::kThreads, kSharedBytes, stream>>>(arguments);
   error = cudaGetLastError();
   if (error != cudaSuccess || params.accumulate) return error;
-  constexpr bool kPermuted = !Config::kBulkDQ;
-  const auto convert = params.dq_dtype == DType::fp32 ? convert_dq<float, kHeadDim, kPermuted>
-                                                      : convert_dq<Element, kHeadDim, kPermuted>;
+  constexpr SumColumns kColumns = Config::kLagsDQ   ? SumColumns::kSwapped
+                                  : Config::kBulkDQ ? SumColumns::kPlain
+                                                    : SumColumns::kPermuted;
+  const auto convert = params.dq_dtype == DType::fp32 ? convert_dq<float, kHeadDim, kColumns>
+                                                      : convert_dq<Element, kHeadDim, kColumns>;
   return convert(params, stream);
 }
 

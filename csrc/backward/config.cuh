@@ -36,14 +36,15 @@ struct BackwardConfig {
 
   static constexpr int kBytesK = kKeys * kHeadDim * sizeof(Element);
   static constexpr int kBytesV = kKeys * kHeadDimV * sizeof(Element);
-  static constexpr int kBytesQ = kQueries * (kHeadDim + kHeadDimV) * sizeof(Element);  // and dO
+  static constexpr int kBytesQ = kQueries * kHeadDim * sizeof(Element);
+  static constexpr int kBytesDO = kQueries * kHeadDimV * sizeof(Element);
   // Of Q and dO; and of dS, of which one is written while the other warpgroup still reads the one before.
   static constexpr int kStages = 2;
   static constexpr int kStagesP = kSharesKeys ? kStages : 1;
   static constexpr int kElementsDS = kQueries * kKeys;
   static constexpr int kElementsP = kSharesKeys ? kQueries * kKeys : 8;
   static constexpr int kBytesSteps =
-      kStages * kBytesQ + (kStages * kElementsDS + kStagesP * kElementsP) * sizeof(Element);
+      kStages * (kBytesQ + kBytesDO) + (kStages * kElementsDS + kStagesP * kElementsP) * sizeof(Element);
   static constexpr int kBytesShared = 225 * 1024;  // without barriers and other small things
   // dQ leaves through shared memory, by bulk additions, in panels of 64 queries and 32 columns; where there is no room, by
   // additions from registers, which take the memory pipeline longer than the products take the tensor cores.
@@ -64,6 +65,10 @@ struct BackwardConfig {
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
   static_assert(kLaunchRegisters - kProducerRegisters >= kConsumers * (kConsumerRegisters - kLaunchRegisters));
+
+  // Whether dQ lags a step behind (lagging.cuh). Other head dims are to follow as they are measured.
+  static constexpr bool kLagsDQ = kHeadDim == 128;
+  static_assert(!kLagsDQ || (!kSharesKeys && kBulkDQ && kStagesK == 2));
 
   // Whether the scores of a step are under way while dQ of the step before is; for head_dim 256 registers are short.
   static constexpr bool kEarlyScores = kHeadDim <= 192;
@@ -102,24 +107,23 @@ struct BackwardConfig {
   using MmaS = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, Shape<Int<kKeys>, Int<kQueriesOfWarpgroup>, Int<kHeadDim>>>(),
       std::conditional_t<kSharesKeys, ByQueries, ByKeys>{}));
-  // dV += P^T dO, dK += dS^T Q.
+  // dV += P^T dO, dK += dS^T Q. Weights come from registers, or, where keys are shared, from shared memory.
   static constexpr int kColumnsDK = kSharesKeys ? kHeadDim / kConsumers : kHeadDim;  // of a warpgroup
   static constexpr int kColumnsDV = kSharesKeys ? kHeadDimV / kConsumers : kHeadDimV;
-  using KeysOfWarpgroup = std::conditional_t<kSharesKeys, Alone, ByKeys>;
-  using MmaDK = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, Shape<Int<kKeys>, Int<kColumnsDK>, Int<kQueries>>, GMMA::Major::K,
-                           GMMA::Major::MN>(),
-      KeysOfWarpgroup{}));
-  static constexpr auto mma_dv() {
-    using Tile = Shape<Int<kKeys>, Int<kColumnsDV>, Int<kQueries>>;
-    if constexpr (kSharesKeys) {
-      return make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Tile, GMMA::Major::K, GMMA::Major::MN>(),
-                            KeysOfWarpgroup{});
-    } else {
+  template <int kColumns, bool kFromRegisters>
+  static constexpr auto mma_gradient() {
+    using Tile = Shape<Int<kKeys>, Int<kColumns>, Int<kQueries>>;
+    using Warpgroups = std::conditional_t<kSharesKeys, Alone, ByKeys>;
+    if constexpr (kFromRegisters) {
       return make_tiled_mma(GMMA::rs_op_selector<Element, Element, float, Tile, GMMA::Major::K, GMMA::Major::MN>(),
-                            KeysOfWarpgroup{});
+                            Warpgroups{});
+    } else {
+      return make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Tile, GMMA::Major::K, GMMA::Major::MN>(),
+                            Warpgroups{});
     }
   }
+  using MmaDK = decltype(mma_gradient<kColumnsDK, kLagsDQ>());
+  using MmaDV = decltype(mma_gradient<kColumnsDV, !kSharesKeys>());
   using LayoutQt = Transposed<kQueries, kColumnsDK, kPanel>;
   using LayoutDOt = Transposed<kQueries, kColumnsDV, kPanelV>;
   // dQ = dS K: warpgroups have 64 queries each, or, where there are no more, half of the columns, in whole panels: if these

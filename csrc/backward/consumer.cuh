@@ -85,7 +85,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
 
   typename Config::MmaS mma_s;
   typename Config::MmaDK mma_dk;
-  auto mma_dv = Config::mma_dv();
+  typename Config::MmaDV mma_dv;
   typename Config::MmaDQ mma_dq;
   const auto thread_s = mma_s.get_slice(thread);
   const auto thread_dk = mma_dk.get_slice(thread_of_keys);
@@ -187,7 +187,8 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
       const KeyTile& tile = shared.tile[slot];
       const int query_head = tile.kv_head * group + head;
       if constexpr (Config::kBulkDQ) {
-        store_queries<Config>(rdQ, params.accumulate ? forward.softmax_scale : 1.f, panels_dq, skipped_dq);
+        store_queries<Config>(rdQ, params.accumulate ? forward.softmax_scale : 1.f, panels_dq, skipped_dq,
+                              threadIdx.x % 128);
         cutlass::arch::fence_view_async_shared();
         cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
         if (thread % 128 == 0) {

@@ -8,9 +8,13 @@ namespace fa3 {
 
 constexpr int kConvertThreads = 256;
 
-// A thread takes 16 columns of a row: what dq_sum_column permutes among themselves, where kPermuted. Rows of dq_sum are
-// in the order (batch, heads, seqlen), those of dq in (batch, seqlen, heads).
-template <class Output, int kHeadDim, bool kPermuted>
+// How columns of dq_sum are arranged: as they are; permuted by dq_sum_column; and so that, besides, in odd rows the halves
+// of each 32 have changed places (store_permuted_queries).
+enum class SumColumns { kPlain, kPermuted, kSwapped };
+
+// A thread takes 16 columns of a row. Rows of dq_sum are in the order (batch, heads, seqlen), those of dq in (batch,
+// seqlen, heads).
+template <class Output, int kHeadDim, SumColumns kColumns>
 __global__ void __launch_bounds__(kConvertThreads)
     convert_dq_kernel(const float* dq_sum, Output* dq, int64_t rows, int seqlen, int heads, int head_dim, float scale) {
   constexpr int kPieces = kHeadDim / 16;
@@ -20,26 +24,27 @@ __global__ void __launch_bounds__(kConvertThreads)
   if (row >= rows || column >= head_dim) return;
   const int64_t token = row / heads, batch = token / seqlen;
   const int64_t sum_row = (batch * heads + row % heads) * seqlen + token % seqlen;
-  const auto sum = load_global<16>(dq_sum + sum_row * kHeadDim + column);
+  const int from = kColumns == SumColumns::kSwapped ? column ^ (token % seqlen % 2 * 16) : column;
+  const auto sum = load_global<16>(dq_sum + sum_row * kHeadDim + from);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (column + 8 * half >= head_dim) break;
     Vec<Output, 8> result;
 #pragma unroll
     for (int i = 8 * half; i < 8 * half + 8; ++i) {
-      result.value[i % 8] = Output(scale * sum.value[kPermuted ? dq_sum_column(i) : i]);
+      result.value[i % 8] = Output(scale * sum.value[kColumns == SumColumns::kPlain ? i : dq_sum_column(i)]);
     }
     *reinterpret_cast<Vec<Output, 8>*>(dq + row * head_dim + column + 8 * half) = result;
   }
 }
 
-template <class Output, int kHeadDim, bool kPermuted>
+template <class Output, int kHeadDim, SumColumns kColumns>
 cudaError_t convert_dq(const BackwardParams& params, cudaStream_t stream) {
   const ForwardParams& forward = params.forward;
   const int64_t rows = int64_t{forward.batch} * forward.seqlen_q * forward.heads;
   const int64_t blocks = (rows * (kHeadDim / 16) + kConvertThreads - 1) / kConvertThreads;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  convert_dq_kernel<Output, kHeadDim, kPermuted><<<dim3(static_cast<unsigned>(blocks)), kConvertThreads, 0, stream>>>(
+  convert_dq_kernel<Output, kHeadDim, kColumns><<<dim3(static_cast<unsigned>(blocks)), kConvertThreads, 0, stream>>>(
       params.dq_sum, static_cast<Output*>(params.dq), rows, forward.seqlen_q, forward.heads, forward.head_dim,
       forward.softmax_scale);
   return cudaGetLastError();

@@ -10,13 +10,30 @@ namespace fa3 {
 
 // ---- dQ --------------------------------------------------------------------------------------------------------------
 
+// The columns of a warpgroup's dQ begin here, and these of them are the other warpgroup's.
+template <class Config>
+__device__ __forceinline__ int first_column_dq(int warpgroup) {
+  return Config::kSplitsColumns ? warpgroup * (Config::kHeadDim - Config::kColumnsDQ) : 0;
+}
+template <class Config>
+__device__ __forceinline__ int skipped_dq(int warpgroup) {
+  return Config::kSplitsColumns ? warpgroup * (2 * Config::kColumnsDQ - Config::kHeadDim) : 0;
+}
+
+// Where the panels of a warpgroup's dQ begin.
+template <class Config>
+__device__ __forceinline__ float* panels_of(BackwardShared<Config>& shared, int warpgroup) {
+  return shared.dq + (Config::kSplitsColumns ? first_column_dq<Config>(warpgroup) * 64 : warpgroup * 64 * Config::kHeadDim);
+}
+
 // Writes a thread's part of a warpgroup's dQ, 64 queries, to panels of shared memory as the bulk addition reads them:
 // rows of 128 bytes whose 16-byte pieces are swizzled.
-template <class Config, class Gradient>
-__device__ __forceinline__ void store_queries(const Gradient& rdQ, float scale, float* first_panel, int skipped) {
+template <class Config, class Gradient, class Thread>
+__device__ __forceinline__ void store_queries(const Gradient& rdQ, float scale, float* first_panel, int skipped,
+                                              Thread thread) {
   constexpr int kBlocks = decltype(size(rdQ))::value / 4;  // of 8 columns
-  const int lane = threadIdx.x % 32;
-  const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+  const int lane = thread % 32;
+  const int row = thread / 32 * 16 + lane / 4;
   // NOTE: threads of odd rows write two blocks further on, and back: of four rows that a store writes at a time, no two
   // then meet in a memory bank.
   const bool odd = lane & 4;
@@ -32,6 +49,31 @@ __device__ __forceinline__ void store_queries(const Gradient& rdQ, float scale, 
       const float first = scale * (odd ? rdQ(odd_at) : rdQ(even_at));
       const float second = scale * (odd ? rdQ(odd_at + 1) : rdQ(even_at + 1));
       asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + 8 * r * 128), "f"(first), "f"(second) : "memory");
+    }
+  }
+}
+
+// The same, unscaled, for dq_sum, whose columns are permuted (dq_sum_column): 16 bytes at a time. In rows of odd tokens
+// the halves of a panel have changed places, so that of the two rows that a phase of a store writes, none meets the
+// other in a memory bank.
+template <class Config, class Gradient>
+__device__ __forceinline__ void store_permuted_queries(const Gradient& rdQ, float* first_panel, int first_token,
+                                                       int skipped, int thread) {
+  constexpr int kBlocks = decltype(size(rdQ))::value / 4;  // of 8 columns
+  const int lane = thread % 32;
+  const int row = thread / 32 * 16 + lane / 4;
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(first_panel)) + row * 128;
+  const uint32_t swizzle = ((lane % 4) ^ (lane / 4) ^ ((first_token + lane / 4) % 2 * 4)) * 16;
+#pragma unroll
+  for (int i = 0; i < kBlocks; i += 2) {
+    if (8 * i < skipped) continue;
+    const uint32_t at = to + i / 4 * (Config::kElementsPanelDQ * 4) + ((i % 4 * 32) ^ swizzle);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int e = 4 * i + 2 * r;
+      asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at + 8 * r * 128), "f"(rdQ(e)), "f"(rdQ(e + 1)),
+                   "f"(rdQ(e + 4)), "f"(rdQ(e + 5))
+                   : "memory");
     }
   }
 }

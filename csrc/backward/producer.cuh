@@ -4,7 +4,7 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "backward/shared.cuh"
+#include "backward/epilogue.cuh"
 
 namespace fa3 {
 
@@ -65,8 +65,8 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
 
 // ---- loads -----------------------------------------------------------------------------------------------------------
 
-// Starts loading rows [first, first + kRows) of a range of `length` rows that starts at row `base`; has `barrier` count
-// the bytes. Rows past the range's end read as 0.
+// Starts loading rows [first, first + kRows) of a range of `length` rows that starts at row `base`, on a
+// `barrier` that counts the bytes. Rows past the range's end read as 0.
 template <int kRows, int kColumns, int kPanel, class Element>
 __device__ __forceinline__ void load_rows(const CUtensorMap& map, LoadBarrier& barrier, Element* destination, int base,
                                           int length, int first, int head, int batch, bool packed) {
@@ -78,7 +78,6 @@ __device__ __forceinline__ void load_rows(const CUtensorMap& map, LoadBarrier& b
     row = kRows - inside;
     outer = base + first + inside;
   }
-  barrier.arrive_and_expect_tx(kRows * kColumns * sizeof(Element));
 #pragma unroll
   for (int column = 0; column < kColumns; column += kPanel) {
     SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&barrier), 0, destination + column * kRows, column, row,
@@ -104,6 +103,7 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
     shared.tile_empty[tile_ring.stage].arrive();
     tile_ring.advance();
     shared.k_empty[k_ring.stage].wait(k_ring.parity ^ 1);
+    shared.k_full[k_ring.stage].arrive_and_expect_tx(Config::kBytesK);
     load_rows<Config::kKeys, Config::kHeadDim, Config::kPanel>(arguments.k, shared.k_full[k_ring.stage],
                                                                shared.k[k_ring.stage], sequence.q_base, sequence.q_len,
                                                                first_key, kv_head, batch, packed);
@@ -113,21 +113,32 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
 #pragma unroll 1
       for (int block = first_block; block < end_block; ++block) {
-        shared.q_empty[ring.stage].wait(ring.parity ^ 1);
+        LoadBarrier& q_full = Config::kLagsDQ ? shared.step_full[ring.stage] : shared.q_full[ring.stage];
+        LoadBarrier& dout_full = Config::kLagsDQ ? shared.step_full[ring.stage] : shared.dout_full[ring.stage];
+        if constexpr (Config::kLagsDQ) {
+          shared.step_empty[ring.stage].wait(ring.parity ^ 1);
+        } else {
+          shared.q_empty[ring.stage].wait(ring.parity ^ 1);
+        }
+        q_full.arrive_and_expect_tx(Config::kBytesQ + (Config::kLagsDQ ? Config::kBytesDO : 0));
         load_rows<Config::kQueries, Config::kHeadDim, Config::kPanel>(
-            arguments.q, shared.q_full[ring.stage], shared.q[ring.stage], sequence.k_base, sequence.k_len,
+            arguments.q, q_full, shared.q[ring.stage], sequence.k_base, sequence.k_len,
             block * Config::kQueries, head, batch, packed);
         if (values_wait) {
           shared.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
+          shared.v_full[v_ring.stage].arrive_and_expect_tx(Config::kBytesV);
           load_rows<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(
               arguments.v, shared.v_full[v_ring.stage], shared.v[v_ring.stage], sequence.q_base, sequence.q_len,
               first_key, kv_head, batch, packed);
           v_ring.advance();
           values_wait = false;
         }
-        shared.dout_empty[ring.stage].wait(ring.parity ^ 1);
+        if constexpr (!Config::kLagsDQ) {
+          shared.dout_empty[ring.stage].wait(ring.parity ^ 1);
+          dout_full.arrive_and_expect_tx(Config::kBytesDO);
+        }
         load_rows<Config::kQueries, Config::kHeadDimV, Config::kPanelV>(
-            arguments.dout, shared.dout_full[ring.stage], shared.dout[ring.stage], sequence.k_base, sequence.k_len,
+            arguments.dout, dout_full, shared.dout[ring.stage], sequence.k_base, sequence.k_len,
             block * Config::kQueries, head, batch, packed);
         ring.advance();
       }
@@ -162,7 +173,7 @@ __device__ __forceinline__ void load_row_values(const BackwardArguments& argumen
       const float* const delta = arguments.params.delta + base + int64_t{head} * params.seqlen_q;
 #pragma unroll 1
       for (int block = first_block; block < end_block; ++block) {
-        shared.rows_empty[ring.stage].wait(ring.parity ^ 1);
+        (Config::kLagsDQ ? shared.step_empty : shared.rows_empty)[ring.stage].wait(ring.parity ^ 1);
 #pragma unroll
         for (int i = 0; i < Config::kQueries; i += 32) {
           const int row = block * Config::kQueries + i + lane;
@@ -175,8 +186,52 @@ __device__ __forceinline__ void load_row_values(const BackwardArguments& argumen
           shared.lse_log2[ring.stage][i + lane] = unseen ? INFINITY : row_lse * kLog2E;
           shared.delta[ring.stage][i + lane] = unseen ? 0.f : row_delta;
         }
-        shared.rows_full[ring.stage].arrive();
+        if constexpr (Config::kLagsDQ) {
+          asm volatile("" ::: "memory");
+          shared.step_full[ring.stage].arrive();
+        } else {
+          shared.rows_full[ring.stage].arrive();
+        }
         ring.advance();
+      }
+    }
+  }
+}
+
+// Adds dQ, a warpgroup's part at a time, as the consumers leave it in shared memory.
+template <class Config>
+__device__ __forceinline__ void add_query_blocks(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
+  const bool packed = arguments.transposed.q_start != nullptr;
+  const int group = arguments.params.forward.heads / arguments.params.forward.kv_heads;
+  Ring<kKeyTileSlots> tile_ring;
+  uint32_t parity = 0;
+  while (true) {
+    shared.tile_full[tile_ring.stage].wait(tile_ring.parity);
+    const KeyTile& tile = shared.tile[tile_ring.stage];
+    if (tile.end) break;
+    const int base = tile.sequence.k_base, length = tile.sequence.k_len;
+    const int batch = tile.batch, kv_head = tile.kv_head;
+    const int first_block = tile.blocks.first, end_block = tile.blocks.end;
+    shared.tile_empty[tile_ring.stage].arrive();
+    tile_ring.advance();
+#pragma unroll 1
+    for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+#pragma unroll 1
+      for (int block = first_block; block < end_block; ++block) {
+#pragma unroll
+        for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
+          shared.dq_full[warpgroup].wait(parity);
+          const int skipped = skipped_dq<Config>(warpgroup), column = first_column_dq<Config>(warpgroup);
+          const float* const panels = panels_of(shared, warpgroup) + skipped * 64;
+          add_panels<Config>(arguments.dq, panels, column + skipped, column + Config::kColumnsDQ, base, length,
+                             block * Config::kQueries + (Config::kSplitsColumns ? 0 : warpgroup * 64), head, batch,
+                             packed);
+        }
+        tma_store_wait<Config::kConsumers - 1>();
+        shared.dq_empty[0].arrive();
+        tma_store_wait<0>();
+        shared.dq_empty[1].arrive();
+        parity ^= 1;
       }
     }
   }

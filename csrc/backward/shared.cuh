@@ -59,6 +59,14 @@ struct alignas(1024) BackwardShared {
   KeyTile tile[kKeyTileSlots];
   HandOver tile_full[kKeyTileSlots];
   HandOver tile_empty[kKeyTileSlots];
+
+  // Where dQ lags, one barrier says that all is there that a step needs, Q, dO, lse and delta, and one that its stage is
+  // free; step_done, that both warpgroups have finished a step: its dS is there, and the one before is no longer read.
+  LoadBarrier step_full[Config::kStages];
+  HandOver step_empty[Config::kStages];
+  Barrier step_done;
+  Barrier dq_full[Config::kConsumers];
+  Barrier dq_empty[Config::kConsumers];
 };
 
 template <class Config>
@@ -82,8 +90,20 @@ __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
   }
   for (int slot = 0; slot < kKeyTileSlots; ++slot) {
     shared.tile_full[slot].init(1);
-    // All who read a tile: consumers, the thread that loads, and the warp that brings lse and delta.
-    shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + 32);
+    // All who read a tile: consumers, the thread that loads, the warp that brings lse and delta, and, where dQ lags, the
+    // thread that adds it.
+    shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + 32 + Config::kLagsDQ);
+  }
+  if constexpr (Config::kLagsDQ) {
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      shared.step_full[stage].init(1 + 32);
+      shared.step_empty[stage].init(kConsumerWarps);
+    }
+    shared.step_done.init(kConsumerWarps);
+    for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
+      shared.dq_full[warpgroup].init(4);
+      shared.dq_empty[warpgroup].init(1);
+    }
   }
   cutlass::arch::fence_barrier_init();
 }

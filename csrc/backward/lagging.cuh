@@ -1,0 +1,256 @@
+// A consumer warpgroup whose dQ lags a step behind (Config::kLagsDQ): 64 keys of every tile.
+//
+// As in consumer.cuh, a step takes a block of queries of one head, and S^T, dP^T, P^T and dS^T stay in the registers that
+// they come out in, for dV += P^T dO and dK += dS^T Q. dS also goes to shared memory, for dQ = dS K over the keys of both
+// warpgroups, of which each takes half of the columns. A warpgroup multiplies dQ not of its step but of the one before, of
+// which the other's dS has long been there: so neither waits for the other, and while one has products to issue, the other
+// has weights to compute. The first step of warpgroup 1 starts half a step late; they keep that distance by themselves.
+//
+// In a step some product is always under way: dP under the weights, dV under dS, dK and dQ at the end, and S under the
+// bulk addition of dQ to global memory, which a thread of the producer warpgroup starts (add_query_blocks).
+#pragma once
+
+#include "backward/consumer.cuh"
+
+namespace fa3 {
+
+// The same value, in a register: the compiler would rather compute it again, step after step, from special registers,
+// which takes longer.
+__device__ __forceinline__ int pinned(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+template <class Shared>
+__device__ __forceinline__ Shared& pinned(Shared& shared) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(&shared));
+  asm volatile("" : "+r"(address));
+  return *static_cast<Shared*>(__cvta_shared_to_generic(address));
+}
+
+template <class AnyBarrier>
+__device__ __forceinline__ void arrive_as_warp(int thread, AnyBarrier& barrier) {
+  __syncwarp();
+  if (thread % 32 == 0) barrier.arrive();
+}
+
+// store_weights from addresses that stay in registers.
+template <class Config, class Rounded>
+__device__ __forceinline__ void store_own_weights(const Rounded& rounded, typename Config::Element* to, int warpgroup,
+                                                  int thread) {
+  const int lane = thread % 32;
+  const int key = warpgroup * 64 + thread / 32 * 16 + lane % 16;
+  const uint32_t row = static_cast<uint32_t>(__cvta_generic_to_shared(to)) + key * 128;
+  const uint32_t swizzle = ((lane / 16) ^ (lane % 8)) * 16;
+  const auto* const pairs = reinterpret_cast<const uint32_t*>(&rounded(0));
+#pragma unroll
+  for (int i = 0; i < Config::kQueries / 8; i += 2) {
+    const uint32_t piece = row + i / 8 * (Config::kKeys * 128) + ((i % 8 * 16) ^ swizzle);
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(piece), "r"(pairs[2 * i]),
+                 "r"(pairs[2 * i + 1]), "r"(pairs[2 * i + 2]), "r"(pairs[2 * i + 3])
+                 : "memory");
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void consume_queries_lagging(const BackwardArguments& arguments,
+                                                        BackwardShared<Config>& storage) {
+  auto& shared = pinned(storage);
+  using Element = typename Config::Element;
+  const BackwardParams& params = arguments.params;
+  const ForwardParams& forward = params.forward;
+  // NOTE: uniform over a warp for the compiler too, so that it keeps what follows from it in uniform registers.
+  const int warpgroup = cutlass::canonical_warp_group_idx() - 1;
+  const int thread = pinned(static_cast<int>(threadIdx.x % 128));
+  const ThreadRows rows{warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4, thread % 4 * 2};
+  const int group = forward.heads / forward.kv_heads;
+  constexpr float kLog2E = 1.4426950408889634f;
+  const float scale_log2 = (forward.softcap == 0.f ? forward.softmax_scale : forward.softcap) * kLog2E;
+
+  typename Config::MmaS mma_s;
+  typename Config::MmaDK mma_dk;
+  typename Config::MmaDV mma_dv;
+  typename Config::MmaDQ mma_dq;
+  // NOTE: an operand in shared memory is the same for all threads of a warpgroup.
+  const auto thread_s = mma_s.get_slice(warpgroup * 128);
+  const auto thread_dk = mma_dk.get_slice(warpgroup * 128);
+  const auto thread_dv = mma_dv.get_slice(warpgroup * 128);
+  const auto thread_dq = mma_dq.get_slice(0);
+  const auto as = [](Element* data, auto layout) __attribute__((always_inline)) {
+    return make_tensor(make_smem_ptr(data), layout);
+  };
+
+  Tensor rS = partition_fragment_C(mma_s, Shape<Int<Config::kKeys>, Int<Config::kQueries>>{});
+  Tensor rdK = partition_fragment_C(mma_dk, Shape<Int<Config::kKeys>, Int<Config::kColumnsDK>>{});
+  Tensor rdV = partition_fragment_C(mma_dv, Shape<Int<Config::kKeys>, Int<Config::kColumnsDV>>{});
+  constexpr int kScores = decltype(size(rS))::value;
+
+  Ring<kKeyTileSlots> tile_ring;
+  Ring<Config::kStagesK> k_ring;
+  Ring<Config::kStagesV> v_ring;
+  Ring<Config::kStages> ring;
+  static_assert(Config::kStages == 2);
+  int step = 0;
+  uint32_t parity = 0;  // of the step
+  // Of the tile: how many steps are to come, its blocks, the first token of its queries; and the step's block.
+  int steps = 0, first_block = 0, end_block = 0, first_plain = 0, end_open = 0, first_token = 0, block = 0;
+  int k_before = 0, token_before = 0;  // of the step before: stage of its keys, and its first_token
+
+  const auto multiply_dq = [&](auto& rdQ, int ds_stage) __attribute__((always_inline)) {
+    Element* const sKt = shared.k[k_before] + first_column_dq<Config>(warpgroup) * Config::kKeys;
+    multiply(mma_dq, thread_dq.partition_fragment_A(as(shared.ds[ds_stage], typename Config::LayoutDS{})),
+             thread_dq.partition_fragment_B(as(sKt, typename Config::LayoutKt{})), rdQ, false);
+  };
+  const auto store_dq = [&](auto& rdQ) __attribute__((always_inline)) {
+    float* const panels = panels_of(shared, warpgroup);
+    if (params.accumulate) {
+      store_queries<Config>(rdQ, forward.softmax_scale, panels, skipped_dq<Config>(warpgroup), thread);
+    } else {
+      store_permuted_queries<Config>(rdQ, panels, token_before, skipped_dq<Config>(warpgroup), thread);
+    }
+  };
+  const auto hand_over_dq = [&]() __attribute__((always_inline)) {
+    cutlass::arch::fence_view_async_shared();
+    arrive_as_warp(thread, shared.dq_full[warpgroup]);
+  };
+
+  while (true) {
+    const KeyTile& tile = shared.tile[tile_ring.stage];
+    const bool fresh = steps == 0;
+    if (fresh) {
+      shared.tile_full[tile_ring.stage].wait(tile_ring.parity);
+      if (tile.end) break;
+      first_block = tile.blocks.first;
+      end_block = tile.blocks.end;
+      first_plain = tile.blocks.first_plain;
+      end_open = tile.blocks.end_open;
+      first_token = tile.sequence.k_base;
+      steps = group * (end_block - first_block);
+      block = first_block;
+      shared.k_full[k_ring.stage].wait(k_ring.parity);
+    }
+    if (step == 0 && warpgroup == 1) cutlass::arch::NamedBarrier::sync(256, 1);
+
+    // S^T = K Q^T, dP^T = V dO^T
+    const int stage = ring.stage;
+    shared.step_full[stage].wait(ring.parity);
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[k_ring.stage], typename Config::LayoutK{})),
+             thread_s.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQ{})), rS, false);
+    if (step >= 2) hand_over_dq();
+    if (fresh) shared.v_full[v_ring.stage].wait(v_ring.parity);
+    Tensor rdP = make_tensor_like(rS);
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[v_ring.stage], typename Config::LayoutV{})),
+             thread_s.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDO{})), rdP, false);
+    float2 lse[kScores / 4];
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      lse[i] = *reinterpret_cast<const float2*>(&shared.lse_log2[stage][8 * i + rows.column]);
+    }
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(rS);
+
+    // P = exp(S - lse)
+    const bool capped = forward.softcap != 0.f;
+    if (capped) {
+      // dS is to be multiplied by 1 - tanh^2: for lack of registers that goes into dP, such that dP - delta has it.
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rdP);
+      const float inner = forward.softmax_scale / forward.softcap;
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        rS(i) = tanh_accurate(rS(i) * inner);
+        const float delta = shared.delta[stage][i / 4 * 8 + rows.column + i % 2];
+        rdP(i) = (rdP(i) - delta) * (1.f - rS(i) * rS(i)) + delta;
+      }
+    }
+    if (block < first_plain || block >= end_open) hide_queries<Config>(rS, tile, rows, block * Config::kQueries);
+    Tensor rP = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kQueries / 16>>>{});
+    static_assert(size(rS) == size(rP));
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = 4 * i + 2 * r;
+        rS(at) = exp2_approximate(rS(at) * scale_log2 - lse[i].x);
+        rS(at + 1) = exp2_approximate(rS(at + 1) * scale_log2 - lse[i].y);
+        reinterpret_cast<uint32_t&>(rP(at)) = round_pair<Element>(rS(at), rS(at + 1));
+      }
+    }
+
+    // dV += P^T dO, dS = P (dP - delta)
+    multiply(mma_dv, rP, thread_dv.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDOt{})), rdV,
+             !fresh);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(rdP);
+    --steps;
+    if (steps == 0) arrive_as_warp(thread, shared.v_empty[v_ring.stage]);
+    Tensor rdS = make_tensor_like(rP);
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * i + rows.column]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = 4 * i + 2 * r;
+        reinterpret_cast<uint32_t&>(rdS(at)) =
+            round_pair<Element>(rS(at) * (rdP(at) - delta.x), rS(at + 1) * (rdP(at + 1) - delta.y));
+      }
+    }
+
+    // dK += dS^T Q; dQ = dS K of the step before, into whose place dS of the next step then goes
+    shared.step_done.wait(parity ^ 1);
+    if (step == 0 && warpgroup == 0) cutlass::arch::NamedBarrier::arrive(256, 1);
+    store_own_weights<Config>(rdS, shared.ds[stage], warpgroup, thread);
+    cutlass::arch::fence_view_async_shared();
+    multiply(mma_dk, rdS, thread_dk.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQt{})), rdK, !fresh);
+    // NOTE: at the first step there is no step before, yet dQ is multiplied, from whatever lies there, and forgotten: a
+    // product that depends on a branch makes the compiler wait for each.
+    Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<Config::kQueries>, Int<Config::kColumnsDQ>>{});
+    multiply_dq(rdQ, 1 - stage);
+    if (step > 0) shared.dq_empty[warpgroup].wait(parity);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdV);
+    warpgroup_fence_operand(rdK);
+    warpgroup_fence_operand(rdQ);
+    arrive_as_warp(thread, shared.step_empty[stage]);
+    if (step > 0) store_dq(rdQ);
+    arrive_as_warp(thread, shared.step_done);
+    if (fresh && step > 0) arrive_as_warp(thread, shared.k_empty[k_before]);
+    k_before = k_ring.stage;
+    token_before = first_token;
+    if (++block == end_block) block = first_block;
+
+    if (steps == 0) {
+      OutputRow row[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int key = tile.first_key + rows.row + 8 * r;
+        row[r].exists = key < tile.sequence.q_len;
+        row[r].at =
+            (int64_t{tile.batch} * forward.seqlen_k + tile.sequence.q_base + key) * forward.kv_heads + tile.kv_head;
+      }
+      write_keys<Element>(rdV, 1.f, params.dv, params.dv_dtype, params.accumulate, row, 0, forward.head_dim_v);
+      write_keys<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, params.accumulate, row, 0,
+                          forward.head_dim);
+      shared.tile_empty[tile_ring.stage].arrive();
+      tile_ring.advance();
+      k_ring.advance();
+      v_ring.advance();
+    }
+    ring.advance();
+    parity ^= 1;
+    ++step;
+  }
+
+  if (step >= 2) hand_over_dq();
+  if (step > 0) {
+    Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<Config::kQueries>, Int<Config::kColumnsDQ>>{});
+    shared.step_done.wait(parity ^ 1);
+    multiply_dq(rdQ, 1 - ring.stage);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdQ);
+    shared.dq_empty[warpgroup].wait(parity);
+    store_dq(rdQ);
+    hand_over_dq();
+  }
+}
+
+}  // namespace fa3
