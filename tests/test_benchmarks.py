@@ -26,6 +26,7 @@ import attention  # noqa: E402
 import attention_cases  # noqa: E402
 import attention_peers  # noqa: E402
 import attention_report  # noqa: E402
+import check_results  # noqa: E402
 import delta  # noqa: E402
 import timing  # noqa: E402
 import tune  # noqa: E402
@@ -767,6 +768,64 @@ def test_without_a_hopper_gpu_they_say_so(script: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
     run = subprocess.run(command, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True)
     assert run.returncode == 2 and "needs a Hopper GPU" in run.stderr, run.stderr
+
+
+# ---- committed results -----------------------------------------------------------------------------------------------
+
+
+def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, dict[str, Any]]:
+    """A result of the backward suite, as check_results.py finds it."""
+    cells = make_cells({}, cases=attention_cases.backward_cases)
+    gemm = {"tflops": {"median": 790.0}}
+    result = {
+        "benchmark": "attention", "suite": "backward", "cells": list(cells.values()), "gemm": gemm,
+        "summary": attention_report.summarise("backward", cells, 790.0), "device": "NVIDIA H200", "torch": "2.11.0",
+        "cuda": "13.0", "fa3_dist": "x.y", "commit": "abc", "csrc_hash": timing._build.csrc_hash(), **changes,
+    }
+    timing.write_result(tmp_path / "attention_backward_h200.json", result)
+    monkeypatch.setattr(check_results, "RESULTS", tmp_path)
+    return check_results.read_results()
+
+
+def test_a_result_of_this_tree_is_neither_stale_nor_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = committed(tmp_path, monkeypatch)
+    assert list(results) == ["benchmarks/results/attention_backward_h200.json"]
+    assert not check_results.stale_results(results) and not check_results.results_without_origin(results)
+
+
+def test_stale_results_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    committed(tmp_path, monkeypatch, csrc_hash="other")
+    monkeypatch.setattr(check_results, "missing_results", lambda readme: [])
+    assert check_results.main() == 0
+    assert "stale result: benchmarks/results/attention_backward_h200.json: measured on csrc other" in (
+        capsys.readouterr().out
+    )
+    results = committed(tmp_path, monkeypatch)
+    bars = attention_report.BARS["backward"]
+    monkeypatch.setitem(attention_report.BARS, "backward", [bars[0]._replace(bar=1.5), *bars[1:]])
+    assert check_results.stale_results(results) == [
+        "benchmarks/results/attention_backward_h200.json: judged by other bars than the tree's"
+    ]
+
+
+def test_results_that_hide_their_origin_or_are_missing_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    committed(tmp_path, monkeypatch, commit=None, device="")
+    monkeypatch.setattr(check_results, "missing_results", lambda readme: [])
+    assert check_results.main() == 1
+    error = "benchmarks/results/attention_backward_h200.json does not say its device, commit\n"
+    assert capsys.readouterr().err == error
+    monkeypatch.undo()
+    assert check_results.missing_results("| 1.2 | `benchmarks/results/made_up.json` | `benchmarks/delta.py` |") == [
+        "README.md names benchmarks/results/made_up.json, which does not exist"
+    ]
+
+
+def test_the_committed_results_say_where_they_come_from() -> None:
+    assert check_results.read_results() and not check_results.results_without_origin(check_results.read_results())
 
 
 # ---- tune ------------------------------------------------------------------------------------------------------------
