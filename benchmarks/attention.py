@@ -61,8 +61,11 @@ from fa3_dist import ops
 from fa3_dist.algebra import merge
 
 REPEATS = 20
-# Relative L2. Two orders of the same bf16 arithmetic are 1e-3 apart; one key too many in a window of 4096 is 1e-2.
-LARGEST_DIFFERENCE = 5e-3
+OUT, GRADIENTS = ("out",), ("dq", "dk", "dv")
+# Relative L2. Two orders of the same bf16 arithmetic are 1e-3 to 3e-3 apart in out; in gradients more, for which P and
+# dS are rounded too (2.6e-3 to 6.6e-3 between torch's bf16 kernel on the CPU and fp32). One key too many in a window of
+# 4096 is 1e-2 in all of them.
+LARGEST_DIFFERENCE: dict[tuple[str, ...], float] = {OUT: 5e-3, GRADIENTS: 8e-3}
 HOST_BATCHES, HOST_CALLS = 40, 200
 
 
@@ -85,9 +88,6 @@ def relative_l2(actual: Tensor, expected: Tensor) -> float:
     return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-OUT, GRADIENTS = ("out",), ("dq", "dk", "dv")
-
-
 class Cell:
     """A case on its way to figures: the calls that are right, an entry a peer, and what was wrong."""
 
@@ -105,18 +105,18 @@ class Cell:
             self.errors.append(f"{name} {reason}")
 
     def accept(
-        self, name: str, call: Work, results: Sequence[str], actual: Sequence[Tensor], expected: Sequence[Tensor]
+        self, name: str, call: Work, results: tuple[str, ...], actual: Sequence[Tensor], expected: Sequence[Tensor]
     ) -> None:
         """Enters how far results that should agree are apart; where that is too far it is an error and no figure."""
         differences = list(map(relative_l2, actual, expected))
         for result, difference in zip(results, differences):
-            if not difference <= LARGEST_DIFFERENCE:
-                reason = f"differs by {difference:.1e} in {result}, relative L2: {LARGEST_DIFFERENCE:.0e} is the bound"
+            if not difference <= (bound := LARGEST_DIFFERENCE[results]):
+                reason = f"differs by {difference:.1e} in {result}, relative L2: {bound:.0e} is the bound"
                 return self.refuse(name, reason, is_error=True)
         self.entries[name] = {"difference": max(differences)}
         self.calls[name] = call
 
-    def check(self, builders: Mapping[str, Callable[[], Work]], results: Sequence[str]) -> None:
+    def check(self, builders: Mapping[str, Callable[[], Work]], results: tuple[str, ...]) -> None:
         """Builds every peer's call and checks its results against those of the first one that has any."""
         expected: Sequence[Tensor] | None = None
         for name, build in builders.items():

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FLUSH_BYTES = 256 * 2**20  # L2 holds 50 to 60 MB
 SPIN_CYCLES = 200_000  # 0.1 ms at 2 GHz, longer than the host takes to launch a call
-BACKWARD_SPIN_CYCLES = 1_000_000  # autograd takes it longer
+BACKWARD_SPIN_CYCLES = 2_000_000  # autograd takes it longer
 GEMM_SIZE = 8192
 GEMM_FLOP = 2 * GEMM_SIZE**3
 
@@ -52,8 +52,13 @@ class Flush:
 def time_in_turn(
     calls: Calls, flush: Callable[[], None], repeats: int, warmups: int = 3, spin_cycles: int = SPIN_CYCLES
 ) -> dict[str, list[float]]:
-    """Milliseconds on the GPU of `repeats` runs of each call, after `warmups` runs that do not count."""
+    """Milliseconds on the GPU of `repeats` runs of each call, after `warmups` runs that do not count.
+
+    Says of which calls the GPU was through with the spin before the host was through with the call: then the time holds
+    some of the host's.
+    """
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    late = dict.fromkeys(calls, 0)
     for index in range(warmups + repeats):
         for name, call in calls.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -63,8 +68,11 @@ def time_in_turn(
             call()
             end.record()
             if index >= warmups:
+                late[name] += start.query()
                 events[name].append((start, end))
     torch.cuda.synchronize()
+    for name in filter(late.get, calls):
+        print(f"NOTE: the GPU waited for the host in {late[name]} of {repeats} runs of {name}", file=sys.stderr)
     return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
 
 

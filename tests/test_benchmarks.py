@@ -457,7 +457,9 @@ def test_host_suite(requires_grad: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "ours" in attention_report.cell_line(cell) and " us" in attention_report.cell_line(cell)
 
 
-def test_calls_take_turns_behind_a_flush_and_a_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_take_turns_behind_a_flush_and_a_spin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     order: list[str] = []
 
     class Event:
@@ -467,6 +469,9 @@ def test_calls_take_turns_behind_a_flush_and_a_spin(monkeypatch: pytest.MonkeyPa
         def record(self) -> None:
             order.append("event")
             self.at = len(order)
+
+        def query(self) -> bool:
+            return order[self.at - 2] == "spin 0"
 
         def elapsed_time(self, end: Event) -> float:
             return float(end.at - self.at)
@@ -479,6 +484,9 @@ def test_calls_take_turns_behind_a_flush_and_a_spin(monkeypatch: pytest.MonkeyPa
     turn = [step for name in "ab" for step in ("flush", "spin 7", "event", name, "event")]
     assert order == turn * 3 + ["wait"]
     assert times == {"a": [2.0, 2.0], "b": [2.0, 2.0]}  # an event and the call lie between
+    assert not capsys.readouterr().err
+    timing.time_in_turn(calls, lambda: None, repeats=2, warmups=1, spin_cycles=0)
+    assert "NOTE: the GPU waited for the host in 2 of 2 runs of a\n" in capsys.readouterr().err
 
 
 def test_speed_and_spread() -> None:
