@@ -1,14 +1,16 @@
 """Speed of attention on a Hopper GPU beside its peers: `python benchmarks/attention.py --suite forward`.
 
     forward       dense, GQA, packed and windowed batches against cuDNN, FlashAttention-2 and what else is installed
+    backward      the same for gradients, the memory that they take, and deterministic ones beside ordinary ones
     host          microseconds that one call keeps the host busy, with and without gradients
     continuation  one step of a ring: continuing from a running (out, lse), against plain attention, against merging
     ablation      variants of our kernel at the size of FlashAttention-3's ablation
 
 All peers get the same N(0, 1) tensors and take turns call by call; a peer whose output differs from ours is an error
-and no figure. TFLOP/s are 2 * visible pairs * heads * (head_dim + head_dim_v) over the time on the GPU; a dense causal
-batch counts as half its square. Bars in TFLOP/s are for a GPU whose bf16 GEMM of 8192^3 runs at 800 and scale with the
-GEMM of the run itself; below 760 the run is invalid. The exit status is 1 if a bar is missed or an output is wrong.
+and no figure. TFLOP/s are 2 * visible pairs * heads * (head_dim + head_dim_v) over the time on the GPU, 2.5 times that
+for a backward, which is timed through autograd; a dense causal batch counts as half its square. Bars in TFLOP/s are for
+a GPU whose bf16 GEMM of 8192^3 runs at 800 and scale with the GEMM of the run itself; below 760 the run is invalid. The
+exit status is 1 if a bar is missed or an output is wrong.
 """
 
 from __future__ import annotations
@@ -22,15 +24,34 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timing
 import torch
 import torch.nn.functional as F
-from attention_cases import ABLATION_CASE, CONTINUATION_CASE, HOST_CASE, Case, forward_cases, make_inputs
-from attention_peers import Call, CannotRun, Peer, choose_peers, find_peers, first_result
+from attention_cases import (
+    ABLATION_CASE,
+    CONTINUATION_CASE,
+    HOST_CASE,
+    Case,
+    backward_cases,
+    deterministic_cases,
+    forward_cases,
+    make_inputs,
+)
+from attention_peers import (
+    CannotRun,
+    Peer,
+    Work,
+    backward_work,
+    choose_peers,
+    find_peers,
+    first_result,
+    forward_work,
+    ours,
+)
 from attention_report import GEMM_LEAST, cell_line, complain, draw, print_result, summarise
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,8 +61,11 @@ from fa3_dist import ops
 from fa3_dist.algebra import merge
 
 REPEATS = 20
-# Relative L2. Two orders of the same bf16 arithmetic are 1e-3 apart; one key too many in a window of 4096 is 1e-2.
-LARGEST_DIFFERENCE = 5e-3
+OUT, GRADIENTS = ("out",), ("dq", "dk", "dv")
+# Relative L2. Two orders of the same bf16 arithmetic are 1e-3 to 3e-3 apart in out; in gradients more, for which P and
+# dS are rounded too (2.6e-3 to 6.6e-3 between torch's bf16 kernel on the CPU and fp32). One key too many in a window of
+# 4096 is 1e-2 in all of them.
+LARGEST_DIFFERENCE: dict[tuple[str, ...], float] = {OUT: 5e-3, GRADIENTS: 8e-3}
 HOST_BATCHES, HOST_CALLS = 40, 200
 
 
@@ -54,6 +78,7 @@ class Setup(NamedTuple):
     peers: dict[str, Peer]
     time: Callable[[timing.Calls], dict[str, list[float]]]  # milliseconds of each call
     device: str = "cuda"
+    extra_memory: Callable[[Work], int] = timing.extra_memory  # bytes
 
 
 def relative_l2(actual: Tensor, expected: Tensor) -> float:
@@ -63,44 +88,98 @@ def relative_l2(actual: Tensor, expected: Tensor) -> float:
     return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-def compare(entries: dict[str, Any], errors: list[str], name: str, actual: Tensor, expected: Tensor) -> bool:
-    """Enters how far two outputs that should agree are apart; where that is too far it is an error and no figure."""
-    difference = relative_l2(actual, expected)
-    if difference <= LARGEST_DIFFERENCE:
-        entries[name] = {"difference": difference}
-        return True
-    reason = f"differs by {difference:.1e} in relative L2: {LARGEST_DIFFERENCE:.0e} is the bound"
-    entries[name] = _no_figure(reason)
-    errors.append(f"{name} {reason}")
-    return False
+class Cell:
+    """A case on its way to figures: the calls that are right, an entry a peer, and what was wrong."""
 
+    def __init__(self, case: Case, flop: int) -> None:
+        self.case, self.flop = case, flop
+        self.calls: dict[str, Work] = {}
+        self.entries: dict[str, Any] = {}
+        self.errors: list[str] = []
 
-def _no_figure(reason: str) -> dict[str, Any]:
-    return {"ms": None, "tflops": None, "reason": reason}
+    def refuse(self, name: str, reason: str, is_error: bool = False) -> None:
+        """No figure, and why."""
+        self.calls.pop(name, None)
+        self.entries[name] = {"ms": None, "tflops": None, "reason": reason}
+        if is_error:
+            self.errors.append(f"{name} {reason}")
+
+    def accept(
+        self, name: str, call: Work, results: tuple[str, ...], actual: Sequence[Tensor], expected: Sequence[Tensor]
+    ) -> None:
+        """Enters how far results that should agree are apart; where that is too far it is an error and no figure."""
+        differences = list(map(relative_l2, actual, expected))
+        for result, difference in zip(results, differences):
+            if not difference <= (bound := LARGEST_DIFFERENCE[results]):
+                reason = f"differs by {difference:.1e} in {result}, relative L2: {bound:.0e} is the bound"
+                return self.refuse(name, reason, is_error=True)
+        self.entries[name] = {"difference": max(differences)}
+        self.calls[name] = call
+
+    def check(self, builders: Mapping[str, Callable[[], Work]], results: tuple[str, ...]) -> None:
+        """Builds every peer's call and checks its results against those of the first one that has any."""
+        expected: Sequence[Tensor] | None = None
+        for name, build in builders.items():
+            try:
+                call = first_result(build)
+                actual = first_result(call)
+            except CannotRun as reason:
+                self.refuse(name, str(reason))
+                continue
+            if expected is None:
+                expected, self.entries[name], self.calls[name] = actual, {}, call
+            else:
+                self.accept(name, call, results, actual, expected)
+            del actual  # its memory is better free
+
+    def time(self, setup: Setup) -> None:
+        """Times the calls that are right, in turn."""
+        for name, milliseconds in setup.time(self.calls).items():
+            self.entries[name] |= timing.speed(milliseconds, self.flop)
+
+    def described(self, **more: Any) -> dict[str, Any]:
+        """The cell as a result file has it."""
+        case = self.case
+        about = {"name": case.name, **case.describe(), "flop": self.flop}
+        return {**about, **more, "peers": self.entries, "errors": self.errors}
 
 
 def measure_case(case: Case, setup: Setup) -> dict[str, Any]:
-    """Checks every peer's output against the first one's that has any, then times all in turn."""
+    """The forward of every peer."""
     x = make_inputs(case, setup.device)
-    calls: dict[str, Call] = {}
-    entries: dict[str, Any] = {}
-    errors: list[str] = []
-    expected = out = None
-    for name, peer in setup.peers.items():
-        try:
-            call = first_result(functools.partial(peer.build, case, x))
-            out = first_result(call)
-        except CannotRun as reason:
-            entries[name] = _no_figure(str(reason))
-            continue
-        if expected is None:
-            expected, entries[name], calls[name] = out, {}, call
-        elif compare(entries, errors, name, out, expected):
-            calls[name] = call
-    del out, expected  # their memory is better free
-    for name, milliseconds in setup.time(calls).items():
-        entries[name] |= timing.speed(milliseconds, case.flop)
-    return {"name": case.name, **case.describe(), "flop": case.flop, "peers": entries, "errors": errors}
+    cell = Cell(case, case.flop)
+    cell.check({name: functools.partial(forward_work, peer.build, case, x) for name, peer in setup.peers.items()}, OUT)
+    cell.time(setup)
+    return cell.described()
+
+
+def measure_backward(case: Case, setup: Setup) -> dict[str, Any]:
+    """The backward of every peer, and the bytes that it allocates beside its results."""
+    x = make_inputs(case, setup.device, requires_grad=True)
+    cell = Cell(case, case.backward_flop)
+    builders = {name: functools.partial(backward_work, peer.build, case, x) for name, peer in setup.peers.items()}
+    cell.check(builders, GRADIENTS)
+    for name, call in cell.calls.items():
+        cell.entries[name]["extra_bytes"] = setup.extra_memory(call)
+    cell.time(setup)
+    return cell.described(expected_bytes=case.backward_memory())
+
+
+def measure_deterministic(case: Case, setup: Setup) -> dict[str, Any]:
+    """Our deterministic backward beside our ordinary one; gradients that change from run to run are an error."""
+    x = make_inputs(case, setup.device, requires_grad=True)
+    cell = Cell(case, case.backward_flop)
+    name, deterministic = "deterministic", functools.partial(ours, deterministic=True)
+    builders = {name: functools.partial(backward_work, deterministic, case, x)}
+    cell.check({"ours": functools.partial(backward_work, ours, case, x), **builders}, GRADIENTS)
+    if call := cell.calls.get(name):
+        expected = first_result(call)
+        for result, a, b in zip(GRADIENTS, first_result(call), expected):
+            if not torch.equal(a, b):
+                cell.refuse(name, f"changes {result} from run to run", is_error=True)
+                break
+    cell.time(setup)
+    return cell.described()
 
 
 def measure_host(requires_grad: bool, setup: Setup) -> dict[str, Any]:
@@ -167,36 +246,33 @@ def measure_continuation(case: Case, setup: Setup) -> dict[str, Any]:
     lse = torch.zeros(case.heads, x.q.shape[0], device=setup.device)
     plain = functools.partial(ops.forward, x.q, x.k, x.v, **ranges)
 
-    def into(flags: int, k: Tensor, v: Tensor) -> Call:
+    def into(flags: int, k: Tensor, v: Tensor) -> Work:
         flags_of_visit = torch.full_like(start, flags)
 
-        def call() -> Tensor:
+        def call() -> tuple[Tensor]:
             ops.forward_into(x.q, k, v, out_acc, lse, None, **ranges, flags=flags_of_visit)
-            return out_acc
+            return (out_acc,)
 
         return call
 
     begin = into(ops.FIRST, x.k.flip(0), x.v)  # keys that meet other values: a state to continue from
-    calls: dict[str, Call] = {"plain": lambda: plain()[0]}
-    continued: dict[str, Call] = {
+    continued: dict[str, Work] = {
         "continue": into(0, x.k, x.v),
-        "merge": lambda: merge(out_acc, lse, *plain(out_dtype=torch.float32))[0],
+        "merge": lambda: merge(out_acc, lse, *plain(out_dtype=torch.float32))[:1],
     }
-    entries: dict[str, Any] = {"plain": {}}
-    errors: list[str] = []
+    cell = Cell(case, case.flop)
+    cell.entries["plain"], cell.calls["plain"] = {}, plain
     for name, call in continued.items():
         try:
             first_result(begin)
             expected, _ = merge(out_acc, lse, *first_result(plain))
-            out = first_result(call)
+            actual = first_result(call)
         except CannotRun as reason:
-            entries[name] = _no_figure(str(reason))
+            cell.refuse(name, str(reason))
             continue
-        if compare(entries, errors, name, out, expected):
-            calls[name] = call
-    for name, milliseconds in setup.time(calls).items():
-        entries[name] |= timing.speed(milliseconds, case.flop)
-    return {"name": case.name, **case.describe(), "flop": case.flop, "peers": entries, "errors": errors}
+        cell.accept(name, call, OUT, actual, [expected])
+    cell.time(setup)
+    return cell.described()
 
 
 # TFLOP/s on an H100 in FlashAttention-3's paper (arXiv:2407.08608, section 3)
@@ -212,6 +288,10 @@ def measure_ablation(setup: Setup) -> dict[str, Any]:
 Measure = Callable[[Setup], dict[str, Any]]
 SUITES: dict[str, Callable[[], dict[str, Measure]]] = {
     "forward": lambda: {case.name: functools.partial(measure_case, case) for case in forward_cases()},
+    "backward": lambda: {
+        **{case.name: functools.partial(measure_backward, case) for case in backward_cases()},
+        **{case.name: functools.partial(measure_deterministic, case) for case in deterministic_cases()},
+    },
     "host": lambda: {
         "no_grad": functools.partial(measure_host, False),
         "grad": functools.partial(measure_host, True),
@@ -258,12 +338,6 @@ def run(
     gemm_ms += setup.time({"gemm": gemm})["gemm"]
     save(result())
     return result()
-
-
-def default_output(suite: str, device: str) -> Path:
-    """benchmarks/results/attention_forward_h200.json for an "NVIDIA H200"."""
-    gpu = device.removeprefix("NVIDIA ").split()[0].lower()
-    return timing.RESULTS / f"attention_{suite}_{gpu}.json"
 
 
 def name_list(text: str) -> list[str]:
@@ -320,9 +394,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     output = parsed.output
     if output is None and not parsed.cells and not parsed.peers:
-        output = default_output(parsed.suite, header["device"])
-    flush = timing.Flush()
-    setup = Setup(peers, functools.partial(timing.time_in_turn, flush=flush.overwrite, repeats=parsed.repeats))
+        output = timing.default_output(f"attention_{parsed.suite}", header["device"])
+    spin_cycles = timing.BACKWARD_SPIN_CYCLES if parsed.suite == "backward" else timing.SPIN_CYCLES
+    flush = timing.Flush().overwrite
+    setup = Setup(
+        peers, functools.partial(timing.time_in_turn, flush=flush, repeats=parsed.repeats, spin_cycles=spin_cycles)
+    )
     save = functools.partial(timing.write_result, output) if output else lambda result: None
     result = run(parsed.suite, cells, setup, header, save)
     print_result(result)

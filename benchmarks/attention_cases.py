@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,16 @@ class Case:
     def flop(self) -> int:
         """Operations of the forward that count."""
         return 2 * self.visible_pairs() * self.heads * (self.head_dim + self.head_dim_v)
+
+    @property
+    def backward_flop(self) -> int:
+        """Operations of the backward that count: five matrix products to the forward's two."""
+        return self.flop * 5 // 2
+
+    def backward_memory(self) -> dict[str, int]:
+        """Bytes that a backward of ours has reason to allocate beside its results: dq summed up in fp32, and delta."""
+        rows = sum(self.lengths) * self.heads
+        return {"dq_fp32": 4 * rows * self.head_dim, "delta": 4 * rows}
 
     def visible_pairs(self) -> int:
         """(query, key) pairs that the mask leaves; of a dense causal batch half the square, as the field counts."""
@@ -95,20 +105,36 @@ def packed_cases() -> list[Case]:
     ]
 
 
+k = 1024
+GQA_16K = Case("gqa_32_8_16k", (16 * k,), 32, 8, 128, 128, causal=True)
+WINDOW_4096 = Case("window_4096_128k", (128 * k,), 16, 16, 128, 128, causal=True, left=4096)
+
+
 def forward_cases() -> list[Case]:
     """All cases of the suite `forward`."""
-    k = 1024
     return [
         *dense_cases(),
-        Case("gqa_32_8_16k", (16 * k,), 32, 8, 128, 128, causal=True),
+        GQA_16K,
         Case("gqa_64_8_32k", (32 * k,), 64, 8, 128, 128, causal=True),
         Case("d192_128_causal_8k", (8 * k,) * 2, 16, 16, 192, 128, causal=True),
         Case("fp16_d128_causal_8k", (8 * k,) * 2, 16, 16, 128, 128, causal=True, dtype=torch.float16),
         *packed_cases(),
         Case("window_1024_32k", (32 * k,), 64, 8, 128, 128, causal=True, left=1024),
         Case("window_128_32k", (32 * k,), 16, 16, 128, 128, causal=True, left=128),
-        Case("window_4096_128k", (128 * k,), 16, 16, 128, 128, causal=True, left=4096),
+        WINDOW_4096,
     ]
+
+
+def backward_cases() -> list[Case]:
+    """All cases of the suite `backward` in which peers meet."""
+    window_1024 = Case("window_1024_32k_mha", (32 * k,), 16, 16, 128, 128, causal=True, left=1024)
+    return [*dense_cases(), GQA_16K, *packed_cases(), window_1024, WINDOW_4096]
+
+
+def deterministic_cases() -> list[Case]:
+    """Where the suite `backward` holds a deterministic backward against an ordinary one."""
+    wanted = [dense_name(128, causal, 8 * k) for causal in (True, False)]
+    return [replace(case, name=f"deterministic_{case.name}") for case in dense_cases() if case.name in wanted]
 
 
 HOST_CASE = Case("host", (128,), 2, 2, 128, 128, causal=True)  # over on the GPU before the host has the next one ready
@@ -117,25 +143,27 @@ ABLATION_CASE = Case("ablation", (8448,) * 4, 16, 16, 128, 128, causal=False)
 
 
 class Inputs(NamedTuple):
-    """q (B, S, H, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv); packed (T, H, D) and so on. cu_seqlens (n + 1,), int32."""
+    """q (B, S, H, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv); packed (T, H, D) and so on. cu_seqlens (n + 1,), int32.
+
+    dout, the gradient of out, is there where gradients are asked for.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     cu_seqlens: Tensor
+    dout: Tensor | None = None
 
 
 def make_inputs(case: Case, device: str, requires_grad: bool = False) -> Inputs:
     """N(0, 1) in the case's dtype, the same for every run."""
     rows = (sum(case.lengths),) if case.packed else (len(case.lengths), case.lengths[0])
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (
-        torch.randn(
-            *rows, heads, dim, dtype=case.dtype, device=device, generator=generator, requires_grad=requires_grad
-        )
-        for heads, dim in (
-            (case.heads, case.head_dim), (case.kv_heads, case.head_dim), (case.kv_heads, case.head_dim_v),
-        )
-    )
+
+    def normal(heads: int, dim: int) -> Tensor:
+        return torch.randn(*rows, heads, dim, dtype=case.dtype, device=device, generator=generator)
+
+    shapes = (case.heads, case.head_dim), (case.kv_heads, case.head_dim), (case.kv_heads, case.head_dim_v)
+    q, k, v = (normal(*shape).requires_grad_(requires_grad) for shape in shapes)
     ends = torch.tensor((0, *case.lengths)).cumsum(0).to(device, torch.int32)
-    return Inputs(q, k, v, ends)
+    return Inputs(q, k, v, ends, normal(case.heads, case.head_dim_v) if requires_grad else None)

@@ -20,6 +20,7 @@ import fa3_dist
 
 T = TypeVar("T")
 Call = Callable[[], Tensor]
+Work = Callable[[], tuple[Tensor, ...]]  # what is timed of a call, with everything that it computes
 
 
 class CannotRun(Exception):
@@ -45,6 +46,13 @@ def flash_attention(dense: Callable[..., Any], packed: Callable[..., Any], case:
     return lambda: _first(call())
 
 
+def ours(case: Case, x: Inputs, deterministic: bool = False) -> Call:
+    """The package's own functions."""
+    functions = fa3_dist.flash_attn_func, fa3_dist.flash_attn_varlen_func
+    dense, packed = (functools.partial(function, deterministic=deterministic) for function in functions)
+    return flash_attention(dense, packed, case, x)
+
+
 def _first(result: Any) -> Tensor:
     """out of what a function returns, which in some versions is (out, lse)."""
     return result[0] if isinstance(result, tuple) else result
@@ -54,14 +62,18 @@ def sdpa(backend: SDPBackend, case: Case, x: Inputs) -> Call:
     """torch's scaled_dot_product_attention on one backend, on transposed views: no copies."""
     if case.packed or case.left is not None:
         raise CannotRun("scaled_dot_product_attention takes no packed sequences and no window")
-    q, k, v = (t.transpose(1, 2) for t in x[:3])
-    gqa = case.heads != case.kv_heads
+    return functools.partial(sdpa_func, backend, x.q, x.k, x.v, causal=case.causal)
 
-    def call() -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=gqa).transpose(1, 2)
 
-    return call
+def sdpa_func(
+    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float | None = None
+) -> Tensor:
+    """scaled_dot_product_attention in our layout: q (B, S, H, D), k and v (B, S, Hkv, D) -> out (B, S, H, D)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    with sdpa_kernel(backend):
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=gqa)
+    return out.transpose(1, 2)
 
 
 def torch_flash(case: Case, x: Inputs) -> Call:
@@ -93,6 +105,7 @@ def flex_attention(case: Case, x: Inputs) -> Call:
     from torch.nn.attention import flex_attention as flex
 
     torch._dynamo.reset()  # else the limit on recompilations ends in the slow eager form
+    torch._functorch.config.donated_buffer = False  # else its backward runs only once a forward
     q, k, v = ((t.unsqueeze(0) if case.packed else t).transpose(1, 2) for t in x[:3])
     seqlen = q.shape[2]
     left = seqlen if case.left is None else case.left
@@ -115,10 +128,7 @@ def flex_attention(case: Case, x: Inputs) -> Call:
 def find_peers() -> dict[str, Peer | str]:
     """Every peer there could be, ours first: the peer, or why it is not here."""
     found: dict[str, Peer | str] = {
-        "ours": Peer(
-            f"fa3_dist {fa3_dist.__version__}",
-            functools.partial(flash_attention, fa3_dist.flash_attn_func, fa3_dist.flash_attn_varlen_func),
-        ),
+        "ours": Peer(f"fa3_dist {fa3_dist.__version__}", ours),
         "cudnn": Peer(
             f"cuDNN {timing.cudnn_version()} through torch", functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION)
         ),
@@ -135,6 +145,18 @@ def find_peers() -> dict[str, Peer | str]:
             found[name] = Peer(f"{module_name} {version}", functools.partial(flash_attention, *functions))
     found["flex"] = Peer(f"FlexAttention of torch {torch.__version__}", flex_attention)
     return found
+
+
+def forward_work(build: Callable[[Case, Inputs], Call], case: Case, x: Inputs) -> Work:
+    """A peer's out."""
+    call = build(case, x)
+    return lambda: (call(),)
+
+
+def backward_work(build: Callable[[Case, Inputs], Call], case: Case, x: Inputs) -> Work:
+    """A peer's gradients of q, k and v, through autograd: all that a user's backward runs, after one forward."""
+    out = build(case, x)()
+    return lambda: torch.autograd.grad(out, x[:3], x.dout, retain_graph=True)
 
 
 BY_REQUEST = ("flex",)  # peers that run only if --peers names them: they compile for every case

@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attention_cases import CONTINUATION_CASE, HEAD_DIMS, SEQLENS, dense_cases, dense_name, label
+from attention_cases import (
+    CONTINUATION_CASE,
+    HEAD_DIMS,
+    SEQLENS,
+    backward_cases,
+    dense_cases,
+    dense_name,
+    deterministic_cases,
+    label,
+)
 
 GEMM_NOMINAL, GEMM_LEAST = 800, 760  # TFLOP/s
 
@@ -17,18 +26,18 @@ Cells = dict[str, dict[str, Any]]  # by name
 
 
 class Figure(NamedTuple):
-    """A figure to hold against a bar; `complete` says whether all cells that it is about were measured."""
+    """A figure to hold against a bar, or None and why; `complete`: all cells that it is about were measured."""
 
-    value: float
+    value: float | None
     note: str = ""
     complete: bool = True
 
 
 class Bar(NamedTuple):
-    """A figure that the run is judged by, None where it was not measured."""
+    """A figure that the run is judged by."""
 
     what: str
-    figure: Callable[[Cells], Figure | None]
+    figure: Callable[[Cells], Figure]
     bar: float
     unit: str
     sense: str = "at least"
@@ -50,49 +59,75 @@ def ratio(cells: Cells, name: str, of: str, to: str, unit: str) -> float | None:
     return None if a is None or b is None else a / b
 
 
-def dense_ratios(cells: Cells) -> dict[str, float]:
+NOT_MEASURED = Figure(None, "not measured", complete=False)
+
+
+def dense_ratios(cells: Cells, head_dims: Sequence[int] = HEAD_DIMS) -> dict[str, float]:
     """Speed of ours over cuDNN's, of those cells of the dense grid that have both."""
-    ratios = {case.name: ratio(cells, case.name, "ours", "cudnn", "tflops") for case in dense_cases()}
+    names = [case.name for case in dense_cases() if case.head_dim in head_dims]
+    ratios = {name: ratio(cells, name, "ours", "cudnn", "tflops") for name in names}
     return {name: value for name, value in ratios.items() if value is not None}
 
 
-def geometric_mean(cells: Cells) -> Figure | None:
+def geometric_mean(cells: Cells) -> Figure:
     """Of the dense grid's ratios."""
     ratios, size = dense_ratios(cells), len(dense_cases())
     if not ratios:
-        return None
+        return NOT_MEASURED
     mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
     return Figure(mean, f"{len(ratios)} of {size} cells", len(ratios) == size)
 
 
-def smallest_ratio(cells: Cells) -> Figure | None:
+def smallest_ratio(cells: Cells, head_dims: Sequence[int] = HEAD_DIMS) -> Figure:
     """Of the dense grid's ratios, with its cell."""
-    ratios = dense_ratios(cells)
+    ratios = dense_ratios(cells, head_dims)
     if not ratios:
-        return None
+        return NOT_MEASURED
     name = min(ratios, key=ratios.__getitem__)
-    return Figure(ratios[name], name, len(ratios) == len(dense_cases()))
+    return Figure(ratios[name], name, len(ratios) == sum(case.head_dim in head_dims for case in dense_cases()))
 
 
-def _figure(value: float | None) -> Figure | None:
-    return None if value is None else Figure(value)
+def _figure(value: float | None, cells: Cells, name: str, *peers: str) -> Figure:
+    """A figure of one cell; without a value, why there is none."""
+    if value is not None:
+        return Figure(value)
+    if name not in cells:
+        return NOT_MEASURED
+    if cells[name]["errors"]:
+        return Figure(None, "results disagree")
+    missing = [peer for peer in peers if "reason" in cells[name]["peers"].get(peer, {})]
+    return Figure(None, f"not available: {', '.join(missing)}") if missing else NOT_MEASURED
 
 
 def against_cudnn(name: str, bar: float) -> Bar:
     """Speed of ours over cuDNN's in one cell."""
-    what = f"ours / cudnn, {name}"
-    return Bar(what, lambda cells: _figure(ratio(cells, name, "ours", "cudnn", "tflops")), bar, "x")
+    peers = "ours", "cudnn"
+    return Bar(
+        f"ours / cudnn, {name}",
+        lambda cells: _figure(ratio(cells, name, *peers, "tflops"), cells, name, *peers), bar, "x",
+    )
 
 
 def absolute(name: str, bar: float) -> Bar:
     """Our TFLOP/s in one cell."""
-    return Bar(name, lambda cells: _figure(median(cells, name, "ours", "tflops")), bar, "TFLOP/s")
+    return Bar(
+        name, lambda cells: _figure(median(cells, name, "ours", "tflops"), cells, name, "ours"), bar, "TFLOP/s"
+    )
 
 
 def host_time(name: str, bar: float) -> Bar:
     """Microseconds of the host a call of ours."""
     what = f"host, {name}"
-    return Bar(what, lambda cells: _figure(median(cells, name, "ours", "us")), bar, "us", "at most")
+    return Bar(
+        what, lambda cells: _figure(median(cells, name, "ours", "us"), cells, name, "ours"), bar, "us", "at most"
+    )
+
+
+def time_ratio(what: str, name: str, of: str, to: str, bar: float) -> Bar:
+    """Time of one peer over another's in one cell."""
+    return Bar(
+        what, lambda cells: _figure(ratio(cells, name, of, to, "ms"), cells, name, of, to), bar, "x", "at most"
+    )
 
 
 BARS: dict[str, list[Bar]] = {
@@ -112,13 +147,25 @@ BARS: dict[str, list[Bar]] = {
         absolute("window_128_32k", 220),
         absolute("window_4096_128k", 640),
     ],
+    "backward": [
+        Bar("geometric mean of ours / cudnn, dense", geometric_mean, 1.19, "x"),
+        Bar("smallest ours / cudnn, dense", smallest_ratio, 1.00, "x"),
+        Bar("smallest ours / cudnn, head_dim 256", lambda cells: smallest_ratio(cells, (256,)), 1.15, "x"),
+        against_cudnn("gqa_32_8_16k", 1.18),
+        absolute("packed_web_64k", 300),
+        absolute("packed_web_16k", 110),
+        absolute("packed_code_64k", 560),
+        absolute("packed_long_128k", 600),
+        absolute("window_1024_32k_mha", 450),
+        absolute("window_4096_128k", 575),
+        *(
+            time_ratio(f"time of {case.name} / ordinary", case.name, "deterministic", "ours", 1.10)
+            for case in deterministic_cases()
+        ),
+    ],
     "host": [host_time("no_grad", 12), host_time("grad", 25)],
     "continuation": [
-        Bar(
-            "time of continue / plain",
-            lambda cells: _figure(ratio(cells, CONTINUATION_CASE.name, "continue", "plain", "ms")),
-            1.05, "x", "at most",
-        )
+        time_ratio("time of continue / plain", CONTINUATION_CASE.name, "continue", "plain", 1.05),
     ],
     "ablation": [],
 }
@@ -131,13 +178,13 @@ def summarise(suite: str, cells: Cells, gemm_tflops: float) -> list[dict[str, An
         scale = gemm_tflops / GEMM_NOMINAL if bar.unit == "TFLOP/s" else 1.0
         level, figure = bar.bar * scale, bar.figure(cells)
         passed = None
-        if figure is not None and figure.complete:
+        if figure.value is not None and figure.complete:
             passed = figure.value >= level if bar.sense == "at least" else figure.value <= level
         summary.append(
             {
                 "what": bar.what,
-                "value": figure.value if figure else None,
-                "note": figure.note if figure else "not measured",
+                "value": figure.value,
+                "note": figure.note,
                 "unit": bar.unit,
                 "bar": level,
                 "sense": bar.sense,
@@ -194,27 +241,55 @@ def dense_table(cells: Cells, peers: Sequence[str] = ("cudnn", "ours")) -> list[
     return lines
 
 
+def memory_table(cells: Cells, peers: Sequence[str] = ("ours", "cudnn", "fa2")) -> list[str]:
+    """MiB that a backward allocates beside its results, as Markdown; empty for cells that say nothing of it.
+
+    Of the dense grid only the longest sequences: the others have as many tokens.
+    """
+    longest = {dense_name(head_dim, True, SEQLENS[-1]) for head_dim in HEAD_DIMS}
+    names = longest | {case.name for case in backward_cases()} - {case.name for case in dense_cases()}
+    lines = []
+    for name, cell in cells.items():
+        if name not in names or "expected_bytes" not in cell:
+            continue
+        extra = {peer: cell["peers"].get(peer, {}).get("extra_bytes") for peer in peers}
+        expected = list(cell["expected_bytes"].values())
+        rest = None if extra["ours"] is None else extra["ours"] - sum(expected)
+        row = [extra["ours"], *expected, rest, *(extra[peer] for peer in peers if peer != "ours")]
+        lines.append(f"| {name} | {' | '.join('-' if size is None else f'{size / 2**20:.2f}' for size in row)} |")
+    if not lines:
+        return []
+    head = ["MiB at the peak", "ours", "= dq in fp32", "+ delta", "+ the rest", *(p for p in peers if p != "ours")]
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]
+
+
 def print_result(result: dict[str, Any]) -> None:
     """The tables for people, at the end of a run."""
     cells = {cell["name"]: cell for cell in result["cells"]}
     if dense_ratios(cells):
         print("\n".join(["", *dense_table(cells)]))
+    if table := memory_table(cells):
+        print("\n".join(["", *table]))
     for cell in result["cells"]:
         for what, tflops in cell.get("paper", {}).items():
             print(f"    {tflops} TFLOP/s on an H100 in FlashAttention-3's paper: {what}")
     if result["summary"]:
-        print(f"\n{'':<40} {'figure':>8} {'bar':>8}")
+        width = max(len(line["what"]) for line in result["summary"])
+        print(f"\n{'':<{width}} {'figure':>8} {'bar':>8}")
     for line in result["summary"]:
         verdict = {True: "pass", False: "FAIL", None: "not judged"}[line["passed"]]
         if line["passed"] and line["stretch"] is not None and line["value"] >= line["stretch"]:
             verdict = f"pass, stretch goal {line['stretch']:.4g} too"
         value = "-" if line["value"] is None else f"{line['value']:.4g}"
-        print(f"{line['what']:<40} {value:>8} {line['bar']:>8.4g} {line['unit']:<8} {verdict}  {line['note']}")
+        print(f"{line['what']:<{width}} {value:>8} {line['bar']:>8.4g} {line['unit']:<8} {verdict}  {line['note']}")
     gemm = result["gemm"]["tflops"]
     print(f"GEMM of 8192^3: {gemm['median']:.0f} TFLOP/s ({gemm['worst']:.0f} to {gemm['best']:.0f})")
 
 
-COLORS = {"ours": "#d9731a", "cudnn": "#2a6fbb", "fa2": "#777777", "fa3": "#3a9a5b", "flex": "#8a5fb0"}
+COLORS = {
+    "ours": "#d9731a", "deterministic": "#8c4a10", "cudnn": "#2a6fbb", "fa2": "#777777", "fa3": "#3a9a5b",
+    "flex": "#8a5fb0",
+}
 
 
 def draw(result: dict[str, Any], path: Path) -> bool:
@@ -230,7 +305,7 @@ def draw(result: dict[str, Any], path: Path) -> bool:
     unit = "us" if result["suite"] == "host" else "tflops"
     grid = {case.name for case in dense_cases()}
     bars = [name for name in cells if name not in grid]
-    if result["suite"] == "forward":
+    if result["suite"] in ("forward", "backward"):
         figure = pyplot.figure(figsize=(15, 13), layout="constrained")
         places = figure.add_gridspec(3, len(HEAD_DIMS))
         for column, head_dim in enumerate(HEAD_DIMS):

@@ -1,7 +1,7 @@
-"""Lists committed results that are stale against csrc/, and figures of the README that no result file stands behind.
+"""Lists committed results that are stale or of unknown origin, and figures of the README that no result stands behind.
 
-Part of `make check`; the exit status is 1 if the README names a file that is not there.
-A stale result is listed and no error: it was measured, but on kernels that have changed since.
+Part of `make check`; the exit status is 1 if the README names a file that is not there, or a result lacks its origin.
+A stale result is listed and no error: it was measured, but on kernels, or judged by bars, that have changed since.
 """
 
 from __future__ import annotations
@@ -10,22 +10,45 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
+
+from attention_report import summarise
 
 from fa3_dist import _build
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ORIGIN = ("device", "torch", "cuda", "fa3_dist", "commit", "csrc_hash")
 
 
-def stale_results() -> list[str]:
-    """Result files measured on other sources than these."""
+def read_results() -> dict[str, dict[str, Any]]:
+    """The committed result files by their names."""
+    return {f"benchmarks/results/{path.name}": json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def stale_results(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Result files measured on other sources than these, or judged by other bars."""
     now = _build.csrc_hash()
     found = []
-    for path in sorted(RESULTS.glob("*.json")):
-        then = json.loads(path.read_text()).get("csrc_hash")
+    for name, result in results.items():
+        then = result.get("csrc_hash")
         if then != now:
-            found.append(f"{path.relative_to(ROOT)}: measured on csrc {then}, the tree has {now}")
+            found.append(f"{name}: measured on csrc {then}, the tree has {now}")
+        if result.get("benchmark") == "attention" and result["summary"] != judged_today(result):
+            found.append(f"{name}: judged by other bars than the tree's")
     return found
+
+
+def judged_today(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the bars of this tree make of the cells of attention.py."""
+    cells = {cell["name"]: cell for cell in result["cells"]}
+    return summarise(result["suite"], cells, result["gemm"]["tflops"]["median"])
+
+
+def results_without_origin(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Result files that do not say on what they were measured."""
+    missing = {name: [key for key in ORIGIN if not result.get(key)] for name, result in results.items()}
+    return [f"{name} does not say its {', '.join(keys)}" for name, keys in missing.items() if keys]
 
 
 def missing_results(readme: str) -> list[str]:
@@ -36,12 +59,13 @@ def missing_results(readme: str) -> list[str]:
 
 def main() -> int:
     """Prints what was found; returns the exit status."""
-    missing = missing_results((ROOT / "README.md").read_text())
-    for line in stale_results():
+    results = read_results()
+    wrong = missing_results((ROOT / "README.md").read_text()) + results_without_origin(results)
+    for line in stale_results(results):
         print(f"stale result: {line}")
-    for line in missing:
+    for line in wrong:
         print(line, file=sys.stderr)
-    return 1 if missing else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

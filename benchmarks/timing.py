@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FLUSH_BYTES = 256 * 2**20  # L2 holds 50 to 60 MB
 SPIN_CYCLES = 200_000  # 0.1 ms at 2 GHz, longer than the host takes to launch a call
+BACKWARD_SPIN_CYCLES = 2_000_000  # autograd takes it longer
 GEMM_SIZE = 8192
 GEMM_FLOP = 2 * GEMM_SIZE**3
 
@@ -48,21 +49,40 @@ class Flush:
         self.clean.max()
 
 
-def time_in_turn(calls: Calls, flush: Callable[[], None], repeats: int, warmups: int = 3) -> dict[str, list[float]]:
-    """Milliseconds on the GPU of `repeats` runs of each call, after `warmups` runs that do not count."""
+def time_in_turn(
+    calls: Calls, flush: Callable[[], None], repeats: int, warmups: int = 3, spin_cycles: int = SPIN_CYCLES
+) -> dict[str, list[float]]:
+    """Milliseconds on the GPU of `repeats` runs of each call, after `warmups` runs that do not count.
+
+    Says of which calls the GPU was through with the spin before the host was through with the call: then the time holds
+    some of the host's.
+    """
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    late = dict.fromkeys(calls, 0)
     for index in range(warmups + repeats):
         for name, call in calls.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             flush()
-            torch.cuda._sleep(SPIN_CYCLES)
+            torch.cuda._sleep(spin_cycles)
             start.record()
             call()
             end.record()
             if index >= warmups:
+                late[name] += start.query()
                 events[name].append((start, end))
     torch.cuda.synchronize()
+    for name in filter(late.get, calls):
+        print(f"NOTE: the GPU waited for the host in {late[name]} of {repeats} runs of {name}", file=sys.stderr)
     return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+
+
+def extra_memory(call: Callable[[], object]) -> int:
+    """Bytes allocated at the peak of a call, beside what was there before it and what it returns."""
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    extra = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    del result  # NOTE: it had to live until here, to be counted on both sides
+    return extra
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -135,6 +155,12 @@ def measured_on() -> dict[str, Any]:
         "library": ops.library_info(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def default_output(benchmark: str, device: str) -> Path:
+    """benchmarks/results/attention_forward_h200.json for attention_forward on an "NVIDIA H200"."""
+    gpu = device.removeprefix("NVIDIA ").split()[0].lower()
+    return RESULTS / f"{benchmark}_{gpu}.json"
 
 
 def exit_status(complaints: Sequence[str]) -> int:

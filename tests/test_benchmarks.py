@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import json
@@ -25,6 +26,7 @@ import attention  # noqa: E402
 import attention_cases  # noqa: E402
 import attention_peers  # noqa: E402
 import attention_report  # noqa: E402
+import check_results  # noqa: E402
 import delta  # noqa: E402
 import timing  # noqa: E402
 import tune  # noqa: E402
@@ -108,6 +110,26 @@ def test_forward_cases() -> None:
         assert sum(case.lengths) == tokens * 1024 and case.packed and case.causal and min(case.lengths) > 0
 
 
+def test_backward_cases() -> None:
+    cases = {case.name: case for case in attention_cases.backward_cases()}
+    assert len(cases) == len(attention_cases.backward_cases()) == 36 + 1 + 4 + 2
+    assert set(attention_cases.dense_cases()) <= set(cases.values())
+    gqa, short, long = (cases[name] for name in ("gqa_32_8_16k", "window_1024_32k_mha", "window_4096_128k"))
+    assert (gqa.heads, gqa.kv_heads, gqa.head_dim, gqa.lengths, gqa.causal) == (32, 8, 128, (16384,), True)
+    assert (short.heads, short.kv_heads, short.left, short.lengths) == (16, 16, 1024, (32768,))
+    assert (long.heads, long.kv_heads, long.left, long.lengths) == (16, 16, 4096, (131072,))
+    for name in ("web_16k", "web_64k", "code_64k", "long_128k"):
+        case = cases[f"packed_{name}"]
+        assert (case.heads, case.kv_heads, case.head_dim, case.packed, case.causal) == (16, 16, 128, True, True)
+    deterministic = attention_cases.deterministic_cases()
+    assert {(c.head_dim, c.lengths, c.causal) for c in deterministic} == {(128, (8192,) * 2, c) for c in (True, False)}
+
+
+def test_memory_of_a_backward() -> None:
+    case = small("gqa", (3, 5), kv_heads=2, head_dim=24)
+    assert case.backward_memory() == {"dq_fp32": 8 * 4 * 24 * 4, "delta": 8 * 4 * 4}
+
+
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
 def test_visible_pairs_against_counting(case: Case) -> None:
     counted = int(visible(case).sum())
@@ -115,6 +137,7 @@ def test_visible_pairs_against_counting(case: Case) -> None:
         counted = sum(n * n for n in case.lengths) // 2
     assert case.visible_pairs() == counted
     assert case.flop == 2 * counted * case.heads * (case.head_dim + case.head_dim_v)
+    assert case.backward_flop == 5 * counted * case.heads * (case.head_dim + case.head_dim_v)
 
 
 def test_flop_of_the_dense_grid_is_the_fields() -> None:
@@ -127,12 +150,31 @@ def test_inputs_are_laid_out_and_repeat() -> None:
     dense = attention_cases.make_inputs(small(kv_heads=2, head_dim_v=8), "cpu")
     assert [tuple(t.shape) for t in dense[:3]] == [(2, 32, 4, 16), (2, 32, 2, 16), (2, 32, 2, 8)]
     packed = attention_cases.make_inputs(small(lengths=(3, 5), packed=True), "cpu", requires_grad=True)
-    assert packed.q.shape == (8, 4, 16) and packed.q.requires_grad
+    assert packed.q.shape == (8, 4, 16) and packed.q.requires_grad and packed.dout.shape == (8, 4, 16)
+    assert not packed.dout.requires_grad and dense.dout is None
     assert packed.cu_seqlens.tolist() == [0, 3, 8] and packed.cu_seqlens.dtype == torch.int32
-    assert torch.equal(attention_cases.make_inputs(small(), "cpu").v, attention_cases.make_inputs(small(), "cpu").v)
+    for requires_grad in (False, True):
+        again = attention_cases.make_inputs(small(lengths=(3, 5), packed=True), "cpu", requires_grad)
+        assert torch.equal(again.v, packed.v)
 
 
 # ---- peers -----------------------------------------------------------------------------------------------------------
+
+
+def naive_gradients(case: Case, x: attention_cases.Inputs) -> tuple[Tensor, ...]:
+    """dq, dk, dv in the layouts of q, k and v, in fp64."""
+    leaves = [t.detach().double().requires_grad_() for t in x[:3]]
+    out = naive_attention(case, attention_cases.Inputs(*leaves, x.cu_seqlens))
+    assert x.dout is not None
+    return torch.autograd.grad(out, leaves, x.dout.double())
+
+
+def check_gradients(build: Callable[[Case, attention_cases.Inputs], attention_peers.Call], case: Case) -> None:
+    x = attention_cases.make_inputs(case, "cpu", requires_grad=True)
+    work = attention_peers.backward_work(build, case, x)
+    for _ in range(2):  # it runs as often as it is timed
+        for actual, expected in zip(work(), naive_gradients(case, x), strict=True):
+            assert attention.relative_l2(actual, expected) < 1e-5
 
 
 def check_out(build: Callable[[Case, attention_cases.Inputs], attention_peers.Call], case: Case) -> None:
@@ -147,6 +189,7 @@ def test_ours_sees_what_is_counted(case: Case) -> None:
     ours = attention_peers.find_peers()["ours"]
     assert isinstance(ours, Peer)
     check_out(ours.build, case)
+    check_gradients(ours.build, case)
 
 
 @pytest.mark.parametrize("case", SMALL_CASES[:4], ids=lambda case: case.name)
@@ -154,7 +197,8 @@ def test_ours_sees_what_is_counted(case: Case) -> None:
 def test_sdpa_sees_what_is_counted(backend: SDPBackend, case: Case) -> None:
     if case.head_dim != case.head_dim_v and backend == SDPBackend.FLASH_ATTENTION:
         pytest.skip("FlashAttention-2 has one head_dim")
-    check_out(lambda case, x: attention_peers.sdpa(backend, case, x), case)
+    check_out(functools.partial(attention_peers.sdpa, backend), case)
+    check_gradients(functools.partial(attention_peers.sdpa, backend), case)
 
 
 @pytest.mark.parametrize("case", SMALL_CASES[4:], ids=lambda case: case.name)
@@ -287,6 +331,97 @@ def test_a_lost_gpu_ends_the_run() -> None:
         attention.measure_case(small(), Setup(peers, fake_time, "cpu"))
 
 
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+def wrong_in(gradient: int, by: float) -> Peer:
+    """sdpa whose gradient of q, k or v is off by a share."""
+
+    def build(case: Case, x: attention_cases.Inputs) -> attention_peers.Call:
+        changed = list(x[:3])
+        changed[gradient] = changed[gradient] * (1 + by) - by * changed[gradient].detach()  # equal values
+        return attention_peers.sdpa(SDPBackend.MATH, case, attention_cases.Inputs(*changed, x.cu_seqlens))
+
+    return Peer("test", build)
+
+
+def test_a_backward_with_agreeing_wrong_and_failing_peers() -> None:
+    found = attention_peers.find_peers()["ours"]
+    assert isinstance(found, Peer)
+    peers = {
+        "ours": found, "near": wrong_in(0, 1e-3), "dq": wrong_in(0, 0.01), "dk": wrong_in(1, 0.01),
+        "dv": wrong_in(2, 0.01), "nan": wrong_in(2, float("nan")), "failing": failing("no kernel"),
+    }
+    asked = []
+    setup = Setup(peers, fake_time, "cpu", lambda call: asked.append(call()) or 1000 * len(asked))
+    case = small(kv_heads=2)
+    cell = attention.measure_backward(case, setup)
+    entries = cell["peers"]
+    assert list(entries) == list(peers) and cell["flop"] == case.backward_flop
+    assert entries["ours"]["tflops"]["median"] == pytest.approx(2.5 * case.flop / 2e-3 / 1e12)
+    assert entries["near"]["difference"] == pytest.approx(1e-3, rel=0.01) and entries["near"]["ms"]["median"] == 4.0
+    assert [error.split(",")[0] for error in cell["errors"]] == [
+        "dq differs by 1.0e-02 in dq", "dk differs by 1.0e-02 in dk", "dv differs by 1.0e-02 in dv",
+        "nan differs by nan in dq",
+    ]
+    assert entries["dq"]["ms"] is None and entries["failing"]["reason"] == "no kernel"
+    assert (entries["ours"]["extra_bytes"], entries["near"]["extra_bytes"]) == (1000, 2000) and len(asked) == 2
+    assert [tuple(t.shape) for t in asked[0]] == [(2, 32, 4, 16), (2, 32, 2, 16), (2, 32, 2, 16)]
+    assert cell["expected_bytes"] == case.backward_memory()
+    json.dumps(cell, allow_nan=False)
+
+
+def test_a_deterministic_backward_beside_an_ordinary_one() -> None:
+    cell = attention.measure_deterministic(small(), Setup({}, fake_time, "cpu"))
+    assert list(cell["peers"]) == ["ours", "deterministic"] and not cell["errors"]
+    assert cell["peers"]["deterministic"]["difference"] == 0 and cell["peers"]["deterministic"]["ms"]["median"] == 4.0
+
+
+class Jitter(torch.autograd.Function):
+    """Identity whose gradient is never the same twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient + 1e-5 * torch.rand_like(gradient)
+
+
+def test_gradients_that_change_from_run_to_run_are_not_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = attention_peers.ours
+
+    def unstable(case: Case, x: attention_cases.Inputs, deterministic: bool = False) -> attention_peers.Call:
+        return real(case, x._replace(k=Jitter.apply(x.k)), deterministic)
+
+    monkeypatch.setattr(attention, "ours", unstable)
+    cell = attention.measure_deterministic(small(), Setup({}, fake_time, "cpu"))
+    assert cell["errors"] == ["deterministic changes dk from run to run"]
+    assert cell["peers"]["deterministic"]["ms"] is None and cell["peers"]["ours"]["ms"]
+
+
+def test_without_a_deterministic_kernel_there_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    backward = attention.ops.backward
+
+    def refuse(*args: Any, deterministic: bool, **kwargs: Any) -> None:
+        if deterministic:
+            raise RuntimeError("no deterministic gradients. FA3_DIST_STRICT=1 makes this an error")
+        backward(*args, deterministic=deterministic, **kwargs)
+
+    monkeypatch.setattr(attention.ops, "backward", refuse)
+    case = attention_cases.deterministic_cases()[0]
+    cell = attention.measure_deterministic(small(case.name), Setup({}, fake_time, "cpu"))
+    reason = "no deterministic gradients. FA3_DIST_STRICT=1 makes this an error"
+    assert cell["peers"]["deterministic"] == {"ms": None, "tflops": None, "reason": reason}
+    assert f"    deterministic: {reason}" in attention_report.cell_line(cell) and not cell["errors"]
+    line = summary_of({case.name: cell}, suite="backward")[f"time of {case.name} / ordinary"]
+    assert line["value"] is None and line["passed"] is None and line["note"] == "not available: deterministic"
+
+
+# ---- one step of a ring ----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("heads", [4, 2])
 def test_continuation_is_checked_against_merging(heads: int) -> None:
     case = small("continue", (48,), heads=4, kv_heads=heads, causal=False, packed=True)
@@ -322,7 +457,9 @@ def test_host_suite(requires_grad: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "ours" in attention_report.cell_line(cell) and " us" in attention_report.cell_line(cell)
 
 
-def test_calls_take_turns_behind_a_flush_and_a_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_take_turns_behind_a_flush_and_a_spin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     order: list[str] = []
 
     class Event:
@@ -333,17 +470,23 @@ def test_calls_take_turns_behind_a_flush_and_a_spin(monkeypatch: pytest.MonkeyPa
             order.append("event")
             self.at = len(order)
 
+        def query(self) -> bool:
+            return order[self.at - 2] == "spin 0"
+
         def elapsed_time(self, end: Event) -> float:
             return float(end.at - self.at)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("spin"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append(f"spin {cycles}"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    times = timing.time_in_turn(calls, lambda: order.append("flush"), repeats=2, warmups=1)
-    turn = [step for name in "ab" for step in ("flush", "spin", "event", name, "event")]
+    times = timing.time_in_turn(calls, lambda: order.append("flush"), repeats=2, warmups=1, spin_cycles=7)
+    turn = [step for name in "ab" for step in ("flush", "spin 7", "event", name, "event")]
     assert order == turn * 3 + ["wait"]
     assert times == {"a": [2.0, 2.0], "b": [2.0, 2.0]}  # an event and the call lie between
+    assert not capsys.readouterr().err
+    timing.time_in_turn(calls, lambda: None, repeats=2, warmups=1, spin_cycles=0)
+    assert "NOTE: the GPU waited for the host in 2 of 2 runs of a\n" in capsys.readouterr().err
 
 
 def test_speed_and_spread() -> None:
@@ -358,22 +501,26 @@ def test_speed_and_spread() -> None:
 # ---- bars ------------------------------------------------------------------------------------------------------------
 
 
-def make_cells(ours: dict[str, float], cudnn: float = 500.0) -> attention_report.Cells:
-    """Every cell of the forward suite, ours at 600 TFLOP/s unless said otherwise."""
+def make_cells(
+    ours: dict[str, float], cudnn: float = 500.0, cases: Callable[[], list[Case]] = attention_cases.forward_cases
+) -> attention_report.Cells:
+    """Every case of a suite, ours at 600 TFLOP/s unless said otherwise."""
 
     def entry(tflops: float) -> dict[str, Any]:
         return {"ms": {"median": 1 / tflops}, "tflops": {"best": tflops, "median": tflops, "worst": tflops}}
 
     cells = {}
-    for case in attention_cases.forward_cases():
+    for case in cases():
         peers = {"ours": entry(ours.get(case.name, 600.0)), "cudnn": entry(cudnn)}
         peers["fa2"] = {"ms": None, "tflops": None, "reason": "test"}
         cells[case.name] = {"name": case.name, **case.describe(), "flop": case.flop, "peers": peers, "errors": []}
     return cells
 
 
-def summary_of(cells: attention_report.Cells, gemm: float = 800.0) -> dict[str, dict[str, Any]]:
-    return {line["what"]: line for line in attention_report.summarise("forward", cells, gemm)}
+def summary_of(
+    cells: attention_report.Cells, gemm: float = 800.0, suite: str = "forward"
+) -> dict[str, dict[str, Any]]:
+    return {line["what"]: line for line in attention_report.summarise(suite, cells, gemm)}
 
 
 def test_summary_of_the_forward_suite() -> None:
@@ -386,6 +533,47 @@ def test_summary_of_the_forward_suite() -> None:
     assert summary["packed_web_16k"]["passed"] and summary["packed_web_64k"]["passed"]
     assert not summary["window_4096_128k"]["passed"]
     assert len(summary) == 14
+
+
+def test_summary_of_the_backward_suite() -> None:
+    ours = {"d64_full_512": 495.0, "d256_full_1k": 570.0, "packed_web_64k": 299.0, "packed_web_16k": 111.0}
+    cells = make_cells(ours, cases=attention_cases.backward_cases)
+    cells |= make_cells({}, cases=attention_cases.deterministic_cases)
+    for case, slower in zip(attention_cases.deterministic_cases(), (1.09, 1.11)):
+        ordinary = cells[case.name]["peers"]["ours"]["ms"]["median"]
+        cells[case.name]["peers"]["deterministic"] = {"ms": {"median": slower * ordinary}}
+    bars = {
+        "geometric mean of ours / cudnn, dense": (1.19, (1.2**34 * 0.99 * 1.14) ** (1 / 36), True),
+        "smallest ours / cudnn, dense": (1.00, 0.99, False),
+        "smallest ours / cudnn, head_dim 256": (1.15, 1.14, False),
+        "ours / cudnn, gqa_32_8_16k": (1.18, 1.2, True),
+        "packed_web_64k": (300, 299, False),
+        "packed_web_16k": (110, 111, True),
+        "packed_code_64k": (560, 600, True),
+        "packed_long_128k": (600, 600, True),
+        "window_1024_32k_mha": (450, 600, True),
+        "window_4096_128k": (575, 600, True),
+        "time of deterministic_d128_full_8k / ordinary": (1.10, 1.09, True),
+        "time of deterministic_d128_causal_8k / ordinary": (1.10, 1.11, False),
+    }
+    summary = summary_of(cells, suite="backward")
+    assert {what: (line["bar"], line["value"], line["passed"]) for what, line in summary.items()} == {
+        what: (pytest.approx(bar), pytest.approx(value), passed) for what, (bar, value, passed) in bars.items()
+    }
+    assert summary["smallest ours / cudnn, head_dim 256"]["note"] == "d256_full_1k"
+    del cells["d256_full_512"], cells["d256_full_1k"]["peers"]["cudnn"]
+    assert summary_of(cells, suite="backward")["smallest ours / cudnn, head_dim 256"]["passed"] is None
+
+
+def test_memory_beside_what_a_backward_needs() -> None:
+    case = next(case for case in attention_cases.backward_cases() if case.name == "gqa_32_8_16k")
+    cell = {"peers": {"ours": {"extra_bytes": 261 * 2**20}, "cudnn": {"extra_bytes": 2**20}}, "errors": [],
+            "expected_bytes": case.backward_memory()}
+    cells = {"d64_full_512": cell, case.name: cell, "deterministic": {"peers": {}}}
+    table = attention_report.memory_table(cells)
+    assert table[0] == "| MiB at the peak | ours | = dq in fp32 | + delta | + the rest | cudnn | fa2 |"
+    assert table[2:] == ["| gqa_32_8_16k | 261.00 | 256.00 | 2.00 | 3.00 | 1.00 | - |"]
+    assert attention_report.memory_table({case.name: {"peers": {}}}) == []
 
 
 def test_bars_in_tflops_scale_with_the_gemm() -> None:
@@ -408,6 +596,8 @@ def test_what_was_not_measured_or_is_wrong_is_not_judged() -> None:
         "ours / cudnn, gqa_32_8_16k",
     ):
         assert summary[what]["passed"] is None, what
+    assert summary["window_128_32k"]["note"] == "results disagree"
+    assert summary["ours / cudnn, gqa_32_8_16k"]["note"] == "not available: cudnn"
     assert all(line["passed"] is None for line in summary_of({}).values())
 
 
@@ -422,10 +612,11 @@ def test_bars_of_the_other_suites() -> None:
     assert attention_report.summarise("continuation", cells, 800)[0]["passed"] is True
 
 
-def test_every_bar_is_about_cells_of_its_suite() -> None:
-    cells = {name: {"peers": {"ours": {"tflops": {"median": 1.0}}, "cudnn": {"tflops": {"median": 1.0}}}, "errors": []}
-             for name in attention.SUITES["forward"]()}
-    assert all(line["value"] == 1.0 for line in attention_report.summarise("forward", cells, 800))
+@pytest.mark.parametrize("suite", ["forward", "backward"])
+def test_every_bar_is_about_cells_of_its_suite(suite: str) -> None:
+    peers = {name: {unit: {"median": 1.0} for unit in ("ms", "tflops")} for name in ("ours", "cudnn", "deterministic")}
+    cells = {name: {"peers": peers, "errors": []} for name in attention.SUITES[suite]()}
+    assert all(line["value"] == 1.0 for line in attention_report.summarise(suite, cells, 800))
 
 
 # ---- command line and files ------------------------------------------------------------------------------------------
@@ -443,11 +634,17 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(timing, "gemm", lambda: lambda: None)
     gemm_ms = timing.GEMM_FLOP / 790e9
 
-    def time_in_turn(calls: timing.Calls, flush: Any, repeats: int) -> dict[str, list[float]]:
+    def time_in_turn(calls: timing.Calls, flush: Any, repeats: int, **_: Any) -> dict[str, list[float]]:
         return {name: [gemm_ms] * repeats if name == "gemm" else [1.0 + i] * repeats for i, name in enumerate(calls)}
 
     monkeypatch.setattr(timing, "time_in_turn", time_in_turn)
-    monkeypatch.setattr(attention, "make_inputs", lambda case, device: attention_cases.Inputs(*[torch.ones(2)] * 4))
+    def make_inputs(case: Case, device: str, requires_grad: bool = False) -> attention_cases.Inputs:
+        return attention_cases.Inputs(*[torch.ones(2, requires_grad=requires_grad)] * 4, torch.ones(2))
+
+    monkeypatch.setattr(attention, "make_inputs", make_inputs)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2 * 2**20)
     peers = {"ours": peer_of(lambda q: q), "cudnn": peer_of(lambda q: q), "fa2": failing("not here"), "fa3": "missing"}
     monkeypatch.setattr(attention, "find_peers", lambda: peers)
 
@@ -478,13 +675,39 @@ def test_forward_suite_writes_figures_and_a_picture(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.usefixtures("no_gpu_needed")
+def test_backward_suite_writes_figures_and_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def all_three(change: float) -> Peer:
+        return Peer("test", lambda case, x: lambda: change * (x.q + x.k + x.v))
+
+    peers = {"ours": all_three(1.0), "cudnn": all_three(1.001), "fa2": all_three(2.0)}
+    monkeypatch.setattr(attention, "find_peers", lambda: peers)
+    monkeypatch.setattr(attention, "ours", lambda case, x, deterministic=False: peers["ours"].build(case, x))
+    output = tmp_path / "backward.json"
+    assert attention.main(["--suite", "backward", "--output", str(output), "--repeats", "2"]) == 1
+    result = json.loads(output.read_text())
+    assert [cell["name"] for cell in result["cells"]] == [
+        case.name for case in attention_cases.backward_cases() + attention_cases.deterministic_cases()
+    ]
+    first = result["cells"][0]
+    assert first["flop"] == attention_cases.dense_cases()[0].backward_flop and first["expected_bytes"]
+    assert first["errors"] and first["peers"]["fa2"]["ms"] is None and first["peers"]["cudnn"]["extra_bytes"] == 2**20
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "| MiB at the peak | ours | = dq in fp32 |" in printed and "WRONG: fa2 differs by 1.0e+00 in dq" in printed
+
+
+@pytest.mark.usefixtures("no_gpu_needed")
 def test_a_run_that_is_cut_off_leaves_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = attention.make_inputs
 
-    def lose_the_gpu(case: Case, device: str) -> attention_cases.Inputs:
+    def lose_the_gpu(case: Case, *device: Any) -> attention_cases.Inputs:
         if case.name == "d64_full_2k":
             raise RuntimeError("CUDA error: unspecified launch failure")
-        return inputs(case, device)
+        return inputs(case, *device)
 
     monkeypatch.setattr(attention, "make_inputs", lose_the_gpu)
     with pytest.raises(RuntimeError, match="CUDA error"):
@@ -523,7 +746,8 @@ def test_pictures_of_the_small_suites(suite: str, tmp_path: Path) -> None:
 
 
 def test_default_output() -> None:
-    assert attention.default_output("host", "NVIDIA H100 80GB HBM3").name == "attention_host_h100.json"
+    path = timing.default_output("attention_host", "NVIDIA H100 80GB HBM3")
+    assert path == ROOT / "benchmarks" / "results" / "attention_host_h100.json"
 
 
 @pytest.mark.parametrize(
@@ -552,6 +776,64 @@ def test_without_a_hopper_gpu_they_say_so(script: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
     run = subprocess.run(command, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True)
     assert run.returncode == 2 and "needs a Hopper GPU" in run.stderr, run.stderr
+
+
+# ---- committed results -----------------------------------------------------------------------------------------------
+
+
+def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, dict[str, Any]]:
+    """A result of the backward suite, as check_results.py finds it."""
+    cells = make_cells({}, cases=attention_cases.backward_cases)
+    gemm = {"tflops": {"median": 790.0}}
+    result = {
+        "benchmark": "attention", "suite": "backward", "cells": list(cells.values()), "gemm": gemm,
+        "summary": attention_report.summarise("backward", cells, 790.0), "device": "NVIDIA H200", "torch": "2.11.0",
+        "cuda": "13.0", "fa3_dist": "x.y", "commit": "abc", "csrc_hash": timing._build.csrc_hash(), **changes,
+    }
+    timing.write_result(tmp_path / "attention_backward_h200.json", result)
+    monkeypatch.setattr(check_results, "RESULTS", tmp_path)
+    return check_results.read_results()
+
+
+def test_a_result_of_this_tree_is_neither_stale_nor_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = committed(tmp_path, monkeypatch)
+    assert list(results) == ["benchmarks/results/attention_backward_h200.json"]
+    assert not check_results.stale_results(results) and not check_results.results_without_origin(results)
+
+
+def test_stale_results_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    committed(tmp_path, monkeypatch, csrc_hash="other")
+    monkeypatch.setattr(check_results, "missing_results", lambda readme: [])
+    assert check_results.main() == 0
+    assert "stale result: benchmarks/results/attention_backward_h200.json: measured on csrc other" in (
+        capsys.readouterr().out
+    )
+    results = committed(tmp_path, monkeypatch)
+    bars = attention_report.BARS["backward"]
+    monkeypatch.setitem(attention_report.BARS, "backward", [bars[0]._replace(bar=1.5), *bars[1:]])
+    assert check_results.stale_results(results) == [
+        "benchmarks/results/attention_backward_h200.json: judged by other bars than the tree's"
+    ]
+
+
+def test_results_that_hide_their_origin_or_are_missing_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    committed(tmp_path, monkeypatch, commit=None, device="")
+    monkeypatch.setattr(check_results, "missing_results", lambda readme: [])
+    assert check_results.main() == 1
+    error = "benchmarks/results/attention_backward_h200.json does not say its device, commit\n"
+    assert capsys.readouterr().err == error
+    monkeypatch.undo()
+    assert check_results.missing_results("| 1.2 | `benchmarks/results/made_up.json` | `benchmarks/delta.py` |") == [
+        "README.md names benchmarks/results/made_up.json, which does not exist"
+    ]
+
+
+def test_the_committed_results_say_where_they_come_from() -> None:
+    assert check_results.read_results() and not check_results.results_without_origin(check_results.read_results())
 
 
 # ---- tune ------------------------------------------------------------------------------------------------------------
