@@ -156,12 +156,12 @@ def patched(module: Any, name: str, value: Any) -> Iterator[None]:
     """Replaces an attribute of shipped code; the ring's cached plans go with it."""
     original = getattr(module, name)
     setattr(module, name, value)
-    ring._plan.cache_clear()
+    ring.ring_plan.cache_clear()
     try:
         yield
     finally:
         setattr(module, name, original)
-        ring._plan.cache_clear()
+        ring.ring_plan.cache_clear()
 
 
 def striped(lengths: tuple[int, ...], world: int) -> Layout:
