@@ -1,5 +1,6 @@
 """Context parallelism: one sequence over many ranks, exact attention among all of its tokens."""
 
+from fa3_dist.parallel.all_to_all import all_to_all_attention
 from fa3_dist.parallel.context import ContextParallel, LocalAttention, LocalBatch
 from fa3_dist.parallel.exchange import RingError
 from fa3_dist.parallel.ring import ring_attention
@@ -13,6 +14,7 @@ __all__ = [
     "LocalBatch",
     "RingError",
     "Shard",
+    "all_to_all_attention",
     "contiguous",
     "imbalance",
     "packed",
