@@ -3,11 +3,13 @@
 from fa3_dist.parallel.all_to_all import all_to_all_attention
 from fa3_dist.parallel.context import ContextParallel, LocalAttention, LocalBatch
 from fa3_dist.parallel.exchange import RingError
+from fa3_dist.parallel.plan import Choice
 from fa3_dist.parallel.ring import ring_attention
 from fa3_dist.parallel.schedule import Layout, Shard, contiguous, imbalance, packed, ring_schedule, work, zigzag
 from fa3_dist.parallel.sharding import positions, shard, unshard
 
 __all__ = [
+    "Choice",
     "ContextParallel",
     "Layout",
     "LocalAttention",

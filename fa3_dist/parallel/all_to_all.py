@@ -38,7 +38,7 @@ from torch import Tensor
 
 from fa3_dist import ops
 from fa3_dist.algebra import accumulator_dtype
-from fa3_dist.parallel.exchange import Exchange, Subgroup
+from fa3_dist.parallel.exchange import Exchange, Subgroup, exchange_with_all
 from fa3_dist.parallel.ring import (
     RingPlan,
     check_call,
@@ -185,7 +185,7 @@ class _Swap:
         receive = _message(tensors[0], sum(self._tokens), size)
         for column, x in zip(columns, tensors, strict=True):
             column.of(send).copy_(x.unflatten(1, (self.ranks, column.heads)).transpose(0, 1))
-        self._all_to_all(send.unbind(0), receive.split(self._tokens), what)
+        exchange_with_all(self._exchange, send.unbind(0), receive.split(self._tokens), what)
         received = [column.of(receive) for column in columns]
         return received if self._order is None else [x.index_select(0, self._order) for x in received]
 
@@ -199,20 +199,8 @@ class _Swap:
                 column.of(send).copy_(x)
             else:
                 column.of(send).index_copy_(0, self._order, x)
-        self._all_to_all(send.split(self._tokens), receive.unbind(0), what)
+        exchange_with_all(self._exchange, send.split(self._tokens), receive.unbind(0), what)
         return [column.of(receive).transpose(0, 1).flatten(1, 2) for column in columns]
-
-    def _all_to_all(self, send: Sequence[Tensor], receive: Sequence[Tensor], what: str) -> None:
-        """send[i] goes to rank i of the group, and receive[i] comes from there. All messages are under way at once."""
-        rank, world = self._exchange.rank, self._exchange.world
-        pending = []
-        for shift in range(1, world):
-            to, source = (rank + shift) % world, (rank - shift) % world
-            pending.append(self._exchange.exchange(send=send[to], destination=to, receive=receive[source],
-                                                   source=source, what=what, step=shift))
-        receive[rank].copy_(send[rank])
-        for transfer in pending:
-            transfer.wait()
 
 
 @lru_cache(maxsize=64)

@@ -125,6 +125,22 @@ class Subgroup:
                                        source=self.members[source], what=what, step=step)
 
 
+def exchange_with_all(exchange: Exchange, send: Sequence[Tensor], receive: Sequence[Tensor], what: str) -> None:
+    """Sends send[i] to rank i and fills receive[i] from there, for all ranks; this rank's own is copied.
+
+    All messages are under way at once, each between two ranks, so that an error names the one that is waited for.
+    """
+    rank, world = exchange.rank, exchange.world
+    pending = []
+    for shift in range(1, world):
+        destination, source = (rank + shift) % world, (rank - shift) % world
+        pending.append(exchange.exchange(send=send[destination], destination=destination, receive=receive[source],
+                                         source=source, what=what, step=shift))
+    receive[rank].copy_(send[rank])
+    for transfer in pending:
+        transfer.wait()
+
+
 @dataclass(frozen=True)
 class _Transfer:
     """The description of one exchange, from which its errors are written."""
