@@ -109,10 +109,10 @@ def check_heads(heads: int, head_ranks: int, world: int) -> None:
 
 
 def kv_copies(heads: int, kv_heads: int, head_ranks: int) -> int:
-    """How many of each key/value head the ranks of an all-to-all need together: 1 if kv_heads is a multiple of them.
+    """How many copies of each key/value head an all-to-all sends: 1 if kv_heads is a multiple of head_ranks.
 
-    A rank's heads // head_ranks query heads are cut into runs as long as they and the heads // kv_heads query heads of
-    a key/value head both are a multiple of. So each run reads one key/value head, and every rank has as many runs.
+    Query heads are taken in runs, as long as divides both the query heads of a rank and those that read one key/value
+    head. No run crosses a border of either, so each reads one copy, and every rank has equally many runs and copies.
     """
     readers = heads // kv_heads
     return readers // math.gcd(readers, heads // head_ranks)
