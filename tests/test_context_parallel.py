@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fa3_dist.layers import Transformer, TransformerConfig
 from fa3_dist.parallel import ContextParallel, LocalAttention, LocalBatch, contiguous, zigzag
 from fa3_dist.parallel.context import NoPeers
+from fa3_dist.parallel.plan import is_measured
 from tests import oracle
 from tests.distributed import run_distributed
 
@@ -117,6 +118,64 @@ def check_training_step(rank: int, world: int) -> None:
             assert_same(loss, expected_loss)
             assert equal_on_all_ranks(loss)
             assert_same(gradients(model), plain_gradients(model, expected_loss))
+
+
+def check_modes(rank: int, world: int) -> None:
+    """The same tokens, loss and gradients in every mode and layout; 4 heads with 1 and 2 key/value heads."""
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("ring", "heads"))
+    for layout in ("auto", "contiguous"):
+        ring = ContextParallel(dist.group.WORLD, layout=layout)
+        parallels = [ContextParallel(mesh, layout=layout)]
+        parallels += [ContextParallel(dist.group.WORLD, layout=layout, mode=mode) for mode in ("all_to_all", "auto")]
+        for kv_heads, (shape, cu_seqlens) in ((1, (DENSE, None)), (2, ((1, PACKED[-1]), PACKED)), (2, ((1, 3), None))):
+            model, tokens = make_model(kv_heads=kv_heads), make_tokens(*shape)
+            documents = documents_of(tokens, cu_seqlens)
+            expected_logits = plain_logits(model, documents)
+            expected_loss = plain_loss(expected_logits, torch.cat(next_tokens(documents), dim=1)[0])
+            expected = plain_gradients(model, expected_loss)
+            for cp in parallels:
+                batch, same = (each.shard(tokens, cu_seqlens=cu_seqlens) for each in (cp, ring))
+                assert torch.equal(batch.tokens, same.tokens) and torch.equal(batch.positions, same.positions)
+                assert batch.layout == same.layout
+                loss, logits = parallel_step(cp, model, batch)
+                assert_same(cp.unshard(logits, batch).flatten(0, 1), expected_logits)
+                assert_same(loss, expected_loss)
+                assert_same(gradients(model), expected)
+    product = parallels[0]
+    assert (product.mode, product.rank, product.world) == ("product", rank, world)
+    choice = product.choose(batch, heads=4, head_dim=8)
+    assert choice.head_ranks == 2 and choice.mode in str(choice) and "mode is 'product'" in str(choice)
+
+
+def check_what_modes_send(rank: int, world: int) -> None:
+    """Modes do what they say, in each direction: messages of an all-to-all go to every rank, twice."""
+    tokens, q = make_tokens(1, 16), torch.randn(1, 16 // world, 4, 8)
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("ring", "heads"))
+    for group, mode, messages in ((dist.group.WORLD, None, world - 1), (dist.group.WORLD, "ring", world - 1),
+                                  (dist.group.WORLD, "all_to_all", 2 * (world - 1)), (mesh, None, 2 * (2 - 1) + 1)):
+        cp = ContextParallel(group, mode=mode)
+        assert cp.exchange.stats.messages_sent == 0
+        cp.shard(tokens).attention(q, q, q, causal=True)
+        assert cp.exchange.stats.messages_sent == messages, mode
+
+
+def check_auto(rank: int, world: int) -> None:
+    """Links are measured once a group, equal on all ranks; given ones decide, and say why."""
+    cp = ContextParallel(dist.group.WORLD, mode="auto")
+    assert cp.exchange.stats.messages_sent == 0 and is_measured(cp.group)
+    links = [None] * world
+    dist.all_gather_object(links, cp._links)
+    assert links == [cp._links] * world and cp._links.latency > 0
+    assert [ranks for ranks, rate in cp._links.bandwidth if rate > 1e5] == [2, 4]
+    assert ContextParallel(dist.group.WORLD, mode="auto")._links is cp._links
+    batch, sizes = cp.shard(make_tokens(1, 4096)), {"heads": 4, "kv_heads": 1, "head_dim": 8, "causal": True}
+    assert str(cp.choose(batch, **sizes)).count(" ms: ") == 3
+    q, k = torch.randn(1, 1024, 4, 8), torch.randn(1, 1024, 1, 8)
+    for bandwidth, messages in (({2: 1e12, 4: 1.0}, 2 + 1), ({4: 1e12}, 3)):
+        given = ContextParallel(dist.group.WORLD, mode="auto", bandwidth=bandwidth)
+        batch = given.shard(make_tokens(1, 4096))
+        batch.attention(q, k, k, causal=True)
+        assert given.exchange.stats.messages_sent == messages, given.choose(batch, **sizes)
 
 
 def check_loss_from_the_full_tensor(rank: int, world: int) -> None:
@@ -252,10 +311,16 @@ def check_replicas(rank: int, world: int) -> None:
     expected = plain_loss(logits, torch.cat(labels, dim=1)[0])
     loss, _ = parallel_step(cp, model, cp.shard(batches[replica], labels[replica]), data_mesh=mesh["dp"])
     assert_same(loss, expected)
-    assert_same(gradients(model), plain_gradients(model, expected))
+    assert_same(gradients(model), list(torch.autograd.grad(expected, list(model.parameters()), retain_graph=True)))
     assert equal_on_all_ranks(loss)
-    with pytest.raises(ValueError, match="DeviceMesh of 2 dimensions"):
+    with pytest.raises(ValueError, match=r"DeviceMesh of 2 dimensions .*or, for ContextParallel, .*'ring', 'heads'"):
         ContextParallel(mesh)
+    three = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("dp", "ring", "heads"))
+    product = ContextParallel(three["ring", "heads"])
+    assert (product.rank, product.world) == (rank % 2, 2)
+    loss, _ = parallel_step(product, model, product.shard(batches[replica], labels[replica]), data_mesh=three["dp"])
+    assert_same(loss, expected)
+    assert_same(gradients(model), plain_gradients(model, expected))
 
 
 # ---- models that cannot be sharded -----------------------------------------------------------------------------------
@@ -306,6 +371,9 @@ def check_models(rank: int, world: int) -> None:
 # Wrappers and recomputation import much of torch, so one world has to do for them.
 CHECKS = {
     check_training_step: WORLDS,
+    check_modes: (2, 4),
+    check_what_modes_send: (4,),
+    check_auto: (4,),
     check_loss_from_the_full_tensor: WORLDS,
     check_few_valid_tokens: WORLDS,
     check_other_ignored_label_and_half_precision: WORLDS,
@@ -350,6 +418,35 @@ def check_disagreements(rank: int, world: int) -> None:
     for message, call in wrong:
         with pytest.raises(ValueError, match=message):
             call()
+    different: list[tuple[str, Callable[[], object]]] = [
+        (rf"rank 0: .*'mode': 'ring'.*rank {world - 1}: .*'mode': 'all_to_all'",
+         lambda: ContextParallel(dist.group.WORLD, mode="all_to_all" if odd else "ring")),
+        ("'layout': 'zigzag'", lambda: ContextParallel(dist.group.WORLD, layout="zigzag" if odd else "auto")),
+        (r"'bandwidth': Links\(bandwidth=\(\(1, 1.0\)",
+         lambda: ContextParallel(dist.group.WORLD, mode="auto", bandwidth=1 + odd)),
+        ("'bandwidth': None", lambda: ContextParallel(dist.group.WORLD, mode="auto", bandwidth=9.0 if odd else None)),
+    ]
+    for message, call in different:
+        with pytest.raises(ValueError, match=rf"came to ContextParallel\(\) with different arguments: .*{message}"):
+            call()
+    for cp_of_mode in (cp, ContextParallel(dist.group.WORLD, mode="all_to_all", timeout=20.0)):
+        attention, sent = cp_of_mode.shard(tokens).attention, cp_of_mode.exchange.stats.messages_sent
+        q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 3, 8)
+        for message, tensors, options in [
+            (r"\(\(6, 8\), torch.float32\).*\(\(3, 8\), torch.float32\)", (q[:, :, :3] if odd else q, k, k), {}),
+            ("torch.float64", (q.double(), k.double(), k.double()) if odd else (q, k, k), {}),
+            ("'window_left', 3", (q, k, k), {"window_size": (3 + odd, 0)}),
+            ("'softcap', 2.0", (q, k, k), {"softcap": 2.0 + odd}),
+            ("'softmax_scale', None", (q, k, k), {"softmax_scale": 0.25 if odd else None}),
+        ]:
+            with pytest.raises(ValueError, match=f"came to attention with different arguments: expected .*{message}"):
+                attention(*tensors, **options)
+        with pytest.raises(ValueError, match="k and v have 3 heads and q has 4: expected the heads of q"):
+            attention(q[:, :, :4], k, k)
+        assert cp_of_mode.exchange.stats.messages_sent == sent
+    with pytest.raises(ValueError, match="q has 4 heads: expected a multiple of 3, .*take mode='ring'"):
+        attention(q[:, :, :4], k[:, :, :1], k[:, :, :1])
+    assert cp_of_mode.exchange.stats.messages_sent == sent
     batch = cp.shard(tokens)  # and all is well again
     assert torch.equal(cp.unshard(batch.tokens, batch), tokens)
     late = ContextParallel(dist.group.WORLD, timeout=1.0)
@@ -387,8 +484,13 @@ def test_one_rank_calls_no_collective(tmp_path, monkeypatch):
     with group_of_one(tmp_path) as group:
         for name in COLLECTIVES:
             monkeypatch.setattr(dist, name, refuse, raising=False)
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("ring", "heads"))
+        for each, mode in ((group, "all_to_all"), (group, "auto"), (mesh, None)):
+            other = ContextParallel(each, mode=mode)
+            other.shard(make_tokens(1, 6)).attention(*torch.randn(3, 1, 6, 5, 8))
         cp, model, tokens = ContextParallel(group), make_model(), make_tokens(*DENSE)
         batch = cp.shard(tokens)
+        assert "there is one rank" in str(cp.choose(batch, heads=4, head_dim=8))
         loss, logits = parallel_step(cp, model, batch)
         assert torch.equal(cp.unshard(logits, batch), logits) and torch.equal(batch.tokens, tokens)
         cp.check(model, tokens)
@@ -399,9 +501,19 @@ def test_bad_arguments(tmp_path):
     with group_of_one(tmp_path) as group:
         cp, tokens = ContextParallel(group), make_tokens(2, 6)
         batch = cp.shard(tokens)
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("ring", "heads"))
         wrong: list[tuple[type[Exception], str, Callable[[], object]]] = [
             (TypeError, "group is a str", lambda: ContextParallel("cp")),
             (ValueError, "layout is 'ring'", lambda: ContextParallel(group, layout="ring")),
+            (ValueError, "mode is 'ulysses': expected one of 'ring', ", lambda: ContextParallel(group, mode="ulysses")),
+            (ValueError, "mode is 'product': expected a 2-D mesh", lambda: ContextParallel(group, mode="product")),
+            (ValueError, "bandwidth was given with mode 'ring'", lambda: ContextParallel(group, bandwidth=1e9)),
+            (ValueError, "bandwidth is 0: expected finite",
+             lambda: ContextParallel(group, mode="auto", bandwidth=0)),
+            (TypeError, "bandwidth is 'fast': expected bytes/s",
+             lambda: ContextParallel(group, mode="auto", bandwidth="fast")),
+            (ValueError, "mode is 'ring' with a mesh of the dimensions", lambda: ContextParallel(mesh, mode="ring")),
+            (ValueError, "heads is 4 and kv_heads 3", lambda: cp.choose(batch, heads=4, kv_heads=3, head_dim=8)),
             (TypeError, "tokens is a list", lambda: cp.shard([1, 2])),
             (ValueError, r"tokens has shape \(\)", lambda: cp.shard(torch.tensor(3))),
             (ValueError, r"tokens has shape \(2, 6\): expected \(1, T\)", lambda: cp.shard(tokens, cu_seqlens=[0, 12])),

@@ -420,7 +420,7 @@ def test_wrong_calls_are_refused_before_any_message(message: str):
 
 
 def test_plans_are_made_once():
-    ring._plan.cache_clear()
+    ring.ring_plan.cache_clear()
     layout: Layout = zigzag([64], 2)
 
     def twice(exchange: Exchange) -> None:
@@ -430,4 +430,4 @@ def test_plans_are_made_once():
 
     run_in_process(2, twice)
     assert layout == zigzag([64], 2)
-    assert ring._plan.cache_info().misses == 2 and ring._plan.cache_info().hits == 2
+    assert ring.ring_plan.cache_info().misses == 2 and ring.ring_plan.cache_info().hits == 2

@@ -21,8 +21,11 @@ from fa3_dist.parallel.schedule import (
     Step,
     Visit,
     contiguous,
+    grouped,
     imbalance,
     packed,
+    remote_keys,
+    remote_steps,
     ring_schedule,
     work,
     zigzag,
@@ -443,6 +446,48 @@ def test_layouts_are_deterministic_values(world):
         assert one == other and hash(one) == hash(other) and one.world == world
         assert sum(one.tokens(rank) for rank in range(world)) == 74
         assert ring_schedule(one, 0, window_right=0) is ring_schedule(other, 0, window_right=0)
+
+
+# ---- groups of ranks, and what a ring moves --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_hold_what_their_ranks_hold(seed):
+    random_ = random.Random(seed)
+    for _ in range(20):
+        size, groups = random_.randint(1, 3), random_.randint(1, 3)
+        layout = random_layout(random_, size * groups)
+        joined = grouped(layout, size)
+        assert (joined.world, joined.documents) == (groups, layout.documents)
+        for group in range(groups):
+            members = np.concatenate([rows_of(layout, rank) for rank in range(group * size, (group + 1) * size)])
+            assert np.array_equal(rows_of(joined, group), np.sort(members))
+            pieces = joined.shards[group]
+            touching = [a[:2] == (b.document, b.start - a.length) for a, b in zip(pieces, pieces[1:])]
+            assert not any(touching)
+
+
+def test_groups_keep_the_kind_of_layout():
+    documents = (48, 0, 96)
+    assert grouped(zigzag(documents, 8), 2) == zigzag(documents, 4)
+    assert grouped(contiguous(documents, 6), 3) == contiguous(documents, 2)
+    assert grouped(zigzag(documents, 4), 4) == contiguous(documents, 1)
+    assert grouped(zigzag(documents, 4), 1) == zigzag(documents, 4)
+    with pytest.raises(ValueError, match="size is 3, expected a divisor of 4"):
+        grouped(zigzag(documents, 4), 3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_remote_keys_and_steps_are_those_of_the_schedule(seed):
+    random_ = random.Random(seed)
+    for _ in range(20):
+        layout = random_layout(random_, random_.randint(1, 5))
+        left, right = (random_.choice([None, 0, random_.randint(1, 12)]) for _ in range(2))
+        window = {"window_left": left, "window_right": right}
+        for rank, steps in enumerate(all_ranks(layout, left, right)):
+            assert remote_steps(layout, **window) == len(steps) - 1
+            arriving = sum(span.length for step in steps for span in step.receive)
+            assert remote_keys(layout, rank, **window) == arriving
 
 
 # ---- bad input and cost ----------------------------------------------------------------------------------------------

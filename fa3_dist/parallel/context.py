@@ -11,6 +11,9 @@ the positions of its tokens in their documents, the labels (a token's successor 
 attention callable that reaches the keys of the other ranks. `ContextParallel.check` runs a model both ways on a short
 sequence and names the layer that does something else, such as counting positions from its local length.
 
+How attention reaches them is the mode: a ring, an all-to-all over heads, or their product. Nothing else depends on it:
+the same ranks hold the same tokens, so the mode of a layer may be chosen, and chosen differently, by its head counts.
+
 Gradient convention: parameter gradients are right once they are averaged over the ranks of the group, so that the data
 parallel wrapper that a model has anyway also does this, over a flattened (data, context) mesh.
 """
@@ -20,8 +23,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import logging
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
@@ -34,13 +38,19 @@ from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from fa3_dist import ops
 from fa3_dist.interface import apply_sink, cast_for_autocast, window_bounds
 from fa3_dist.parallel import sharding
+from fa3_dist.parallel.all_to_all import all_to_all_attention
 from fa3_dist.parallel.exchange import DistributedExchange, Exchange, Pending, Traffic
-from fa3_dist.parallel.ring import ring_attention
+from fa3_dist.parallel.plan import Call, Choice, Links, choose, is_measured, links_of
 from fa3_dist.parallel.schedule import Layout, contiguous, packed, zigzag
 
+logger = logging.getLogger("fa3_dist")
+
 LAYOUTS = ("auto", "zigzag", "contiguous")
+MODES = ("ring", "all_to_all", "auto")
+PRODUCT = ("ring", "heads")  # names of the dimensions of a mesh for the mode "product"
 _BUCKET = 1 << 25  # elements of gradients averaged in one message
 
 
@@ -72,34 +82,63 @@ class ContextParallel:
     All ranks of the group construct it together (connections are made here) and call its methods in the same order.
 
     Args:
-        group: a 1-D DeviceMesh, such as mesh["cp"], or a ProcessGroup.
+        group: a 1-D DeviceMesh, such as mesh["cp"], or a ProcessGroup. A 2-D one with the dimensions "ring" and "heads"
+            for the product of both modes: its rows swap tokens for heads (give them the fastest links), its columns
+            are rings. `cp.group` then has all its ranks, row by row.
         layout: "auto": zigzag for a dense batch; packed documents are split zigzag if they are long and stay whole on
             one rank if they are short (`schedule.packed`). "zigzag" or "contiguous": every document is split so.
         timeout: seconds (or timedelta) until a message that does not arrive is an error; None: the group's timeout.
+        mode: "ring": keys and values go round; any number of heads. "all_to_all": ranks swap tokens for heads; query
+            heads a multiple of the ranks. "auto": each call takes the one, the other or a product of both, whichever
+            `plan.choose` expects to be fastest; links are measured here, once a group, so another run may choose
+            otherwise and differ in the last bits. None: "ring", or "product", the only one, for a 2-D mesh.
+        bandwidth: for "auto": bytes/s that a rank sends while all do, or {ranks: bytes/s} in groups of so many
+            neighbours, such as {8: 400e9, 64: 45e9}; None: measured.
     Raises:
-        TypeError: group is neither.
-        ValueError: a mesh of more dimensions, an unknown layout, or a process that is not in the group.
+        TypeError: group is neither, or bandwidth is no number.
+        ValueError: a mesh of other dimensions, an unknown layout or mode, one that does not fit the mesh, a bandwidth
+            that is not above 0 or not used, a process that is not in the group, or ranks that were given different
+            arguments: then on every rank.
     """
 
     def __init__(
-        self, group: DeviceMesh | dist.ProcessGroup, layout: str = "auto", timeout: float | timedelta | None = None
+        self,
+        group: DeviceMesh | dist.ProcessGroup,
+        layout: str = "auto",
+        timeout: float | timedelta | None = None,
+        *,
+        mode: str | None = None,
+        bandwidth: float | Mapping[int, float] | None = None,
     ):
         if layout not in LAYOUTS:
             raise ValueError(f"layout is {layout!r}: expected one of {', '.join(map(repr, LAYOUTS))}")
-        self.group = _process_group(group, "group")
+        self.mode, flat_group, self._product_heads = _mode(group, mode)
+        if bandwidth is not None and self.mode != "auto":
+            raise ValueError(f"bandwidth was given with mode {self.mode!r}: expected mode='auto', which alone uses it")
+        self.group = _process_group(flat_group, "group")
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.layout = layout
         self.exchange: Exchange = NoPeers()
+        self._links = None if bandwidth is None else Links.given(bandwidth)
+        # A layout has one attention object, so guards of torch.compile on it hold from batch to batch.
+        self._attention = lru_cache(maxsize=64)(self._make_attention)
+        self._choice = lru_cache(maxsize=256)(self._choose)
+        self._compare_once = lru_cache(maxsize=1024)(self._compare)
+        self._checked_contents = False
         if self.world > 1:
             self.exchange = exchange = DistributedExchange(self.group, timeout=timeout)
             self._timeout = timedelta(seconds=exchange.timeout)
             self._host_group = _host_group(self.group, self._timeout)
-        # A layout has one attention object, so guards of torch.compile on it hold from batch to batch.
-        self._attention = lru_cache(maxsize=64)(self._make_attention)
-        self._checked_contents = False
+            self._device_type = exchange.device.type
+            links = self._links or ("measured before" if is_measured(self.group) else None)
+            self._compare("ContextParallel()", {
+                "layout": layout, "mode": self.mode, "heads": self._product_heads, "bandwidth": links,
+            })
+            if self.mode == "auto" and self._links is None:
+                self._links = links_of(exchange)
 
     def __repr__(self) -> str:
-        return f"ContextParallel(rank {self.rank} of {self.world}, layout={self.layout!r})"
+        return f"ContextParallel(rank {self.rank} of {self.world}, layout={self.layout!r}, mode={self.mode!r})"
 
     # ---- batches -----------------------------------------------------------------------------------------------------
 
@@ -212,6 +251,54 @@ class ContextParallel:
                     parameter.grad = torch.empty_like(parameter)
                 parameter.grad.copy_(gradient.view_as(parameter))
 
+    # ---- modes -------------------------------------------------------------------------------------------------------
+
+    def choose(
+        self,
+        batch: LocalBatch,
+        *,
+        heads: int,
+        head_dim: int,
+        kv_heads: int | None = None,
+        head_dim_v: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Choice:
+        """The mode that attention of these sizes takes on a batch; print it to see why. Sends nothing.
+
+        Args:
+            batch: from `shard`.
+            heads, kv_heads: of q, and of k and v (None: as many), as they come to attention on a rank.
+            head_dim, head_dim_v: of q and k, and of v (None: the same).
+            dtype, causal, window_size: of the call.
+        """
+        kv_heads, head_dim_v = kv_heads or heads, head_dim_v or head_dim
+        if min(heads, kv_heads, head_dim, head_dim_v) < 1 or heads % kv_heads:
+            raise ValueError(f"heads is {heads} and kv_heads {kv_heads}: expected a multiple, and head dims above 0")
+        return self._choice(batch.layout, Call(heads, kv_heads, head_dim, head_dim_v, dtype,
+                                               *window_bounds(causal, window_size)))
+
+    def _choose(self, layout: Layout, call: Call) -> Choice:
+        fixed = {"ring": 1, "all_to_all": self.world, "product": self._product_heads}.get(self.mode)
+        if self.world == 1:
+            return Choice(call, layout, 1, "there is one rank")
+        if fixed is not None:
+            return Choice(call, layout, fixed, f"mode is {self.mode!r}")
+        assert self._links is not None
+        choice = choose(layout, call, self._links, self._device_type)
+        logger.info("%s", choice)
+        return choice
+
+    def _head_ranks(self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> int:
+        """How many ranks swap tokens for heads in a call of attention, once all ranks agree about the call."""
+        sizes = tuple((tuple(x.shape[2:]), x.dtype) for x in (q, k, v))
+        self._compare_once("attention", ("(heads, head_dim) and dtype of q, k, v", *sizes, *options.items()))
+        ops.check_qkv(q, k, v)
+        call = Call(q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype, options["window_left"],
+                    options["window_right"])
+        return self._choice(layout, call).head_ranks
+
     # ---- checking a model --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -268,7 +355,8 @@ class ContextParallel:
     def _make_attention(self, lengths: tuple[int, ...], rows: int, is_packed: bool) -> LocalAttention:
         automatic = packed if is_packed else zigzag
         make = {"auto": automatic, "zigzag": zigzag, "contiguous": contiguous}[self.layout]
-        return LocalAttention(make(lengths, self.world), self.rank, rows, self.exchange)
+        split = self._head_ranks if self.world > 1 else None
+        return LocalAttention(make(lengths, self.world), self.rank, rows, self.exchange, split)
 
     def _compare_batches(
         self, tensors: dict[str, Tensor | None], lengths: tuple[int, ...], refused: Exception | None
@@ -279,19 +367,31 @@ class ContextParallel:
         description = f"a batch that it refuses ({refused})" if refused else _describe(tensors, lengths)
         contents = [] if refused else _contents(tensors.values(), even_on_device=not self._checked_contents)
         self._checked_contents = True
-        digest = hashlib.blake2b(repr((description, lengths, contents)).encode(), digest_size=16).digest()
+        if self._agree("shard()", (description, lengths, contents)):
+            return
+        descriptions = self._gather_objects(description)
+        if refused is None:
+            raise ValueError(_difference(descriptions))
+
+    def _compare(self, where: str, arguments: Any) -> None:
+        """Raises ValueError on every rank if they came here with different arguments."""
+        if not self._agree(where, arguments):
+            raise ValueError(
+                f"the ranks came to {where} with different arguments: expected the same on all {self.world} ranks of "
+                f"the context-parallel group, got {_by_rank(self._gather_objects(str(arguments)))}"
+            )
+
+    def _agree(self, where: str, value: Any) -> bool:
+        """Whether all ranks came here with values of equal `repr`; one small message on the host."""
+        digest = hashlib.blake2b(repr((where, value)).encode(), digest_size=16).digest()
         ours = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         theirs = [torch.empty_like(ours) for _ in range(self.world)]
         try:
             dist.all_gather(theirs, ours, group=self._host_group, async_op=True).wait(self._timeout)
         except RuntimeError as cause:
-            late = f"not all ranks came to shard() within {self._timeout.total_seconds():g} s; is one dead or stuck?"
+            late = f"not all ranks came to {where} within {self._timeout.total_seconds():g} s; is one dead or stuck?"
             raise RuntimeError(f"rank {self.rank} of {self.world}: {late}") from cause
-        if all(torch.equal(each, ours) for each in theirs):
-            return
-        descriptions = self._gather_objects(description)
-        if refused is None:
-            raise ValueError(_difference(descriptions))
+        return all(torch.equal(each, ours) for each in theirs)
 
     def _gather_objects(self, value: Any) -> list[Any]:
         if self.world == 1:
@@ -327,13 +427,15 @@ _NOT_SUPPORTED: dict[str, tuple[Any, str]] = {
 class LocalAttention:
     """Attention over the documents of a sharded batch: an attention callable bound to a layout and to messages.
 
-    `needs_positions` tells layers that the index of a local token is not its position.
+    `needs_positions` tells layers that the index of a local token is not its position. `split`, called with the layout,
+    q, k, v and the options of `ring_attention`, gives `head_ranks` of `all_to_all_attention`; None: 1, the ring.
     """
 
     needs_positions = True
 
-    def __init__(self, layout: Layout, rank: int, rows: int, exchange: Exchange):
-        self.layout, self.rank, self.exchange = layout, rank, exchange
+    def __init__(self, layout: Layout, rank: int, rows: int, exchange: Exchange,
+                 split: Callable[[Layout, Tensor, Tensor, Tensor, dict[str, Any]], int] | None = None):
+        self.layout, self.rank, self.exchange, self._split = layout, rank, exchange, split
         self.shape = (rows, layout.tokens(rank) // rows if rows else 0)
 
     def __repr__(self) -> str:
@@ -360,7 +462,8 @@ class LocalAttention:
         All ranks call it together. Under torch.compile it runs between compiled regions.
 
         Raises:
-            TypeError: an argument that is not supported. ValueError: shapes other than the batch's.
+            TypeError: an argument that is not supported. ValueError: shapes other than the batch's, heads that the mode
+                cannot share, or ranks that call it differently (compared when a call is new): then on every rank.
         """
         _refuse(others)
         for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -372,16 +475,17 @@ class LocalAttention:
                 )
         q, k, v = cast_for_autocast(q, k, v)
         window_left, window_right = window_bounds(causal, window_size)
-        out, lse = ring_attention(
+        options: dict[str, Any] = {"softmax_scale": softmax_scale, "window_left": window_left,
+                                   "window_right": window_right, "softcap": softcap}
+        head_ranks = 1 if self._split is None else self._split(self.layout, q, k, v, options)
+        out, lse = all_to_all_attention(
             *(tensor.flatten(0, 1) for tensor in (q, k, v)),
             layout=self.layout,
             rank=self.rank,
             exchange=self.exchange,
-            softmax_scale=softmax_scale,
-            window_left=window_left,
-            window_right=window_right,
-            softcap=softcap,
+            head_ranks=head_ranks,
             deterministic=deterministic,
+            **options,
         )
         out = out if sink is None else apply_sink(out, lse, sink)
         return out.reshape(*self.shape, *out.shape[1:])
@@ -503,8 +607,11 @@ def _difference(descriptions: list[str]) -> str:
             f"the contents of tokens, labels or other tensors differ between ranks: {expected}, got {descriptions[0]} "
             "with other values; select data by the data-parallel rank alone"
         )
-    listed = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(descriptions))
-    return f"the ranks were given different batches: {expected}, got {listed}"
+    return f"the ranks were given different batches: {expected}, got {_by_rank(descriptions)}"
+
+
+def _by_rank(descriptions: list[str]) -> str:
+    return "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(descriptions))
 
 
 def _contents(tensors: Any, even_on_device: bool) -> list[int]:
@@ -566,7 +673,7 @@ def _process_group(group: Any, name: str) -> Any:
         if group.ndim != 1:
             raise ValueError(
                 f"{name} is a DeviceMesh of {group.ndim} dimensions {group.mesh_dim_names}: expected one dimension, "
-                "such as mesh['cp']"
+                f"such as mesh['cp'], or, for ContextParallel, the two {PRODUCT}"
             )
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):
@@ -574,6 +681,21 @@ def _process_group(group: Any, name: str) -> Any:
     if dist.get_rank(group) < 0:
         raise ValueError(f"{name}: this process is not in the group; expected a group that it belongs to")
     return group
+
+
+def _mode(group: Any, mode: str | None) -> tuple[str, Any, int | None]:
+    """The mode, the group of all ranks, and, for a product, how many of them swap tokens for heads."""
+    if isinstance(group, DeviceMesh) and group.mesh_dim_names == PRODUCT:
+        if mode not in (None, "product"):
+            raise ValueError(f"mode is {mode!r} with a mesh of the dimensions {PRODUCT}: expected None or 'product', "
+                             "which such a mesh stands for; for others give a 1-D mesh of the same ranks")
+        return "product", group._flatten(), group.size(1)
+    if mode == "product":
+        raise ValueError(f"mode is 'product': expected a 2-D mesh with the dimensions {PRODUCT}, which says how many "
+                         "ranks each has; mode='auto' takes a product where it is faster")
+    if mode not in (None, *MODES):
+        raise ValueError(f"mode is {mode!r}: expected one of {', '.join(map(repr, MODES))}")
+    return mode or "ring", group, None
 
 
 def _host_group(group: Any, timeout: timedelta) -> Any:

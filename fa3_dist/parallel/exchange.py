@@ -2,7 +2,7 @@
 
 `DistributedExchange` moves tensors over a `torch.distributed` process group: gloo for CPU tensors, NCCL on a stream of
 its own for CUDA tensors. `InProcessExchange` runs every rank of a ring in one process (`run_in_process`), which is how
-a ring of 8 is tested on one device.
+a ring of 8 is tested on one device. `Subgroup` is a part of either: the ranks that swap heads, or the ring over those.
 
 An exchange is started before the work that hides it and waited for after it:
 
@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
@@ -99,6 +99,46 @@ class Exchange(Protocol):
             destination, source: ranks of this ring.
             what, step: what travels and in which step, for error messages.
         """
+
+
+class Subgroup:
+    """The exchange of some of an exchange's ranks among themselves: rank i of it is rank members[i] there.
+
+    It has no connections of its own, so making one costs nothing and takes no other rank. Errors name the ranks of the
+    exchange that it is a part of, and traffic is counted there.
+
+    Args:
+        exchange: the whole.
+        members: different ranks of it, this one among them.
+    """
+
+    def __init__(self, exchange: Exchange, members: Sequence[int]):
+        self.members = tuple(members)
+        self.rank, self.world = self.members.index(exchange.rank), len(self.members)
+        self.sm_margin, self.stats = exchange.sm_margin, exchange.stats
+        self._exchange = exchange
+
+    def exchange(self, *, send: Tensor | None, destination: int, receive: Tensor | None, source: int, what: str,
+                 step: int) -> Pending:
+        """See `Exchange.exchange`."""
+        return self._exchange.exchange(send=send, destination=self.members[destination], receive=receive,
+                                       source=self.members[source], what=what, step=step)
+
+
+def exchange_with_all(exchange: Exchange, send: Sequence[Tensor], receive: Sequence[Tensor], what: str) -> None:
+    """Sends send[i] to rank i and fills receive[i] from there, for all ranks; this rank's own is copied.
+
+    All messages are under way at once, each between two ranks, so that an error names the one that is waited for.
+    """
+    rank, world = exchange.rank, exchange.world
+    pending = []
+    for shift in range(1, world):
+        destination, source = (rank + shift) % world, (rank - shift) % world
+        pending.append(exchange.exchange(send=send[destination], destination=destination, receive=receive[source],
+                                         source=source, what=what, step=shift))
+    receive[rank].copy_(send[rank])
+    for transfer in pending:
+        transfer.wait()
 
 
 @dataclass(frozen=True)

@@ -77,17 +77,17 @@ def ring_attention(
     """
     options = {"softmax_scale": softmax_scale, "window_left": window_left, "window_right": window_right,
                "softcap": softcap}
-    _check(q, k, v, layout, rank, exchange, options)
-    plan = _plan(layout, rank, window_left, window_right, q.device)
+    check_call(q, k, v, layout, rank, exchange, options)
+    plan = ring_plan(layout, rank, window_left, window_right, q.device)
     return _RingAttention.apply(q, k, v, plan, exchange, options, deterministic)
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, exchange: Exchange, options: dict[str, Any],
-                deterministic: bool) -> tuple[Tensor, Tensor]:
-        q, k, v = (_unit_stride(x) for x in (q, k, v))
-        out, lse = _forward(q, k, v, plan, exchange, options)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, exchange: Exchange,
+                options: dict[str, Any], deterministic: bool) -> tuple[Tensor, Tensor]:
+        q, k, v = (unit_stride(x) for x in (q, k, v))
+        out, lse = ring_forward(q, k, v, plan, exchange, options)
         ctx.save_for_backward(q, k, v, out, lse)  # local rows only
         ctx.ring = plan, exchange, options | {"deterministic": deterministic}
         ctx.set_materialize_grads(False)
@@ -97,14 +97,16 @@ class _RingAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else _unit_stride(dout)
+        dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
         delta = ops.delta(dout, out, dlse)
-        return *_backward(dout, q, k, v, lse, delta, *ctx.ring), None, None, None, None
+        return *ring_backward(dout, q, k, v, lse, delta, *ctx.ring), None, None, None, None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan, exchange: Exchange,
-             options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def ring_forward(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, exchange: Exchange,
+                 options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """out (T, H, E) in q's dtype and lse (H, T)."""
+    if plan.alone is not None:
+        return ops.forward(q, k, v, **plan.alone, **options)
     (T, H, D), E, sum_dtype = q.shape, v.shape[-1], accumulator_dtype(q.dtype)
     # Every row is in a visit that is the first one of its range: nothing here needs a value yet.
     out = q.new_empty(T, H, E)
@@ -127,10 +129,19 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan, exchange: Exchange,
     return out, lse
 
 
-def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: _Plan,
-              exchange: Exchange, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """dq (T, H, D), dk (T, G, D) and dv (T, G, E) in the dtype of the inputs."""
+def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: RingPlan,
+                  exchange: Exchange, options: dict[str, Any],
+                  kv_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (T, H, D) in the dtype of the inputs, dk (T, G, D) and dv (T, G, E) in kv_dtype (None: the same).
+
+    options: those of `ring_forward`, and deterministic.
+    """
     (T, G, D), E, sum_dtype = k.shape, v.shape[-1], accumulator_dtype(q.dtype)
+    kv_dtype = kv_dtype or k.dtype
+    if plan.alone is not None:
+        dq, dk, dv = (x.new_empty(x.shape, dtype=dtype) for x, dtype in ((q, q.dtype), (k, kv_dtype), (v, kv_dtype)))
+        ops.backward(dout, q, k, v, lse, delta, dq, dk, dv, **plan.alone, **options)
+        return dq, dk, dv
     dq = q.new_zeros(q.shape, dtype=sum_dtype)
     dkv = k.new_zeros(T, G, D + E, dtype=sum_dtype)
 
@@ -159,7 +170,7 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta:
     if returning is not None:
         _add_rows(dkv, returning)
     dk, dv = dkv.split((D, E), dim=-1)
-    return dq.to(q.dtype), _finished(dk, k.dtype), _finished(dv, v.dtype)
+    return dq.to(q.dtype), _finished(dk, kv_dtype), _finished(dv, kv_dtype)
 
 
 # ------------------------------------------------------------------------------------------------- messages
@@ -214,7 +225,7 @@ def _total(spans: Iterable[Span]) -> int:
     return sum(span.length for span in spans)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
     """The operators ask for a contiguous last dimension and nothing else."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -241,17 +252,19 @@ class _RemoteStep(NamedTuple):
     backward: tuple[Launch, ...]
 
 
-class _Plan(NamedTuple):
+class RingPlan(NamedTuple):
     """A rank's schedule with its tables of visits on the device."""
 
     local: tuple[Launch, ...]  # the local forward
     remote: tuple[_RemoteStep, ...]
     opening: tuple[Launch, ...]  # the local backward in two parts: this one hides the first K/V,
     closing: tuple[Launch, ...]  # and this one the last dK/dV
+    alone: Launch | None  # all there is, in both directions, where there are no messages and no running sums
 
 
 @lru_cache(maxsize=64)
-def _plan(layout: Layout, rank: int, window_left: int | None, window_right: int | None, device: torch.device) -> _Plan:
+def ring_plan(layout: Layout, rank: int, window_left: int | None, window_right: int | None,
+              device: torch.device) -> RingPlan:
     """The schedule of this layout and mask, its visits on the device. Every layer of a model asks for the same one."""
     steps = ring_schedule(layout, rank, window_left=window_left, window_right=window_right)
     assert steps[0].shift == 0 and all(step.shift for step in steps[1:]), "the local step comes first"
@@ -261,7 +274,10 @@ def _plan(layout: Layout, rank: int, window_left: int | None, window_right: int 
         [*(step.backward for step in steps[1:]), opening, closing], BACKWARD_COLUMNS, device
     )
     remote = tuple(_RemoteStep(*planned) for planned in zip(steps[1:], forward, backward, strict=True))
-    return _Plan(local, remote, opening_launches, closing_launches)
+    # One launch each way: every row is in one visit of the forward, so in one of the backward, and so are the keys.
+    is_alone = not remote and len(local) == len(closing_launches) == 1
+    alone = {name: local[0][name] for name in BACKWARD_COLUMNS} if is_alone else None
+    return RingPlan(local, remote, opening_launches, closing_launches, alone)
 
 
 def _split_keys(launches: Launches) -> tuple[Launches, Launches]:
@@ -298,7 +314,7 @@ def _upload(steps: Sequence[Launches], names: tuple[str, ...], device: torch.dev
 # --------------------------------------------------------------------------------------------------- checks
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rank: int, exchange: Exchange,
+def check_call(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rank: int, exchange: Exchange,
            options: dict[str, Any]) -> None:
     """What a user can get wrong, before the first message: an error after it would leave a message in the way."""
     if (exchange.world, exchange.rank) != (layout.world, rank):

@@ -139,6 +139,29 @@ def zigzag(lengths: Sequence[int], world: int) -> Layout:
     return _split(tuple(lengths), world, lambda length: _cut_zigzag(length, world))
 
 
+@lru_cache(maxsize=64)
+def grouped(layout: Layout, size: int) -> Layout:
+    """The layout of groups of `size` neighbouring ranks: group g holds all that the ranks from g * size on hold.
+
+    Its rows are in the order of the documents. Groups of a zigzag layout have a zigzag one, up to the rounding of chunk
+    lengths, groups of a contiguous one a contiguous one, and all ranks as one group hold whole documents.
+    Raises ValueError where `size` does not divide the layout's ranks.
+    """
+    if size < 1 or layout.world % size:
+        raise ValueError(f"size is {size}, expected a divisor of {layout.world}, the ranks of the layout")
+    groups = []
+    for first in range(0, layout.world, size):
+        shards: list[Shard] = []
+        for shard in sorted(shard for rank in layout.shards[first : first + size] for shard in rank):
+            previous = shards[-1] if shards else None
+            if previous and (previous.document, previous.start + previous.length) == (shard.document, shard.start):
+                shards[-1] = previous._replace(length=previous.length + shard.length)
+            else:
+                shards.append(shard)
+        groups.append(tuple(shards))
+    return Layout(layout.documents, tuple(groups))
+
+
 TOLERATED_EXCESS = 0.1
 
 
@@ -194,6 +217,29 @@ def imbalance(layout: Layout, *, window_left: int | None = None, window_right: i
     """Work of the busiest rank over the mean of all ranks: 1 is even, `layout.world` is one rank doing everything."""
     works = [work(layout, rank, window_left=window_left, window_right=window_right) for rank in range(layout.world)]
     return max(works) * layout.world / sum(works) if sum(works) else 1.0
+
+
+def remote_keys(
+    layout: Layout, rank: int, *, window_left: int | None = None, window_right: int | None = None
+) -> int:
+    """Number of tokens on other ranks that the queries of `rank` see: the rows of K and V that come to it in a ring.
+
+    Windows are 0 or more, or None, so that every token sees itself.
+    """
+    left, right = _band(window_left, window_right)
+    total = 0
+    for document, pieces in _pieces(layout, rank).items():
+        end = 0  # keys before it are counted, or seen by nobody
+        for piece in sorted(pieces, key=lambda piece: piece.start):
+            first, last = max(piece.start - left, end), min(piece.end + right, layout.documents[document])
+            total += max(last - first, 0) - piece.length
+            end = max(end, last)
+    return total
+
+
+def remote_steps(layout: Layout, *, window_left: int | None = None, window_right: int | None = None) -> int:
+    """Number of steps after the local one that a ring over this layout takes, on every rank."""
+    return len(_shifts(layout, _band(window_left, window_right))) - 1
 
 
 _Pieces = list[list[tuple[int, int]]]  # for each rank the (start, length) of its pieces of one document

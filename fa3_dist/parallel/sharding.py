@@ -80,7 +80,12 @@ def unshard(tensor: Tensor, layout: Layout, group: Any, dim: int = 0) -> Tensor:
 def positions(layout: Layout, rank: int, device: torch.device | str | None = None) -> Tensor:
     """int64 (layout.tokens(rank),): the position of each local row in its document."""
     runs = [np.arange(start, start + length, dtype=np.int64) for _, start, length in layout.shards[rank]]
-    host = torch.from_numpy(np.concatenate(runs)) if runs else torch.empty(0, dtype=torch.int64)
+    return upload(np.concatenate(runs) if runs else np.empty(0, np.int64), device)
+
+
+def upload(numbers: np.ndarray, device: torch.device | str | None) -> Tensor:
+    """The numbers as a tensor on the device; the host does not wait for them to get there."""
+    host = torch.from_numpy(numbers)
     if device is not None and torch.device(device).type == "cuda":
         return host.pin_memory().to(device, non_blocking=True)  # pageable memory would make the host wait
     return host.to(device)
