@@ -70,6 +70,9 @@ struct ForwardConfig {
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kHeadDim > 128 ? 240 : 232;
   static_assert(kLaunchRegisters - kProducerRegisters >= kConsumers * (kConsumerRegisters - kLaunchRegisters));
 
+  // Descriptors of products in uniform registers: so far where an H200 has timed them (benchmarks/LOG.md, 32).
+  static constexpr bool kUniformDescriptors = kHeadDim == 128 && kHeadDimV == 128;
+
   // Registers of a consumer's output, scores and weights. Two copies of the weights let a block's be rounded while the
   // product before still reads the other's; where that does not fit, rounding waits for the product.
   static constexpr int kTileRegisters = kHeadDimV / 2 + kKeys / 2 + kKeys / 4;

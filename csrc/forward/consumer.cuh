@@ -94,26 +94,52 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     rows[0] = shared.row[row];
     rows[1] = shared.row[row + 8];
   };
-  const Turn<Config> turn(thread / 128);
+  const int warpgroup = Config::kUniformDescriptors ? cutlass::canonical_warp_group_idx() - 1 : thread / 128;
+  const Turn<Config> turn(warpgroup);
   constexpr float kLog2E = 1.4426950408889634f;
   const float scale_log2 = (params.softcap == 0.f ? params.softmax_scale : params.softcap) * kLog2E;
 
   typename Config::MmaQK mma_qk;
   typename Config::MmaPV mma_pv;
-  const auto thread_qk = mma_qk.get_slice(thread);
-  const auto thread_pv = mma_pv.get_slice(thread);
+  // Products ask for their warpgroup's rows only, not for the thread's.
+  const int slice = Config::kUniformDescriptors ? 128 * warpgroup : thread;
+  const auto thread_qk = mma_qk.get_slice(slice);
+  const auto thread_pv = mma_pv.get_slice(slice);
+  // Asked for before a step waits, so that the shuffle's latency is hidden.
+  const auto stage_of = [&](const auto& ring) __attribute__((always_inline)) {
+    if constexpr (Config::kUniformDescriptors) return ring.uniform_stage();
+    else return ring.stage;
+  };
+  // A stage's tile, as descriptors.
+  const auto all_stages = [](auto* first, auto layout, auto stages) __attribute__((always_inline)) {
+    return make_tensor(make_smem_ptr(first), tile_to_shape(layout, append(shape(layout), stages)));
+  };
   auto sQ = [&](int stage) {
-    // NOTE: opaque, since else the compiler keeps every descriptor of Q in registers, and there are none to spare.
-    int opaque = thread;
-    asm volatile("" : "+r"(opaque));
-    return mma_qk.get_slice(opaque).partition_fragment_A(
-        make_tensor(make_smem_ptr(shared.q[stage]), typename Config::LayoutQ{}));
+    using Layout = typename Config::LayoutQ;
+    if constexpr (Config::kUniformDescriptors) {
+      return thread_qk.partition_fragment_A(all_stages(shared.q[0], Layout{}, Int<Config::kStagesQ>{}))(_, _, _, stage);
+    } else {
+      // NOTE: opaque, since else the compiler keeps every descriptor of Q in registers, and there are none to spare.
+      int opaque = thread;
+      asm volatile("" : "+r"(opaque));
+      return mma_qk.get_slice(opaque).partition_fragment_A(make_tensor(make_smem_ptr(shared.q[stage]), Layout{}));
+    }
   };
   auto sK = [&](int stage) {
-    return thread_qk.partition_fragment_B(make_tensor(make_smem_ptr(shared.k[stage]), typename Config::LayoutK{}));
+    using Layout = typename Config::LayoutK;
+    if constexpr (Config::kUniformDescriptors) {
+      return thread_qk.partition_fragment_B(all_stages(shared.k[0], Layout{}, Int<Config::kStages>{}))(_, _, _, stage);
+    } else {
+      return thread_qk.partition_fragment_B(make_tensor(make_smem_ptr(shared.k[stage]), Layout{}));
+    }
   };
   auto sVt = [&](int stage) {
-    return thread_pv.partition_fragment_B(make_tensor(make_smem_ptr(shared.v[stage]), typename Config::LayoutVt{}));
+    using Layout = typename Config::LayoutVt;
+    if constexpr (Config::kUniformDescriptors) {
+      return thread_pv.partition_fragment_B(all_stages(shared.v[0], Layout{}, Int<Config::kStages>{}))(_, _, _, stage);
+    } else {
+      return thread_pv.partition_fragment_B(make_tensor(make_smem_ptr(shared.v[stage]), Layout{}));
+    }
   };
   Tensor rS = partition_fragment_C(mma_qk, Shape<Int<Config::kQueries>, Int<Config::kKeys>>{});
   Tensor rO = partition_fragment_C(mma_pv, Shape<Int<Config::kQueries>, Int<Config::kHeadDimV>>{});
@@ -153,11 +179,12 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
   // A step between two blocks of a tile of which every query has seen a key and none of whose scores is hidden. `weights`
   // are those of the block before; the block's own go to `next_weights`: early, beside the softmax, or once P V is done.
   const auto plain_step = [&](auto& weights, auto& next_weights, auto early) __attribute__((always_inline)) {
+    const int q_stage = stage_of(q_ring), k_stage = stage_of(k_ring), v_stage = stage_of(v_ring);
     shared.k_full[k_ring.stage].wait(k_ring.parity);
     shared.v_full[v_ring.stage].wait(v_ring.parity);
     turn.take();
-    multiply(mma_qk, sQ(q_ring.stage), sK(k_ring.stage), rS, false);
-    multiply(mma_pv, weights, sVt(v_ring.stage), rO, has_output);
+    multiply(mma_qk, sQ(q_stage), sK(k_stage), rS, false);
+    multiply(mma_pv, weights, sVt(v_stage), rO, has_output);
     has_output = true;
     turn.pass();
     warpgroup_wait<1>();
@@ -262,13 +289,14 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
           continue;
         }
       }
+      const int q_stage = stage_of(q_ring), k_stage = stage_of(k_ring), v_stage = stage_of(v_ring);
       if (more) shared.k_full[k_ring.stage].wait(k_ring.parity);
       if (running) shared.v_full[v_ring.stage].wait(v_ring.parity);
       // NOTE: at the start there is no P V, and at the end no Q K^T, yet both are multiplied, from whatever lies there, and
       // forgotten: a product that depends on a branch makes the compiler wait for each.
       turn.take();
-      multiply(mma_qk, sQ(q_ring.stage), sK(k_ring.stage), rS, false);
-      multiply(mma_pv, rP, sVt(v_ring.stage), rO, has_output);
+      multiply(mma_qk, sQ(q_stage), sK(k_stage), rS, false);
+      multiply(mma_pv, rP, sVt(v_stage), rO, has_output);
       turn.pass();
       warpgroup_wait<1>();
       warpgroup_fence_operand(rS);
@@ -294,9 +322,10 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     } else if (block < first_block) {
       // A tile's last product and the next one's first scores, each for itself.
       if (running) {
+        const int v_stage = stage_of(v_ring);
         shared.v_full[v_ring.stage].wait(v_ring.parity);
         turn.take();
-        multiply(mma_pv, rP, sVt(v_ring.stage), rO, has_output);
+        multiply(mma_pv, rP, sVt(v_stage), rO, has_output);
         turn.pass();
         finish_output();
         write_output(slot);
@@ -305,9 +334,10 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       const Next next = next_tile();
       if (next == Next::kEnd) break;
       if (next == Next::kNothing) continue;
+      const int q_stage = stage_of(q_ring), k_stage = stage_of(k_ring);
       shared.k_full[k_ring.stage].wait(k_ring.parity);
       turn.take();
-      multiply(mma_qk, sQ(q_ring.stage), sK(k_ring.stage), rS, false);
+      multiply(mma_qk, sQ(q_stage), sK(k_stage), rS, false);
       turn.pass();
       warpgroup_wait<0>();
       warpgroup_fence_operand(rS);
@@ -319,11 +349,12 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       has_output = false;
       --block;
     } else {
+      const int q_stage = stage_of(q_ring), k_stage = stage_of(k_ring), v_stage = stage_of(v_ring);
       shared.k_full[k_ring.stage].wait(k_ring.parity);
       shared.v_full[v_ring.stage].wait(v_ring.parity);
       turn.take();
-      multiply(mma_qk, sQ(q_ring.stage), sK(k_ring.stage), rS, false);
-      multiply(mma_pv, rP, sVt(v_ring.stage), rO, has_output);
+      multiply(mma_qk, sQ(q_stage), sK(k_stage), rS, false);
+      multiply(mma_pv, rP, sVt(v_stage), rO, has_output);
       has_output = true;
       turn.pass();
       warpgroup_wait<1>();

@@ -134,6 +134,11 @@ struct Ring {
   int stage = 0;
   uint32_t parity = 0;
 
+  // The stage in a form that the compiler knows to be the same in all lanes of a warp: what is computed from it, above all
+  // the descriptors of products, stays in uniform registers. Called by all lanes.
+  // NOTE: called anew for each step; else descriptors leave the loop, for registers that are not there.
+  __device__ __forceinline__ int uniform_stage() const { return __shfl_sync(0xffffffffu, stage, 0); }
+
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) {
       stage = 0;
