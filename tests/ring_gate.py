@@ -157,16 +157,30 @@ def schedule_of(case: Case) -> Iterator[None]:
             yield
 
 
+_patches: dict[tuple[Any, str, Any], int] = {}  # in force, and by how many contexts
+_unpatched: dict[tuple[Any, str, Any], Any] = {}
+
+
 @contextlib.contextmanager
 def patched(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Replaces an attribute of shipped code; the ring's cached plans go with it."""
-    original = getattr(module, name)
-    setattr(module, name, value)
+    """Replaces an attribute of shipped code; the ring's cached plans go with it.
+
+    Ranks of a process may ask for the same at a time, and come and go in any order: the last one puts back what the first
+    one found.
+    """
+    patch = (module, name, value)
+    if patch not in _patches:
+        _unpatched[patch] = getattr(module, name)
+        setattr(module, name, value)
+    _patches[patch] = _patches.get(patch, 0) + 1
     ring.ring_plan.cache_clear()
     try:
         yield
     finally:
-        setattr(module, name, original)
+        _patches[patch] -= 1
+        if _patches[patch] == 0:
+            del _patches[patch]
+            setattr(module, name, _unpatched.pop(patch))
         ring.ring_plan.cache_clear()
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fa3_dist.parallel import ring
 from fa3_dist.parallel.exchange import DistributedExchange, Exchange, run_in_process
 from fa3_dist.parallel.ring import ring_attention
-from fa3_dist.parallel.schedule import Layout, contiguous, packed, zigzag
+from fa3_dist.parallel.schedule import Layout, contiguous, packed, ring_schedule, zigzag
 from tests.distributed import run_distributed
 from tests.ring_gate import NAMES, Case, judge, local_rows, make_inputs, run_case, total_error
 
@@ -97,6 +97,7 @@ def test_gate_in_process(world: int):
     for case in CASES:
         if sum(case.lengths) < 1000:
             assert judge(case, run_in_process(world, run_case, case)) == [], case.name
+    assert ring.ring_schedule is ring_schedule, "ranks of this process left another schedule behind"
 
 
 GPU_CASES = [case for case in CASES if 100 < sum(case.lengths) and case.schedule == "shipped"]
