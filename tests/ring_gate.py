@@ -165,8 +165,8 @@ _unpatched: dict[tuple[Any, str, Any], Any] = {}
 def patched(module: Any, name: str, value: Any) -> Iterator[None]:
     """Replaces an attribute of shipped code; the ring's cached plans go with it.
 
-    Ranks of a process may ask for the same at a time, and come and go in any order: the last one puts back what the first
-    one found.
+    Ranks of a process may ask for the same at a time, and come and go in any order: the last one puts back what the
+    first one found.
     """
     patch = (module, name, value)
     if patch not in _patches:
