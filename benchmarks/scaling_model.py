@@ -7,26 +7,28 @@ orders of magnitude: of the kernels from result files of attention.py, of links 
 is the time of the whole sequence on one GPU, from the same rates, over GPUs times the time on them. It prints a table
 whose foot says what was measured, given or assumed, and writes that as JSON and as a picture.
 
-`--measured FILE` holds the model against measured efficiencies:
+`--measured FILE` holds the model against efficiencies that were measured, at the bandwidth and latency that the file
+tells of. What is read of it:
 
-    {"cells": [{"gpus": 2, "mode": "ring", "seqlen": 32768, "heads": 32, "kv_heads": 8, "head_dim": 128,
-                "causal": true, "efficiency": {"forward": 0.93, "forward_backward": 0.94}}]}
+    {"device": "NVIDIA H200", "ranks": 2, "bandwidth": {"2": 3.4e11}, "latency": 1.2e-5, "cells": [
+        {"seqlen": 32768, "batch": 1, "heads": 32, "kv_heads": 8, "head_dim": 128, "head_dim_v": 128, "causal": true,
+         "window_left": null, "passes": {"forward": {"entries": {
+             "ring": {"efficiency": 0.93, "ms": {"median": 12.3}}}}}}]}
 
-A cell may also have "batch", "head_dim_v" and "window_left", and "world" for "gpus"; a figure may be {"median": ...};
-cells without an efficiency are passed over. If the file has {"links": {"bandwidth": {"8": 4e11}, "latency": 1e-5}},
-in groups of so many ranks, these are taken in place of given ones.
+The passes are forward and forward_backward, the entries ring, all_to_all and product; what else there is, packed
+documents and other head dims among it, is passed over.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import itertools
 import json
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,18 +99,13 @@ def is_number(text: str) -> bool:
         return False
 
 
-def read_links(path: Path) -> Links | None:
-    """The links that a result file tells of; None if it tells of none."""
-    found = json.loads(path.read_text()).get("links")
-    if not found:
-        return None
-    bandwidth = {int(ranks): float(rate) for ranks, rate in dict(found["bandwidth"]).items()}
-    return dataclasses.replace(Links.given(bandwidth), latency=found.get("latency"))
-
-
-def given_links(gpus_per_host: int, within: float, between: float, gpus: int) -> dict[int, float]:
-    """Bytes/s by ranks, for up to so many GPUs."""
-    return {gpus_per_host: within} | ({gpus: between} if gpus > gpus_per_host else {})
+def make_links(parsed: argparse.Namespace, measured: dict[str, Any]) -> tuple[Links, str]:
+    """Bytes/s in groups of so many ranks, as given, but for groups that were measured; and where they come from."""
+    most = max(parsed.gpus)
+    given = {parsed.gpus_per_host: parsed.within} | ({most: parsed.between} if most > parsed.gpus_per_host else {})
+    known = {int(ranks): float(rate) for ranks, rate in measured.get("bandwidth", {}).items()}
+    origin = f"those among {', '.join(map(str, known))} GPUs measured, the others given" if known else "given"
+    return replace(Links.given(given | known), latency=measured.get("latency", parsed.latency)), origin
 
 
 # ---- predictions -----------------------------------------------------------------------------------------------------
@@ -178,29 +175,30 @@ def predict(problem: Problem, machine: Machine, gpus: int) -> dict[str, Predicti
 class Comparison(NamedTuple):
     what: str
     which: str
-    predicted: float
+    predicted: float  # efficiency
     measured: float
+    predicted_ms: float
+    measured_ms: float | None
 
 
-def compare(path: Path, machine: Machine) -> list[Comparison]:
-    """Predicted and measured efficiencies of the cells of a result file."""
+def compare(result: dict[str, Any], machine: Machine, head_dims: tuple[int, int]) -> list[Comparison]:
+    """The efficiencies of a result file beside those predicted, of cells with the heads that the rates are for."""
     found = []
-    for cell in json.loads(path.read_text())["cells"]:
-        gpus, mode, efficiencies = cell.get("gpus", cell.get("world")), cell.get("mode"), cell.get("efficiency")
-        if not gpus or mode not in MODES or not efficiencies or not cell.get("seqlen"):
+    for cell in result["cells"]:
+        if not cell.get("seqlen") or (cell["head_dim"], cell["head_dim_v"]) != head_dims:
             continue
-        window_right = 0 if cell["causal"] else None
-        call = Call(cell["heads"], cell["kv_heads"], cell["head_dim"], cell.get("head_dim_v", cell["head_dim"]),
-                    torch.bfloat16, cell.get("window_left"), window_right)
-        problem = Problem(call, cell["seqlen"], cell.get("batch") or 1)
-        prediction = predict(problem, machine, gpus).get(mode)
-        for which in PASSES:
-            figure = efficiencies.get(which)
-            if prediction is None or figure is None:
+        call = Call(cell["heads"], cell["kv_heads"], cell["head_dim"], cell["head_dim_v"], torch.bfloat16,
+                    cell["window_left"], 0 if cell["causal"] else None)
+        problem = Problem(call, cell["seqlen"], cell["batch"])
+        predictions = predict(problem, machine, result["ranks"])
+        for which, mode in itertools.product(PASSES, predictions):
+            entry = cell["passes"].get(which, {}).get("entries", {}).get(mode, {})
+            if entry.get("efficiency") is None:
                 continue
-            measured = figure["median"] if isinstance(figure, dict) else figure
-            what = f"{gpus} GPUs, {prediction.name}, {problem.seqlen} tokens, {call.heads}:{call.kv_heads} heads"
-            found.append(Comparison(what, which, prediction.efficiency(which), measured))
+            each = predictions[mode]
+            what = f"{each.gpus} GPUs, {each.name}, {problem.seqlen} tokens, {call.heads}:{call.kv_heads} heads"
+            found.append(Comparison(what, which, each.efficiency(which), entry["efficiency"],
+                                    1e3 * each.seconds(which), (entry.get("ms") or {}).get("median")))
     return found
 
 
@@ -228,9 +226,13 @@ def milliseconds(seconds: float) -> str:
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> list[str]:
-    lines = ["| efficiency | pass | predicted | measured | difference |", "|---" * 5 + "|"]
-    for what, which, predicted, measured in comparisons:
-        lines.append(f"| {what} | {which} | {predicted:.2f} | {measured:.2f} | {predicted - measured:+.2f} |")
+    """Efficiencies and milliseconds, predicted and measured, as Markdown."""
+    head = ["", "pass", "predicted", "measured", "difference", "ms predicted", "ms measured"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for what, which, predicted, measured, predicted_ms, measured_ms in comparisons:
+        times = f"{predicted_ms:.3g} | {'-' if measured_ms is None else f'{measured_ms:.3g}'}"
+        figures = f"{predicted:.2f} | {measured:.2f} | {predicted - measured:+.2f}"
+        lines.append(f"| {what} | {which} | {figures} | {times} |")
     return lines
 
 
@@ -240,7 +242,7 @@ def assumptions(machine: Machine, origins: Sequence[str], links_origin: str) -> 
     bandwidth = ", ".join(f"{rate / 1e9:g} GB/s among {ranks} neighbours" for ranks, rate in links.bandwidth)
     latency = rates.latency if links.latency is None else links.latency
     return [
-        "nothing here was measured on more than one GPU: these are predictions",
+        "nothing in this table was measured on more than one GPU: these are predictions",
         *origins,
         f"links, {links_origin}: {bandwidth}, and more of them as the last; a rank sends and receives at full rate, "
         "whoever else does, and its messages slow no kernel down",
@@ -319,7 +321,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help=f"of a further ring step, beside its work (default: {rates.step_seconds:g})")
     parser.add_argument("--memory", type=float, default=rates.memory,
                         help=f"bytes/s of device memory, read and written (default: {rates.memory:g})")
-    parser.add_argument("--measured", type=Path, metavar="JSON", help="measured efficiencies to compare with")
+    parser.add_argument("--measured", type=Path, metavar="JSON", help="a result with efficiencies to compare with")
     parser.add_argument("--output", type=Path, default=timing.ROOT / "runs" / "scaling_model.json",
                         help="result; its picture goes beside it (default: runs/scaling_model.json)")
     parsed = parser.parse_args(arguments)
@@ -342,28 +344,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 None if parsed.full else 0)
     try:
         forward, backward, origins = kernel_speeds(parsed.forward, parsed.backward, parsed.head_dim, head_dim_v)
+        measured = json.loads(parsed.measured.read_text()) if parsed.measured else {}
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    links = read_links(parsed.measured) if parsed.measured else None
-    links_origin = f"from {parsed.measured.name}" if links else "given"
-    links = links or Links.given(given_links(parsed.gpus_per_host, parsed.within, parsed.between, max(parsed.gpus)))
+    links, links_origin = make_links(parsed, measured)
     rates = Rates(forward, backward, parsed.memory, parsed.step_seconds, parsed.latency)
     machine = Machine(rates, links)
 
     problems = {gpus: Problem(call, (parsed.tokens_per_gpu or 0) * gpus or parsed.seqlen, parsed.batch)
                 for gpus in sorted(set(parsed.gpus))}
     predictions = [predict(problem, machine, gpus) for gpus, problem in problems.items()]
-    comparisons = compare(parsed.measured, machine) if parsed.measured else []
+    comparisons = compare(measured, machine, (parsed.head_dim, head_dim_v)) if measured else []
     length = f"{parsed.tokens_per_gpu} tokens a GPU" if parsed.tokens_per_gpu else f"{parsed.seqlen} tokens"
     title = f"predicted: {length}, batch {parsed.batch}, {call}"
     foot = assumptions(machine, origins, links_origin)
 
     print("\n".join([title, "efficiency in milliseconds: forward; forward and backward", "", *table(predictions)]))
     print("\n".join(["", "What this rests on:", *(f"- {line}" for line in foot)]))
-    if parsed.measured:
-        print("\n".join(["", *comparison_table(comparisons)] if comparisons else
-                        ["", f"{parsed.measured} has no cell with an efficiency to compare with"]))
+    if measured:
+        print(f"\nBeside {parsed.measured.name}, measured on {measured['ranks']} x {measured['device']}:\n")
+        print("\n".join(comparison_table(comparisons)) if comparisons else "it has no efficiency to compare with")
     result = {
         "model": "scaling", "title": title, "call": {**call._asdict(), "dtype": "bfloat16"}, "rates": rates._asdict(),
         "links": {"bandwidth": links.bandwidth, "latency": links.latency}, "assumptions": foot,

@@ -121,45 +121,61 @@ def test_without_a_result_the_backward_is_an_assumption(monkeypatch: pytest.Monk
 # ---- measurements beside it, output ----------------------------------------------------------------------------------
 
 
-def measured_file(folder: Path, **more: Any) -> Path:
-    sizes = {"seqlen": 32768, "heads": 32, "kv_heads": 8, "head_dim": 128, "causal": True}
-    cells = [
-        {**sizes, "gpus": 2, "mode": "ring", "efficiency": {"forward": 0.9, "forward_backward": {"median": 0.5}}},
-        {**sizes, "world": 4, "mode": "product", "efficiency": {"forward": 0.8}},
-        {**sizes, "gpus": 2, "mode": "ring", "efficiency": None},
-        {**sizes, "gpus": 2, "mode": "another", "efficiency": {"forward": 0.8}},
-        {**sizes, "seqlen": None, "gpus": 2, "mode": "ring", "efficiency": {"forward": 0.8}},
-    ]
-    path = folder / "measured.json"
-    path.write_text(json.dumps({"cells": cells, **more}))
-    return path
+MEASURED: dict[str, Any] = {
+    "device": "NVIDIA H200", "ranks": 2, "bandwidth": {"2": 3e11}, "latency": 1e-5,
+    "cells": [
+        {
+            "name": "gqa_32k", "batch": 1, "seqlen": 32768, "heads": 32, "kv_heads": 8, "head_dim": 128,
+            "head_dim_v": 128, "causal": True, "window_left": None,
+            "passes": {
+                "forward": {"entries": {
+                    "alone": {"ms": {"median": 9.0}}, "ring": {"efficiency": 0.9, "ms": {"median": 5.0}},
+                    "all_to_all": {"ms": None, "reason": "none"},
+                }},
+                "forward_backward": {"entries": {"all_to_all": {"efficiency": 0.5}, "torch": {"efficiency": 0.1}}},
+            },
+        },
+        {"name": "packed", "documents": 9, "tokens": 4096, "passes": {}},
+    ],
+}  # fmt: skip
 
 
-def test_measurements_stand_beside_predictions(tmp_path: Path):
+def test_measurements_stand_beside_predictions():
     machine = Machine(USUAL, HOSTS)
-    found = scaling_model.compare(measured_file(tmp_path), machine)
-    assert [(each.which, each.measured) for each in found] == [
-        ("forward", 0.9), ("forward_backward", 0.5), ("forward", 0.8)
+    assert scaling_model.compare(MEASURED, machine, (64, 64)) == []
+    found = scaling_model.compare(MEASURED, machine, (128, 128))
+    predictions = predict(problem(32768, 32, 8), machine, 2)
+    ring, swapped = predictions["ring"], predictions["all_to_all"]
+    what = "2 GPUs, {}, 32768 tokens, 32:8 heads"
+    assert found == [
+        (what.format("ring"), "forward", ring.efficiency("forward"), 0.9, 1e3 * ring.seconds("forward"), 5.0),
+        (what.format("all_to_all"), "forward_backward", swapped.efficiency("forward_backward"), 0.5,
+         1e3 * swapped.seconds("forward_backward"), None),
     ]  # fmt: skip
-    predicted = predict(problem(32768, 32, 8), machine, 2)["ring"].efficiency("forward")
-    assert found[0].predicted == predicted and "2 GPUs, ring, 32768 tokens, 32:8 heads" == found[0].what
-    assert f"| {predicted:.2f} | 0.90 | {predicted - 0.9:+.2f} |" in scaling_model.comparison_table(found)[2]
+    predicted = ring.efficiency("forward")
+    table = scaling_model.comparison_table(found)
+    assert f"| {predicted:.2f} | 0.90 | {predicted - 0.9:+.2f} | {1e3 * ring.seconds('forward'):.3g} | 5 |" in table[2]
+    assert table[3].endswith("| - |")
 
 
-def test_links_of_a_measurement_are_taken(tmp_path: Path):
-    assert scaling_model.read_links(measured_file(tmp_path)) is None
-    for bandwidth in ({"2": 3e11}, [[2, 3e11]]):
-        path = measured_file(tmp_path, links={"bandwidth": bandwidth, "latency": 1e-5})
-        assert scaling_model.read_links(path) == Links(((2, 3e11),), 1e-5)
+def test_measured_links_take_the_place_of_given_ones():
+    parsed = scaling_model.parse_arguments(["--gpus", "2,64", "--within", "4e11", "--between", "5e10"])
+    links, origin = scaling_model.make_links(parsed, {})
+    assert links == Links(((8, 4e11), (64, 5e10)), parsed.latency) and origin == "given"
+    links, origin = scaling_model.make_links(parsed, MEASURED)
+    assert links == Links(((2, 3e11), (8, 4e11), (64, 5e10)), 1e-5) and "among 2 GPUs measured" in origin
 
 
 def test_a_run_prints_its_assumptions_and_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "runs" / "model.json"
     arguments = ["--seqlen", "16384", "--gpus", "2,16,64", "--backward", "500", "--output", str(output)]
-    assert scaling_model.main([*arguments, "--measured", str(measured_file(tmp_path))]) == 0
+    measured = tmp_path / "measured.json"
+    measured.write_text(json.dumps(MEASURED))
+    assert scaling_model.main([*arguments, "--measured", str(measured)]) == 0
     printed = capsys.readouterr().out
     assert "predicted: 16384 tokens, batch 1, 32:8 heads of 128, bfloat16, causal" in printed
-    for phrase in ("these are predictions", "measured on one NVIDIA H200", "given: 500 TFLOP/s", "given: 400 GB/s"):
+    for phrase in ("these are predictions", "measured on one NVIDIA H200", "given: 500 TFLOP/s", "300 GB/s among 2",
+                   "Beside measured.json, measured on 2 x NVIDIA H200"):
         assert phrase in printed
     result = json.loads(output.read_text())
     assert [(each["gpus"], each["mode"]) for each in result["predictions"]] == [
@@ -169,7 +185,7 @@ def test_a_run_prints_its_assumptions_and_writes_what_it_prints(tmp_path: Path, 
     first = result["predictions"][0]["forward"]
     assert f"| 2 | {first['efficiency']:.2f} in {scaling_model.milliseconds(first['seconds'])};" in printed
     assert [scaling_model.milliseconds(seconds) for seconds in (0.0012345, 0.12, 12.3456)] == ["1.23", "120", "12346"]
-    assert len(result["compared"]) == 3 and len(result["assumptions"]) >= 8
+    assert len(result["compared"]) == 2 and len(result["assumptions"]) >= 8
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 
