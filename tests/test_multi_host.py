@@ -48,7 +48,7 @@ SHAPE = (2, 22)  # (B, S) of the training steps
 WATCHER = PROCESSES  # the first rank of the host whose link is cut
 CALL = 2  # of `forward_into` in which that happens: the step of the first layer's ring that other hosts' keys feed
 TIMEOUT = 2.0  # seconds, of the messages of the last part
-SLACK = 6.0  # for a busy machine, and for torchrun to end the other ranks
+SLACK = 10.0  # for a busy machine: to write tracebacks, to end the interpreters, and for torchrun to see it
 START = 60.0  # seconds for the ranks to start and to take a step in every mode
 
 

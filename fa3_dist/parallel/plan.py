@@ -162,8 +162,8 @@ class Choice:
         for each in self.estimates:
             name = f"{'*' if each.head_ranks == self.head_ranks else ' '} {mode_name(each.head_ranks, world)}"
             seconds, compute, exposed = (1e3 * value for value in (each.seconds, each.compute, each.exposed))
-            lines.append(f"  {name:<24} {seconds:9.3f} ms: {compute:.3f} attention, {exposed:.3f} exposed messages; "
-                         f"{each.moved / 1e6:.2f} MB a rank")
+            lines.append(f"  {name:<24} {seconds:9.3f} ms: {compute:.3f} attention, {exposed:.3f} messages, copies and "
+                         f"waits; {each.moved / 1e6:.2f} MB a rank")
         return "\n".join(lines)
 
 
