@@ -27,7 +27,7 @@ environment = $(if $(GPUS),,$(VENV)/.$(1))
 help: ## print this text
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo
-	@echo '  ARGS="..."           passed on to train, test, bench, attention, step and tune'
+	@echo '  ARGS="..."           passed on to train, test, bench, attention, step, scaling and tune'
 	@echo '  RANKS=N              processes of make train (default: one a GPU, else 2)'
 	@echo '  FA3_DIST_ROWS="..."  kernels to build: patterns ("delta_bf16,*fp16"), or one-per-family'
 	@echo '  TORCH="torch==..."   the torch that goes into .venv (default: $(TORCH))'
@@ -67,6 +67,10 @@ attention: $$(call environment,train) ## measure attention on a GPU beside its p
 .PHONY: step
 step: $$(call environment,train) ## measure training steps of a 1.3 G model on a GPU, with our attention and with cuDNN's
 	$(RUN) benchmarks/end_to_end.py $(ARGS)
+
+.PHONY: scaling
+scaling: $$(call environment,train) ## predict the efficiency of context parallelism on 2 to 512 GPUs from one GPU's speed
+	$(RUN) benchmarks/scaling_model.py $(ARGS)
 
 .PHONY: tune
 tune: $$(call environment,kernels) ## build tile shapes (HEAD_DIM=128 TILES=128x128,128x112) and, on a GPU, time them

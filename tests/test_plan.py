@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from fa3_dist.parallel.all_to_all import all_to_all_attention
 from fa3_dist.parallel.exchange import Exchange, run_in_process
-from fa3_dist.parallel.plan import RATES, Call, Choice, Links, choose, estimate, measure_links, mode_name
-from fa3_dist.parallel.schedule import Layout, contiguous, packed, work, zigzag
+from fa3_dist.parallel.plan import RATES, Call, Choice, Links, choose, estimate, measure_links, mode_name, speed_at
+from fa3_dist.parallel.schedule import Layout, contiguous, grouped, packed, work, zigzag
+from fa3_dist.parallel.timeline import Wires, backward_end, forward_end
 from tests.ring_gate import Case, run_case
 
 BF16 = torch.bfloat16
@@ -25,9 +27,9 @@ def call(heads: int, kv_heads: int, window_left: int | None = None, window_right
 # what decides -> (layout, call, links, expected head_ranks)
 CASES: dict[str, tuple[Layout, Call, Links, int]] = {
     "few heads and a long sequence: ring": (zigzag((262144,), 8), call(8, 1), HOST, 1),
-    "grouped heads and a long sequence: ring": (zigzag((131072,), 8), call(32, 8), HOST, 1),
+    "grouped heads and a long sequence: ring": (zigzag((131072,), 8), call(32, 8), Links.given(100e9), 1),
     "a short sequence and many heads: all-to-all": (zigzag((4096,), 4), call(32, 32), Links.given(50e9), 4),
-    "on a host that hides half of a ring: product": (zigzag((16384,), 8), call(64, 64), Links.given(200e9), 4),
+    "on links that hide half of a ring: product": (zigzag((65536,), 8), call(32, 32), Links.given(50e9), 4),
     "the same with one key/value head: ring": (zigzag((4096,), 4), call(32, 1), Links.given(4e9), 1),
     "full mask, many heads, slow links: all-to-all": (
         contiguous((16384,), 8), call(64, 64, window_right=None), Links.given(10e9), 8),
@@ -82,11 +84,121 @@ def test_estimates_count_pairs_and_follow_links():
     layout, attention = zigzag((4096,), 4), call(8, 8)
     for head_ranks in (1, 2, 4):
         each = estimate(layout, attention, head_ranks, HOST, RATES["cuda"])
-        flops = work(layout, 0, window_right=0) * 8 * 128 * 2 * 7
-        assert each.compute == pytest.approx(flops / RATES["cuda"].flops, rel=0.01)
+        flops = work(layout, 0, window_right=0) * 8 * 128 * 2
+        assert each.forward.compute == pytest.approx(2 * flops / 5e14, rel=0.01)
+        assert each.backward.compute == pytest.approx(5 * flops / 5e14, rel=0.01)
+        assert each.seconds == pytest.approx(each.forward.seconds + each.backward.seconds)
         slower = estimate(layout, attention, head_ranks, Links.given(1e9), RATES["cuda"])
         assert slower.exposed > each.exposed > 0 and slower.moved == each.moved
     assert HOSTS.within(2) == HOSTS.within(8) == 400e9 and HOSTS.within(16) == HOSTS.within(128) == 40e9
+    assert HOSTS.between(np.array([7, 7, 20]), np.array([0, 8, 130])).tolist() == [400e9, 40e9, 40e9]
+
+
+def test_one_rank_costs_its_attention():
+    each = estimate(zigzag((4096, 100), 1), call(8, 2), 1, HOST, RATES["cuda"])
+    assert each.exposed == 0 and each.moved == 0 and each.seconds == each.compute > 0
+
+
+NOTHING_BUT_ATTENTION = RATES["cuda"]._replace(memory=1e30, step_seconds=0.0, latency=0.0)
+
+
+@pytest.mark.parametrize("window", [(None, 0), (None, None), (100, 0)])
+@pytest.mark.parametrize("head_ranks", [1, 2, 4])
+@pytest.mark.parametrize("make", [zigzag, contiguous])
+def test_where_all_else_is_free_the_busiest_rank_decides(make, head_ranks: int, window):
+    attention = call(8, 8, *window)
+    each = estimate(make((4096,), 4), attention, head_ranks, Links.given(1e30), NOTHING_BUT_ATTENTION)
+    ring = grouped(make((4096,), 4), head_ranks)
+    pairs = max(work(ring, rank, window_left=window[0], window_right=window[1]) for rank in range(ring.world))
+    assert each.seconds == pytest.approx(7 * 2 * pairs * 8 / head_ranks * 128 / 5e14, rel=1e-9)
+    assert each.exposed == pytest.approx(0, abs=1e-9 * each.compute)
+
+
+def test_slow_links_decide_alone():
+    """Two ranks, full mask, by hand: the forward is its one message and what it feeds, the all-to-all its two."""
+    layout, links, tokens = contiguous((2048,), 2), Links.given(1e6), 1024
+    full, row = call(4, 2, window_right=None), 2 * 256 * 2  # bytes of K/V of a token
+    ring = estimate(layout, full, 1, links, NOTHING_BUT_ATTENTION)
+    step = tokens * tokens * 4 * 2 * 128 / 5e14  # a product of one step
+    assert ring.forward.seconds == pytest.approx(tokens * row / 1e6 + 2 * step)
+    assert ring.backward.seconds == pytest.approx(tokens * (row + 2 * row) / 1e6 + 5 * step)
+    swapped = estimate(layout, full, 2, links, NOTHING_BUT_ATTENTION)
+    per_row = 2 * 128 * 2 + 256 * 2 + 2 * (128 * 2 + 4)  # of the other rank's heads: q, k and v, out and lse
+    assert swapped.forward.exposed == pytest.approx(tokens * per_row / 1e6)
+    late = estimate(layout, full, 1, Links(links.bandwidth, latency=10.0), NOTHING_BUT_ATTENTION)
+    assert late.forward.seconds == pytest.approx(ring.forward.seconds + 10)
+    assert late.backward.seconds == pytest.approx(ring.backward.seconds + 20)
+
+
+def test_rates_follow_the_keys_of_a_query():
+    speed = ((100, 1e14), (10000, 3e14))
+    assert speed_at(speed, np.array([1, 100, 1000, 10000, 1e6])) == pytest.approx([1e14, 1e14, 2e14, 3e14, 3e14])
+    rates = NOTHING_BUT_ATTENTION._replace(forward=speed)
+    each = estimate(zigzag((20001,), 1), call(8, 8), 1, HOST, rates)  # 10001 keys on average
+    assert each.forward.seconds == pytest.approx(4 * 20001 * 10001 * 8 * 128 / 3e14)
+    assert each.backward.seconds == pytest.approx(10 * 20001 * 10001 * 8 * 128 / 5e14)
+
+
+@pytest.mark.parametrize("head_ranks", [1, 4])
+def test_what_is_slower_is_never_predicted_faster(head_ranks: int):
+    layout, attention, rates = zigzag((8192,), 8), call(16, 4), RATES["cuda"]
+    base = estimate(layout, attention, head_ranks, HOSTS, rates)
+    slower = [
+        (Links.given({8: 400e9, 64: 4e9}), rates), (Links.given({8: 40e9, 64: 40e9}), rates),
+        (HOSTS, rates._replace(latency=1e-3)), (HOSTS, rates._replace(step_seconds=1e-3)),
+        (HOSTS, rates._replace(memory=3e11)), (HOSTS, rates._replace(forward=((1, 1e14),))),
+    ]  # fmt: skip
+    for links, other in slower:
+        assert estimate(layout, attention, head_ranks, links, other).seconds >= base.seconds
+    longer = estimate(zigzag((16384,), 8), attention, head_ranks, HOSTS, rates)
+    assert longer.seconds > base.seconds
+
+
+# ---- the ring in time ------------------------------------------------------------------------------------------------
+
+
+def wires(world: int, *shifts: int) -> Wires:
+    """2 bytes/s, and half a second a message."""
+    return Wires((0, *shifts), world, lambda ranks, others: np.full(len(ranks), 2.0), 0.5)
+
+
+def test_forward_by_hand():
+    """Two ranks; rank 1 packs for 3 s, so the message of 10 bytes (5.5 s) starts then and both have it at 8.5."""
+    work = np.array([[4.0, 3.0], [4.0, 5.0]])
+    message = np.array([[0, 10], [0, 10]])
+    assert forward_end(wires(2, 1), np.array([1.0, 3.0]), work, message).tolist() == [11.5, 13.5]
+    hidden = forward_end(wires(2, 1), np.zeros(2), np.array([[6.0, 3.0], [7.0, 5.0]]), message)
+    assert hidden.tolist() == [9.0, 12.0]
+
+
+def test_a_late_rank_holds_up_those_who_wait_for_it():
+    """Three ranks; only rank 0 sends: to rank 1 in step 1 at 0, to rank 2 in step 2, which it first comes to at 7.
+
+    That message moves until 9.5, and both ends wait for it.
+    """
+    work = np.array([[7.0, 0.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    message = np.array([[0, 0, 0], [0, 4, 0], [0, 0, 4]])
+    end = forward_end(wires(3, 1, 2), np.zeros(3), work, message)
+    assert end.tolist() == [10.5, 4.5, 10.5]
+
+
+def test_backward_by_hand():
+    """K/V in 0 to 5.5, gradients of it in 5.5 to 8.5, home in 8.5 to 19, while the closing part ends at 10.5."""
+    both = np.ones(2)
+    end = backward_end(
+        wires(2, 1), 0 * both, both, np.full((2, 2), 3.0), 2 * both, np.full((2, 2), 10), np.full((2, 2), 20),
+        np.full((2, 2), 0.25),
+    )  # fmt: skip
+    assert end.tolist() == [19.25, 19.25]
+
+
+def test_messages_of_a_rank_take_turns():
+    """Three ranks: step 2's K/V (5.5 to 11) come before step 1's dK/dV (posted at 6.5, so 11 to 21.5)."""
+    all_ = np.zeros(3)
+    end = backward_end(
+        wires(3, 1, 2), all_, all_, np.ones((3, 3)), all_, np.full((3, 3), 10), np.full((3, 3), 20), np.zeros((3, 3))
+    )
+    assert end.tolist() == [32.0] * 3  # the last step is done at 12, waits for that, and its own take 10.5 more
 
 
 @pytest.mark.parametrize("bandwidth, error", [

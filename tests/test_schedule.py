@@ -24,9 +24,8 @@ from fa3_dist.parallel.schedule import (
     grouped,
     imbalance,
     packed,
-    remote_keys,
-    remote_steps,
     ring_schedule,
+    step_sizes,
     work,
     zigzag,
 )
@@ -478,16 +477,21 @@ def test_groups_keep_the_kind_of_layout():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_remote_keys_and_steps_are_those_of_the_schedule(seed):
+def test_step_sizes_are_those_of_the_schedule(seed):
     random_ = random.Random(seed)
     for _ in range(20):
         layout = random_layout(random_, random_.randint(1, 5))
         left, right = (random_.choice([None, 0, random_.randint(1, 12)]) for _ in range(2))
-        window = {"window_left": left, "window_right": right}
+        sizes = step_sizes(layout, window_left=left, window_right=right)
         for rank, steps in enumerate(all_ranks(layout, left, right)):
-            assert remote_steps(layout, **window) == len(steps) - 1
-            arriving = sum(span.length for step in steps for span in step.receive)
-            assert remote_keys(layout, rank, **window) == arriving
+            assert sizes.shifts == tuple(step.shift for step in steps)
+            for pairs, queries, keys, step in zip(sizes.pairs[rank], sizes.queries[rank], sizes.keys[rank], steps):
+                visits = [visit for launch in step.forward for visit in launch]
+                assert pairs == sum(visit_mask(visit, left, right).sum() for visit in visits)
+                seeing = [range(visit.q_start, visit.q_start + visit.q_len) for visit in visits if visit.k_len]
+                assert queries == len(set().union(*seeing))
+                if step.shift:
+                    assert keys == sum(span.length for span in step.receive)
 
 
 # ---- bad input and cost ----------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ estimates the seconds of each divisor from quantities that every rank knows, so 
   many key/value heads, with heads enough for the ranks.
 - The product keeps the all-to-all where links are fast, within a host, and the ring across hosts.
 
-These are estimates of what differs between the modes, not of a training step. What stands in `RATES` is an order of
-magnitude; links are measured (`measure_links`), or given.
+These are estimates of attention, not of a training step. What stands in `RATES` is an order of magnitude; links are
+measured (`measure_links`), or given. benchmarks/scaling_model.py asks the same function with measured rates.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.all_to_all import kv_copies
 from fa3_dist.parallel.exchange import DistributedExchange, Exchange, Subgroup, exchange_with_all
-from fa3_dist.parallel.schedule import Layout, grouped, remote_keys, remote_steps, work
+from fa3_dist.parallel.schedule import Layout, StepSizes, grouped, step_sizes
+from fa3_dist.parallel.timeline import Wires, backward_end, forward_end
 
 
 class Call(NamedTuple):
@@ -51,17 +53,24 @@ class Call(NamedTuple):
         return f"{self.heads}:{self.kv_heads} heads of {dims}, {str(self.dtype).removeprefix('torch.')}, {mask}"
 
 
+Speed = tuple[tuple[float, float], ...]  # (keys that a query sees on average, FLOP/s), in rising order of keys
+
+
 class Rates(NamedTuple):
-    """What a device does. flops: of attention, a second; step_seconds: of one more ring step beside its arithmetic;
-    latency: seconds a message costs whatever its size, where links were not measured."""
+    """What a device does."""
 
-    flops: float
-    step_seconds: float
-    latency: float
+    forward: Speed
+    backward: Speed
+    memory: float  # bytes/s of its memory, read and written
+    step_seconds: float  # of one more launch beside its arithmetic: the launch, and the last wave that fills few SMs
+    latency: float  # seconds a message costs whatever its size, where links were not measured
 
 
-# Hopper: attention of a training step in bf16, and the launches and unfilled last wave of a kernel. A core of a CPU.
-RATES = {"cuda": Rates(5e14, 20e-6, 10e-6), "cpu": Rates(2e10, 100e-6, 100e-6)}
+# Hopper: attention of a training step in bf16. A core of a CPU.
+RATES = {
+    "cuda": Rates(((1, 5e14),), ((1, 5e14),), 3e12, 20e-6, 10e-6),
+    "cpu": Rates(((1, 2e10),), ((1, 2e10),), 1e10, 100e-6, 100e-6),
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,13 @@ class Links:
     def within(self, ranks: int) -> float:
         """Bytes/s in groups of `ranks` neighbours: that of the smallest known groups as large, else of the largest."""
         return next((rate for size, rate in self.bandwidth if size >= ranks), self.bandwidth[-1][1])
+
+    def between(self, ranks: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Bytes/s of a message from each of `ranks` to its one of `others`: of the smallest known groups with both."""
+        rates = np.full(len(ranks), self.bandwidth[-1][1])
+        for size, rate in reversed(self.bandwidth):
+            rates[ranks // size == others // size] = rate
+        return rates
 
     @staticmethod
     def given(bandwidth: float | Mapping[int, float]) -> Links:
@@ -93,13 +109,32 @@ class Links:
         return Links(tuple(sorted((ranks, float(rate)) for ranks, rate in by_ranks.items())))
 
 
+class Pass(NamedTuple):
+    """Seconds of a forward or a backward until the last rank is through."""
+
+    compute: float  # attention of the busiest rank
+    exposed: float  # the rest: messages that attention does not hide, waits, copies, launches of ring steps
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.exposed
+
+
 class Estimate(NamedTuple):
-    """What a mode is expected to cost the busiest rank."""
+    """What a mode is expected to cost."""
 
     head_ranks: int
-    compute: float  # seconds, forward and backward, as the rest
-    exposed: float  # of messages that attention does not hide, and of ring steps
-    moved: int  # bytes that come to it or that it sends back
+    forward: Pass
+    backward: Pass
+    moved: int  # bytes that come to the busiest rank or that it sends back
+
+    @property
+    def compute(self) -> float:
+        return self.forward.compute + self.backward.compute
+
+    @property
+    def exposed(self) -> float:
+        return self.forward.exposed + self.backward.exposed
 
     @property
     def seconds(self) -> float:
@@ -127,8 +162,8 @@ class Choice:
         for each in self.estimates:
             name = f"{'*' if each.head_ranks == self.head_ranks else ' '} {mode_name(each.head_ranks, world)}"
             seconds, compute, exposed = (1e3 * value for value in (each.seconds, each.compute, each.exposed))
-            lines.append(f"  {name:<24} {seconds:9.3f} ms: {compute:.3f} attention, {exposed:.3f} exposed messages; "
-                         f"{each.moved / 1e6:.2f} MB a rank")
+            lines.append(f"  {name:<24} {seconds:9.3f} ms: {compute:.3f} attention, {exposed:.3f} messages, copies and "
+                         f"waits; {each.moved / 1e6:.2f} MB a rank")
         return "\n".join(lines)
 
 
@@ -161,35 +196,93 @@ def choose(layout: Layout, call: Call, links: Links, device_type: str) -> Choice
 
 
 def estimate(layout: Layout, call: Call, head_ranks: int, links: Links, rates: Rates) -> Estimate:
-    """Seconds of forward and backward, and bytes, on the busiest rank.
+    """Seconds of forward and backward, and bytes.
 
-    Attention: 2 products of 2 * pairs * heads * head_dim FLOP in the forward, 5 in the backward. The n + 1 steps of a
-    ring share them evenly, and each of the n remote ones takes as long as its messages if those are slower.
+    Attention: 2 products of 2 * pairs * heads * head_dim FLOP in the forward, 5 in the backward. The ring is played
+    through by `timeline`, with the pairs and rows of every rank and step. The all-to-all before and after it hides
+    behind nothing. Copies, such as packing, take the time that their bytes take in memory.
     """
-    ring = grouped(layout, head_ranks)
-    window = {"window_left": call.window_left, "window_right": call.window_right}
-    latency = rates.latency if links.latency is None else links.latency
-    heads = call.heads // head_ranks
-    kv_heads = call.kv_heads * kv_copies(call.heads, call.kv_heads, head_ranks) // head_ranks
+    copies = kv_copies(call.heads, call.kv_heads, head_ranks)
+    heads, kv_heads = call.heads // head_ranks, call.kv_heads * copies // head_ranks
     D, E, size, sum_size = call.head_dim, call.head_dim_v, call.dtype.itemsize, accumulator_dtype(call.dtype).itemsize
-    pairs = max(work(ring, rank, **window) for rank in range(ring.world))
-    forward, backward = (2 * pairs * heads * dims / rates.flops for dims in (D + E, 3 * D + 2 * E))
+    part = call._replace(heads=heads, kv_heads=kv_heads)
+    forward, backward, ring_rows = _ring_passes(grouped(layout, head_ranks), part, head_ranks, links, rates)
+    moved = ring_rows * kv_heads * (D + E) * (2 * size + sum_size)
+    if head_ranks > 1:
+        rows = max(layout.tokens(rank) for rank in range(layout.world))
+        out_bytes = heads * (E * size + sum_size)  # with lse, or delta
+        qkv_bytes = heads * D * size + kv_heads * (D + E) * size
+        gradient_bytes = heads * D * size + kv_heads * (D + E) * (size if copies == 1 else sum_size)
+        forward = _with_swaps(forward, rows, qkv_bytes + out_bytes, head_ranks, links, rates)
+        backward = _with_swaps(backward, rows, out_bytes + gradient_bytes, head_ranks, links, rates)
+        moved += rows * (head_ranks - 1) * (qkv_bytes + 2 * out_bytes + gradient_bytes)
+    return Estimate(head_ranks, forward, backward, moved)
 
-    steps = remote_steps(ring, **window)
-    kv_elements = max(remote_keys(ring, rank, **window) for rank in range(ring.world)) * kv_heads * (D + E)
-    kv_bytes, dkv_bytes = kv_elements * size, kv_elements * sum_size
-    exposed = 0.0
-    for compute, moved, messages in ((forward, kv_bytes, 1), (backward, kv_bytes + dkv_bytes, 2)):
-        wire = moved / links.within(layout.world) + steps * messages * latency
-        hidden = compute * steps / (steps + 1)
-        exposed += max(wire - hidden, 0.0) + steps * rates.step_seconds
 
-    rows = max(layout.tokens(rank) for rank in range(layout.world)) * (head_ranks - 1)
-    kv_gradient_size = size if kv_heads * head_ranks == call.kv_heads else sum_size
-    out_bytes = heads * (E * size + sum_size)  # with lse, or delta
-    swapped = rows * (2 * heads * D * size + kv_heads * (D + E) * (size + kv_gradient_size) + 2 * out_bytes)
-    exposed += swapped / links.within(head_ranks) + 4 * (head_ranks - 1) * latency
-    return Estimate(head_ranks, forward + backward, exposed, swapped + 2 * kv_bytes + dkv_bytes)
+def _with_swaps(ring: Pass, rows: int, row_bytes: int, ranks: int, links: Links, rates: Rates) -> Pass:
+    """A pass with an all-to-all before it and one after it, which together move so many bytes a row and other rank.
+
+    Either is packed, sent, put in the order of the documents or back, and unpacked: its bytes are read and written
+    twice.
+    """
+    wire = rows * (ranks - 1) * row_bytes / links.within(ranks) + 2 * (ranks - 1) * _latency(links, rates)
+    copied = 4 * rows * ranks * row_bytes / rates.memory
+    return ring._replace(exposed=ring.exposed + wire + copied)
+
+
+# The part of the local backward that comes before the remote steps: that of the later half of the keys.
+OPENING, OPENING_CAUSAL = 1 / 2, 1 / 4
+
+
+def _ring_passes(layout: Layout, call: Call, distance: int, links: Links, rates: Rates) -> tuple[Pass, Pass, int]:
+    """Forward and backward of a ring whose ranks are `distance` apart, and the most rows of K/V that come to one."""
+    sizes = step_sizes(layout, window_left=call.window_left, window_right=call.window_right)
+    D, E, size, sum_size = call.head_dim, call.head_dim_v, call.dtype.itemsize, accumulator_dtype(call.dtype).itemsize
+    forward = attention_seconds(sizes, 2 * call.heads * (D + E), rates.forward)
+    backward = attention_seconds(sizes, 2 * call.heads * (3 * D + 2 * E), rates.backward)
+    busiest = forward.sum(1).max(), backward.sum(1).max()
+    if len(sizes.shifts) == 1:
+        return Pass(float(busiest[0]), 0.0), Pass(float(busiest[1]), 0.0), 0
+
+    def copying(elements: np.ndarray, bytes_each: int) -> np.ndarray:
+        return elements * (bytes_each / rates.memory)
+
+    def wires() -> Wires:
+        return Wires(sizes.shifts, layout.world, lambda a, b: links.between(a * distance, b * distance),
+                     _latency(links, rates))
+
+    owned = np.array([layout.tokens(rank) for rank in range(layout.world)]) * call.kv_heads * (D + E)
+    come = sizes.keys * call.kv_heads * (D + E)  # elements of K/V; as many of dK/dV go
+    home = np.take_along_axis(come, wires().destinations, axis=0)  # those that come back
+    packing = copying(owned, 2 * size)
+    # A remote step reads and writes the running out, and dK/dV three times with the zeros that they begin with.
+    continuing = copying(sizes.queries * call.heads * E, 2 * sum_size) + rates.step_seconds
+    summing = copying(come, 3 * sum_size) + rates.step_seconds
+    finishing = copying(owned, 2 * sum_size + size)  # own dK/dV: zeros at first, rounded at last
+    opening = backward[:, 0] * (OPENING_CAUSAL if (call.window_left, call.window_right) == (None, 0) else OPENING)
+    ends = (
+        forward_end(wires(), packing, np.column_stack((forward[:, 0], (forward + continuing)[:, 1:])), come * size),
+        backward_end(wires(), packing, opening, backward + summing, backward[:, 0] - opening, come * size,
+                     come * sum_size, copying(home, 3 * sum_size)) + finishing,
+    )
+    passes = [Pass(float(most), float(end.max() - most)) for most, end in zip(busiest, ends)]
+    return passes[0], passes[1], int(sizes.keys[:, 1:].sum(1).max())
+
+
+def attention_seconds(sizes: StepSizes, flop_a_pair: int, speed: Speed) -> np.ndarray:
+    """(world, steps): of the attention of each step."""
+    keys = sizes.pairs / np.maximum(sizes.queries, 1)
+    return sizes.pairs * flop_a_pair / speed_at(speed, keys)
+
+
+def speed_at(speed: Speed, keys: np.ndarray) -> np.ndarray:
+    """FLOP/s where a query sees so many keys: between the known ones on a logarithmic axis, beyond them as they are."""
+    known, rates = zip(*speed)
+    return np.interp(np.log(np.maximum(keys, 1)), np.log(known), rates)
+
+
+def _latency(links: Links, rates: Rates) -> float:
+    return rates.latency if links.latency is None else links.latency
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------

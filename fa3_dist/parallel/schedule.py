@@ -219,27 +219,70 @@ def imbalance(layout: Layout, *, window_left: int | None = None, window_right: i
     return max(works) * layout.world / sum(works) if sum(works) else 1.0
 
 
-def remote_keys(
-    layout: Layout, rank: int, *, window_left: int | None = None, window_right: int | None = None
-) -> int:
-    """Number of tokens on other ranks that the queries of `rank` see: the rows of K and V that come to it in a ring.
+@dataclass(frozen=True)
+class StepSizes:
+    """How much there is to do at each step: int64 arrays (world, steps), one row a rank, one column an entry of shifts.
+
+    pairs: (query, key) pairs that the mask shows. queries: local rows that see a key of the source. keys: rows of the
+    source that a local query sees, which are those that come in this step.
+    """
+
+    shifts: tuple[int, ...]
+    pairs: np.ndarray
+    queries: np.ndarray
+    keys: np.ndarray
+
+
+@lru_cache(maxsize=64)
+def step_sizes(layout: Layout, *, window_left: int | None = None, window_right: int | None = None) -> StepSizes:
+    """The steps of `ring_schedule` of all ranks as numbers: far cheaper than the visits, for estimates.
 
     Windows are 0 or more, or None, so that every token sees itself.
     """
-    left, right = _band(window_left, window_right)
-    total = 0
-    for document, pieces in _pieces(layout, rank).items():
-        end = 0  # keys before it are counted, or seen by nobody
-        for piece in sorted(pieces, key=lambda piece: piece.start):
-            first, last = max(piece.start - left, end), min(piece.end + right, layout.documents[document])
-            total += max(last - first, 0) - piece.length
-            end = max(end, last)
-    return total
+    band, world = _band(window_left, window_right), layout.world
+    sizes = np.zeros((3, world, world), dtype=np.int64)  # pairs, queries and keys, by rank and shift
+    holders: dict[int, list[tuple[int, _Piece]]] = defaultdict(list)
+    for rank in range(world):
+        for document, pieces in _pieces(layout, rank).items():
+            holders[document] += [(rank, piece) for piece in sorted(pieces, key=lambda piece: piece.start)]
+    for document, held in holders.items():
+        rank, start, end = np.array([(rank, piece.start, piece.end) for rank, piece in held], dtype=np.int64).T
+        # A side without a limit needs one for the arithmetic, past the ends of the document.
+        left, right = (min(side, layout.documents[document]) for side in band)
+        keys = _seen(rank, start, end, left, right)
+        queries = _seen(rank, start, end, right, left).T
+        pairs = _pairs_of(start, end, left, right)
+        shift = (rank[:, None] - rank[None, :]) % world
+        for size, values in zip(sizes, (pairs, queries, keys)):
+            np.add.at(size, (rank[:, None], shift), values)
+    shifts = _shifts(layout, band)
+    return StepSizes(shifts, *sizes[:, :, list(shifts)])
 
 
-def remote_steps(layout: Layout, *, window_left: int | None = None, window_right: int | None = None) -> int:
-    """Number of steps after the local one that a ring over this layout takes, on every rank."""
-    return len(_shifts(layout, _band(window_left, window_right))) - 1
+def _seen(rank: np.ndarray, start: np.ndarray, end: np.ndarray, left: int, right: int) -> np.ndarray:
+    """[i, j]: how many rows of piece j piece i sees that no earlier one of the same rank sees. A rank's pieces rise."""
+    first = np.maximum(start[:, None] - left, start[None, :])
+    last = np.minimum(end[:, None] + right, end[None, :])
+    counted = np.zeros_like(last)
+    counted[1:] = np.where(rank[1:, None] == rank[:-1, None], last[:-1], 0)
+    return np.maximum(last - np.maximum(first, counted), 0)
+
+
+def _pairs_of(start: np.ndarray, end: np.ndarray, left: int, right: int) -> np.ndarray:
+    """[i, j]: number of pairs of a query of piece i and a key of piece j that the band shows."""
+    count, limit = (end - start)[:, None], (end - start)[None, :]
+
+    def clipped(first: np.ndarray) -> np.ndarray:
+        return _below(first + count, limit) - _below(first, limit)
+
+    offset = start[:, None] - start[None, :]
+    return clipped(offset + right + 1) - clipped(offset - left)
+
+
+def _below(end: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """Sum of min(max(x, 0), limit) for x below `end`."""
+    inside = np.minimum(np.maximum(end, 0), limit + 1)
+    return inside * (inside - 1) // 2 + limit * (np.maximum(end, 0) - inside)
 
 
 _Pieces = list[list[tuple[int, int]]]  # for each rank the (start, length) of its pieces of one document
