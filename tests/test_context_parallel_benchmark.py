@@ -222,7 +222,7 @@ def test_memory_is_linear_in_tokens_over_ranks() -> None:
 
 def test_figures_of_made_up_spans() -> None:
     busy = [
-        Span(COMMUNICATION, "K/V", 1, 0.0, 3.0, 100), Span(COMPUTE, "forward", 0, 1.0, 5.0),
+        Span(COMMUNICATION, "K/V", 1, 0.00001, 3.0, 100), Span(COMPUTE, "forward", 0, 1.0, 5.0),
         Span(COMPUTE, "forward", 1, 5.0, 10.0),
     ]
     idle = [Span(COMMUNICATION, "K/V", 1, 0.0, 6.0, 70), Span(COMPUTE, "forward", 0, 0.5, 3.5)]
@@ -234,6 +234,50 @@ def test_figures_of_made_up_spans() -> None:
         "exposed": 1.0,
     }
     assert [step["rank"] for step in figures.steps] == [0, 0, 0, 1, 1] and "exposed" not in figures.steps[1]
+
+
+def test_figures_over_ranks() -> None:
+    assert context_parallel.of_the_slowest([[1.0, 5.0, 2.0], [3.0, 4.0, 2.5]]) == [3.0, 5.0, 2.5]
+    assert context_parallel.furthest_off([90, 108], [100, 100]) == pytest.approx(0.1)
+    assert context_parallel.furthest_off([101, 108], [100, 100]) == pytest.approx(0.08)
+
+
+def test_gpus_are_aligned_behind_a_flush_and_the_first_rank_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Event:
+        def query(self) -> bool:
+            return order.count("ring") == 2 and order[-3] == "ring"  # the first of them that counts
+
+    def mark(device: torch.device) -> Event:
+        order.append("mark")
+        return Event()
+
+    monkeypatch.setattr(context_parallel, "mark", mark)
+    monkeypatch.setattr(context_parallel, "milliseconds", lambda start, end: 1.5)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("spin"))
+    monkeypatch.setattr(timing, "Flush", lambda: types.SimpleNamespace(overwrite=lambda: order.append("flush")))
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        order.append("enter")
+        yield
+        order.append("leave")
+
+    calls = {
+        "alone": context_parallel.Call(lambda: order.append("alone") or (), together=False),
+        "ring": context_parallel.Call(lambda: order.append("ring") or (), around),
+    }
+    for rank in (0, 1):
+        setup: Any = types.SimpleNamespace(
+            device=torch.device("cuda"), rank=rank, align=lambda: order.append("align")
+        )
+        order.clear()
+        times, late = context_parallel.time_in_turn(calls, setup, repeats=2, warmups=1)
+        alone = ["flush", "spin", "mark", "alone", "mark"] if rank == 0 else []
+        assert order == (alone + ["enter", "flush", "align", "mark", "ring", "mark", "leave"]) * 3
+        assert times == {"alone": [1.5, 1.5] if rank == 0 else [], "ring": [1.5, 1.5]}
+        assert late == {"alone": 0, "ring": 1}
 
 
 # ---- PyTorch's own ---------------------------------------------------------------------------------------------------
@@ -281,6 +325,20 @@ def test_torchs_context_parallel_is_called_with_local_rows(monkeypatch: pytest.M
 # ---- checks between ranks --------------------------------------------------------------------------------------------
 
 
+def test_relative_differences() -> None:
+    def differences(*of_ranks: tuple[float, float, int]) -> list[float]:
+        return context_parallel.relative_differences([context_parallel.Distance(*each) for each in of_ranks])
+
+    assert differences((0.1, 10.0, 100), (0.4, 20.0, 100)) == pytest.approx([0.01, 0.02])
+    rows_of_noise = differences((1e-4, 1e-4, 100), (0.4, 20.0, 100))  # a tenth of the average is sqrt(2)
+    assert rows_of_noise == pytest.approx([1e-4 / 2**0.5, 0.02])
+    assert differences((0.0, 0.0, 0), (0.4, 20.0, 100))[0] == 0.0
+    assert not max(differences((float("nan"), 10.0, 100), (0.4, 20.0, 100))) <= 1
+    between = context_parallel.Distance.between
+    assert between(torch.ones(3), torch.ones(4)).difference == float("inf")
+    assert between(torch.ones(4), 3 * torch.ones(4)) == (4.0, 6.0, 4)
+
+
 def measure_with_faults(rank: int, world: int) -> list[dict[str, Any]]:
     """A case whose all-to-all is wrong on rank 1, then one that rank 1 cannot compute alone."""
     setup = context_parallel.make_setup(torch.device("cpu"), repeats=2, sm_margin=0)
@@ -304,7 +362,9 @@ def measure_with_faults(rank: int, world: int) -> list[dict[str, Any]]:
     context_parallel.alone_call = lambda case, x: (
         changed(real_alone(case, x), failing) if rank == 1 else real_alone(case, x)
     )
-    return [*cells, context_parallel.measure(problem, setup, ["alone", "ring"])]
+    cells.append(context_parallel.measure(problem, setup, ["alone", "ring"]))
+    assert all(mode.exchange.observer is None for mode in setup.modes.values())
+    return cells
 
 
 def test_wrong_results_and_missing_ones_on_one_rank() -> None:
@@ -409,7 +469,7 @@ def test_two_gpus(tmp_path: Path) -> None:
             for name in ("ring", "all_to_all"):
                 entry = measured["entries"][name]
                 assert entry["efficiency"] > 0 and entry["bytes_sent"] == entry["must_send"]
-                assert all(step["start"] < step["end"] for step in entry["steps"])
+                assert all(step["start"] <= step["end"] for step in entry["steps"])
             assert measured["entries"]["ring"]["memory_off"] < 0.1
 
 

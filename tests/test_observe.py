@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fa3_dist.parallel import observe
 from fa3_dist.parallel.all_to_all import all_to_all_attention
-from fa3_dist.parallel.exchange import DistributedExchange, Subgroup
+from fa3_dist.parallel.exchange import DistributedExchange, Subgroup, _Transfer
 from fa3_dist.parallel.observe import COMMUNICATION, COMPUTE, Span, Timeline
 from fa3_dist.parallel.ring import ring_attention
 from fa3_dist.parallel.schedule import zigzag
@@ -78,6 +80,66 @@ def test_a_timeline_on_the_cpu() -> None:
     assert compute._replace(start=0, end=0) == Span(COMPUTE, "forward", 0, 0, 0)
     assert communication._replace(start=0, end=0) == Span(COMMUNICATION, "K/V", 3, 0, 0, 77)
     assert 0 <= compute.start <= communication.start < compute.end - 19 <= communication.end - 19 < 1000
+
+
+def test_on_cuda_spans_lie_between_events_of_the_messages_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exchange and the timeline on made-up streams: what is recorded where, and in which order."""
+    order: list[str] = []
+    stream = ["main"]
+
+    class Event:
+        clock = 0.0
+
+        def __init__(self, enable_timing: bool = False) -> None:
+            self.timed = enable_timing
+
+        def record(self, where: object = None) -> None:
+            order.append(f"{'mark' if self.timed else 'done'} on {stream[0]}")
+            Event.clock += 1
+            self.at = Event.clock
+
+        def synchronize(self) -> None:
+            order.append("host waits")
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    class OnStream:
+        def __enter__(self) -> None:
+            stream.insert(0, "side")
+
+        def __exit__(self, *_: object) -> None:
+            stream.pop(0)
+
+    work = SimpleNamespace(wait=lambda: order.append("transfer"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda which: OnStream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(dist, "P2POp", lambda *args, **options: None)
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: [work] * len(operations))
+    exchange = DistributedExchange.__new__(DistributedExchange)
+    exchange.__dict__.update(
+        rank=0, device=torch.device("cuda"), group=None, observer=None,
+        _stream=SimpleNamespace(wait_stream=lambda other: order.append("side waits for main")),
+        _watchdog=SimpleNamespace(raise_failure=lambda: None),
+    )
+    message = torch.zeros(5)
+    transfer = _Transfer(0, 2, "K/V", 1, None)
+    exchange._post_on_stream(transfer, message, None)
+    assert order == ["side waits for main", "transfer", "done on side"], "nothing is recorded unobserved"
+    order.clear()
+    exchange.observer = timeline = Timeline(exchange.device)
+    exchange._post_on_stream(transfer, message, None)
+    with observe.computing(timeline, "forward", 1):
+        order.append("attention")
+    assert order == [
+        "mark on main", "side waits for main", "mark on side", "transfer", "mark on side", "done on side",
+        "mark on main", "attention", "mark on main",
+    ]
+    order.clear()
+    assert timeline.spans() == [Span(COMMUNICATION, "K/V", 2, 1, 2, 20), Span(COMPUTE, "forward", 1, 4, 5)]
+    assert order == ["host waits"] * 4
 
 
 def ring_of_three(rank: int, world: int) -> list[tuple]:
