@@ -67,7 +67,7 @@ attention: $$(call environment,train) ## measure attention on a GPU beside its p
 .PHONY: context
 context: $$(call environment,train) ## measure context parallelism on all GPUs beside one of them; on CPUs a small one, to try it
 	$(RUN) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) benchmarks/context_parallel.py \
-	  $(if $(GPUS),,--scale 64 --repeats 3) $(ARGS)
+	  $(if $(GPUS),,--scale 256 --repeats 3) $(ARGS)
 
 .PHONY: step
 step: $$(call environment,train) ## measure training steps of a 1.3 G model on a GPU, with our attention and with cuDNN's
