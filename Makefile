@@ -27,8 +27,8 @@ environment = $(if $(GPUS),,$(VENV)/.$(1))
 help: ## print this text
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo
-	@echo '  ARGS="..."           passed on to train, test, bench, attention, step, scaling and tune'
-	@echo '  RANKS=N              processes of make train (default: one a GPU, else 2)'
+	@echo '  ARGS="..."           passed on to train, test, bench, attention, context, step, scaling and tune'
+	@echo '  RANKS=N              processes of make train and make context (default: one a GPU, else 2)'
 	@echo '  FA3_DIST_ROWS="..."  kernels to build: patterns ("delta_bf16,*fp16"), or one-per-family'
 	@echo '  TORCH="torch==..."   the torch that goes into .venv (default: $(TORCH))'
 
@@ -63,6 +63,11 @@ bench: $$(call environment,train) ## measure the kernels on a GPU against a devi
 .PHONY: attention
 attention: $$(call environment,train) ## measure attention on a GPU beside its peers (SUITE=forward, backward, host, continuation, ablation)
 	$(RUN) benchmarks/attention.py --suite $(or $(SUITE),forward) $(ARGS)
+
+.PHONY: context
+context: $$(call environment,train) ## measure context parallelism on all GPUs beside one of them; on CPUs a small one, to try it
+	$(RUN) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) benchmarks/context_parallel.py \
+	  $(if $(GPUS),,--scale 256 --repeats 3) $(ARGS)
 
 .PHONY: step
 step: $$(call environment,train) ## measure training steps of a 1.3 G model on a GPU, with our attention and with cuDNN's

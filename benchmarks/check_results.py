@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from attention_report import summarise
+import attention_report
+import context_parallel_report
 
 from fa3_dist import _build
 
@@ -34,15 +35,19 @@ def stale_results(results: dict[str, dict[str, Any]]) -> list[str]:
         then = result.get("csrc_hash")
         if then != now:
             found.append(f"{name}: measured on csrc {then}, the tree has {now}")
-        if result.get("benchmark") == "attention" and result["summary"] != judged_today(result):
+        if "summary" in result and result["summary"] != judged_today(result):
             found.append(f"{name}: judged by other bars than the tree's")
     return found
 
 
-def judged_today(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the bars of this tree make of the cells of attention.py."""
-    cells = {cell["name"]: cell for cell in result["cells"]}
-    return summarise(result["suite"], cells, result["gemm"]["tflops"]["median"])
+def judged_today(result: dict[str, Any]) -> Any:
+    """What the bars of this tree make of a result's cells; of benchmarks without bars what the result says."""
+    cells = {cell["name"]: cell for cell in result.get("cells", [])}
+    if result.get("benchmark") == "attention":
+        return attention_report.summarise(result["suite"], cells, result["gemm"]["tflops"]["median"])
+    if result.get("benchmark") == "context_parallel":
+        return context_parallel_report.summarise(cells, result["judged"])
+    return result["summary"]
 
 
 def results_without_origin(results: dict[str, dict[str, Any]]) -> list[str]:

@@ -142,10 +142,10 @@ def cudnn_version() -> str | None:
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else None
 
 
-def measured_on() -> dict[str, Any]:
-    """Device, versions and sources, as every result file has them."""
+def measured_on(device: str | None = None) -> dict[str, Any]:
+    """Device (None: this GPU), versions and sources, as every result file has them."""
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": device or torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": cudnn_version(),
@@ -157,10 +157,10 @@ def measured_on() -> dict[str, Any]:
     }
 
 
-def default_output(benchmark: str, device: str) -> Path:
-    """benchmarks/results/attention_forward_h200.json for attention_forward on an "NVIDIA H200"."""
+def default_output(benchmark: str, device: str, gpus: int = 1) -> Path:
+    """benchmarks/results/attention_forward_h200.json for attention_forward on an "NVIDIA H200"; 2xh200 on two."""
     gpu = device.removeprefix("NVIDIA ").split()[0].lower()
-    return RESULTS / f"{benchmark}_{gpu}.json"
+    return RESULTS / f"{benchmark}_{f'{gpus}x' if gpus > 1 else ''}{gpu}.json"
 
 
 def exit_status(complaints: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Trains a byte-level transformer on a folder of real text, every sequence sharded over ranks with ring attention.
+"""Trains a byte-level transformer on a folder of real text, every sequence sharded over ranks.
 
     torchrun --standalone --nproc-per-node 2 examples/train.py                 # two processes, CPU or GPU
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
@@ -15,16 +15,18 @@ What it trades away: no tokeniser, no key/value cache, the text lives in memory.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import checkpoints
 import torch
@@ -42,6 +44,8 @@ from tqdm import tqdm
 
 from fa3_dist.layers import Transformer, TransformerConfig
 from fa3_dist.parallel import ContextParallel
+from fa3_dist.parallel.context import MODES as CP_MODES
+from fa3_dist.parallel.observe import Timeline, exposed
 
 MODELS = {
     "tiny": {"dim": 128, "layers": 2, "heads": 2, "kv_heads": 1, "rope_base": 300.0},
@@ -52,6 +56,7 @@ FACTS = (  # what a run must have in common with a checkpoint to go on from it
     "dim", "layers", "heads", "kv_heads", "rope_base", "seqlen", "batch", "packing", "precision", "attention", "steps",
     "lr", "adam_lr", "seed",
 )
+OBSERVED = 5  # steps at the end of a run in which messages are timed
 PROMPT = 48  # bytes of held-out text that the sample begins with
 STOPPED = 128 + signal.SIGTERM  # exit code after SIGTERM: everything is saved, but the run is not finished
 
@@ -72,6 +77,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=int, help="sequences of a step, all ranks together; default: --dp")
     add("--cp", type=int, help="ranks that share a sequence; default: all ranks, divided by --dp")
     add("--dp", type=int, help="groups of ranks that take different sequences; default: all ranks, divided by --cp")
+    add("--mode", choices=CP_MODES, default="ring", help="how those ranks work together: see ContextParallel; default: "
+        "ring")
     add("--model", choices=MODELS, help="default: tiny, on GPUs small; the next four change single sizes")
     for size in ("dim", "layers", "heads", "kv-heads"):
         add(f"--{size}", type=int)
@@ -242,6 +249,42 @@ def no_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
     return torch.zeros_like(q)
 
 
+class Exposure:
+    """What the messages of a run's last steps cost beyond the attention that hides them."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._timelines: list[Timeline] = []
+        self._seconds: list[float] = []
+
+    @contextlib.contextmanager
+    def of_step(self, step: int) -> Iterator[None]:
+        """Inside are all messages of the step's attention."""
+        if step < self._job.args.steps - OBSERVED:
+            yield
+            return
+        self._timelines.append(Timeline(self._job.device))
+        self._job.cp.exchange.observer = self._timelines[-1]
+        try:
+            yield
+        finally:
+            self._job.cp.exchange.observer = None
+
+    def step_took(self, seconds: float) -> None:
+        self._seconds.append(seconds)
+
+    def __str__(self) -> str:
+        """Of the rank with most of it; all ranks call it together."""
+        steps = len(self._timelines)
+        if self._job.args.cp == 1 or not steps:
+            return "exposed communication: none, for no rank shares its sequences or no step was taken"
+        sums = sum(exposed(timeline.spans()) for timeline in self._timelines), 1e3 * sum(self._seconds[-steps:])
+        communication, all_of_it = (total / steps for total in over_all_ranks(list(sums), self._job.device))
+        return (f"exposed communication: {communication:.3f} ms a step of {all_of_it:.1f} ms, "
+                f"{communication / all_of_it:.1%} (--mode {self._job.args.mode}, the last {steps} steps, the rank with "
+                "most of it)")
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
@@ -276,10 +319,16 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def train(
-    job: Job, attention: str, metrics_path: Path, checkpoint_dir: Path | None = None
-) -> tuple[Transformer, float]:
-    """One run: the model and its held-out loss. Goes on from the newest checkpoint; ends the process on SIGTERM."""
+class Trained(NamedTuple):
+    """What a run leaves behind."""
+
+    model: Transformer
+    held_out_loss: float
+    exposure: str
+
+
+def train(job: Job, attention: str, metrics_path: Path, checkpoint_dir: Path | None = None) -> Trained:
+    """One run. Goes on from the newest checkpoint; ends the process on SIGTERM."""
     args = job.args
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -290,6 +339,7 @@ def train(
     if newest:
         say(f"resumed from {newest}: {done} steps are done")
     metrics = MetricsFile(metrics_path, done) if job.is_main else None
+    exposure = Exposure(job)
     bar = tqdm(total=args.steps, initial=done, unit="step", disable=not (job.is_main and sys.stderr.isatty()))
 
     for step in range(done, args.steps):
@@ -298,8 +348,9 @@ def train(
             optimizer.param_groups[0]["lr"] = peak * schedule(step, args.steps)
 
         batch = job.training.step(step)
-        loss = compute_loss(job, model, batch, attention)
-        loss.backward()
+        with exposure.of_step(step):
+            loss = compute_loss(job, model, batch, attention)
+            loss.backward()
         grad_norm = clip_gradients(model)
         for optimizer in optimizers:
             optimizer.step()
@@ -307,6 +358,7 @@ def train(
 
         stop, memory = over_all_ranks([job.stop.asked, peak_memory(job.device)], job.device)
         seconds = time.perf_counter() - began
+        exposure.step_took(seconds)
         report(job, metrics, bar, step == done, {
             "step": step + 1, "loss": loss.item(), "tokens_per_second": batch.step_tokens / seconds,
             "memory_gib": memory, "lr": optimizers[0].param_groups[0]["lr"], "grad_norm": grad_norm,
@@ -327,7 +379,7 @@ def train(
     final = held_out_loss(job, model, attention)
     if done < args.steps:
         report_held_out(job, metrics, args.steps, final)
-    return model, final
+    return Trained(model, final, str(exposure))
 
 
 def report(job: Job, metrics: MetricsFile | None, bar: tqdm, first: bool, line: dict[str, Any]) -> None:
@@ -397,7 +449,8 @@ def main() -> None:
     dealt = args.seqlen, args.packing, args.batch, mesh["dp"].get_local_rank(), args.dp
     scored = Sequences(held_out, *dealt)
     job = Job(
-        args, out, device, mesh, init_device_mesh(device.type, (mesh.size(),)), ContextParallel(mesh["cp"]),
+        args, out, device, mesh, init_device_mesh(device.type, (mesh.size(),)),
+        ContextParallel(mesh["cp"], mode=args.mode),
         training=Sequences(training, *dealt, seed=args.seed), held_out=scored.spread(args.eval_sequences),
         facts={name: getattr(args, name) for name in FACTS} | {"text": training.digest()}, stop=StopOnSigterm(),
     )
@@ -406,13 +459,15 @@ def main() -> None:
     say(title, f"text below {args.data}: {training} to train on, {held_out} held out")
 
     runs = {"with attention" if args.attention == "ring" else "attention zeroed": out / "metrics.jsonl"}
-    model, loss = train(job, args.attention, out / "metrics.jsonl", checkpoint_dir)
-    text = sample(job, model)
-    results = [f"held-out loss: {loss:.3f} nats a byte", f"  a bigram table: {bigram:.3f}"]
+    trained = train(job, args.attention, out / "metrics.jsonl", checkpoint_dir)
+    text = sample(job, trained.model)
+    results = [
+        trained.exposure, f"held-out loss: {trained.held_out_loss:.3f} nats a byte", f"  a bigram table: {bigram:.3f}",
+    ]
     if args.ablation:
         say(f"the same {args.steps} steps with the attention output zeroed")
         runs["attention zeroed"] = out / "attention_zeroed.jsonl"
-        zeroed = train(job, "none", runs["attention zeroed"])[1]
+        zeroed = train(job, "none", runs["attention zeroed"]).held_out_loss
         results.append(f"  this model trained with its attention output zeroed: {zeroed:.3f}")
     if job.is_main:
         plot(out / "training.png", title, {label: read_metrics(path) for label, path in runs.items()}, bigram)

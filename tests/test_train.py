@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -98,8 +99,11 @@ def test_losses_do_not_depend_on_how_ranks_share_the_work(tmp_path: Path, text: 
     losses = alone.losses()
     assert len(losses) == STEPS + 3, "a held-out loss every third of the steps"
     assert losses[0] == pytest.approx(math.log(256), rel=0.02) and losses[STEPS - 1] < 0.8 * losses[0]
-    for ranks, flags in ((2, ["--cp", "2"]), (4, ["--cp", "4"]), (4, ["--dp", "2", "--cp", "2"])):
+    assert "exposed communication: none" in alone.log.read_text()
+    all_to_all = ["--dp", "2", "--mode", "all_to_all"]
+    for ranks, flags in ((2, ["--cp", "2"]), (4, ["--cp", "4"]), (4, ["--dp", "2", "--cp", "2"]), (4, all_to_all)):
         shared = run(tmp_path / "-".join(flags), text, ranks, *flags)
+        check_exposure(shared, flags[-1] if flags == all_to_all else "ring")
         np.testing.assert_allclose(shared.losses(), losses, rtol=1e-5, err_msg=f"{ranks} ranks, {flags}")
 
 
@@ -127,6 +131,13 @@ def test_packed_documents_interruptions_and_results(tmp_path: Path, text: Path) 
     resumed = run(tmp_path / "broken", text, 2, *packed, "--resume")
     assert f"resumed from {at}" in resumed.log.read_text()
     assert resumed.exact() == whole.exact(), "every loss, learning rate and gradient norm, bit for bit"
+
+
+def check_exposure(finished: Run, mode: str) -> None:
+    """Messages were timed: some time is theirs, and not more than there is."""
+    said = re.search(r"exposed communication: (.+) ms a step of (.+) ms, .*\(--mode (\w+), the last 5 steps",
+                     finished.log.read_text(errors="replace"))
+    assert said and 0 < float(said[1]) < float(said[2]) and said[3] == mode
 
 
 def check_results(finished: Run) -> None:
@@ -158,6 +169,7 @@ def check_results(finished: Run) -> None:
     [
         (["--cp", "3"], "--cp is 3 and --dp 1: expected a product of 2, the number of ranks"),
         (["--dp", "2", "--batch", "3"], "--batch is 3: expected a multiple of --dp, 2"),
+        (["--mode", "rings"], "--mode: invalid choice: 'rings'"),
         (["--resume"], "--resume needs --out"),
         (None, "expected to be started by torchrun: torchrun --standalone"),
     ],

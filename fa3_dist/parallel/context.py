@@ -43,6 +43,7 @@ from fa3_dist.interface import apply_sink, cast_for_autocast, window_bounds
 from fa3_dist.parallel import sharding
 from fa3_dist.parallel.all_to_all import all_to_all_attention
 from fa3_dist.parallel.exchange import DistributedExchange, Exchange, Pending, Traffic
+from fa3_dist.parallel.observe import Observer
 from fa3_dist.parallel.plan import Call, Choice, Links, choose, is_measured, links_of
 from fa3_dist.parallel.schedule import Layout, contiguous, packed, zigzag
 
@@ -498,6 +499,7 @@ class NoPeers:
 
     def __init__(self) -> None:
         self.stats = Traffic()
+        self.observer: Observer | None = None
 
     def exchange(self, **message: Any) -> Pending:
         raise AssertionError(f"a ring of one rank has nobody to exchange with: {message}")

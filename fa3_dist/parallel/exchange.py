@@ -31,6 +31,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fa3_dist.parallel.observe import COMMUNICATION, Observer
+
 logger = logging.getLogger("fa3_dist")
 
 
@@ -82,13 +84,15 @@ class Exchange(Protocol):
     """What a ring needs: its place in the ring, and messages to and from any other rank.
 
     All ranks start their exchanges in the same order; between two ranks, messages match in the order they were started.
-    `sm_margin` is the number of SMs that the attention kernels leave to transfers under way (0 on the CPU).
+    `sm_margin` is the number of SMs that the attention kernels leave to transfers under way (0 on the CPU). `observer`,
+    if it is not None, is told when messages travel and, by the ring, when attention computes.
     """
 
     rank: int
     world: int
     sm_margin: int
     stats: Traffic
+    observer: Observer | None
 
     def exchange(self, *, send: Tensor | None, destination: int, receive: Tensor | None, source: int, what: str,
                  step: int) -> Pending:
@@ -117,6 +121,14 @@ class Subgroup:
         self.rank, self.world = self.members.index(exchange.rank), len(self.members)
         self.sm_margin, self.stats = exchange.sm_margin, exchange.stats
         self._exchange = exchange
+
+    @property
+    def observer(self) -> Observer | None:
+        return self._exchange.observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self._exchange.observer = observer
 
     def exchange(self, *, send: Tensor | None, destination: int, receive: Tensor | None, source: int, what: str,
                  step: int) -> Pending:
@@ -180,6 +192,13 @@ class _Nothing:
         pass
 
 
+def _begin(observer: Observer | None, transfer: _Transfer, send: Tensor | None) -> tuple[Observer | None, Any]:
+    """Tells an observer that a transfer begins; it, and what it wants to be given at the end."""
+    if observer is None:
+        return None, None
+    return observer, observer.begin(COMMUNICATION, transfer.what, transfer.step, 0 if send is None else send.nbytes)
+
+
 def _message(tensor: Tensor | None) -> Tensor | None:
     """The tensor, or None where there is nothing to move."""
     if tensor is None or tensor.numel() == 0:
@@ -225,6 +244,7 @@ class DistributedExchange:
             raise ValueError(f"timeout: expected a positive number of seconds, got {self.timeout:g}")
         self.sm_margin = sm_margin
         self.stats = Traffic()
+        self.observer: Observer | None = None
         self._stream: Any = None
         self._watchdog: Watchdog | None = None
         if self.device.type == "cuda":
@@ -261,8 +281,11 @@ class DistributedExchange:
         # The side stream starts where the current one stands: `send` is then written, and `receive` no longer in use.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
+            observer, begun = _begin(self.observer, transfer, send)
             for work in dist.batch_isend_irecv(ops):
                 work.wait()  # orders the side stream after the transfer; the host does not wait
+            if observer is not None:
+                observer.end(begun)
             done = torch.cuda.Event()
             done.record(self._stream)
         pending = _StreamPending(self._watchdog, transfer, (send, receive), done, self.device)
@@ -290,6 +313,7 @@ class _HostPending:
     def __init__(self, owner: DistributedExchange, transfer: _Transfer, send: Tensor | None, receive: Tensor | None):
         self.transfer, self.timeout = transfer, owner.timeout
         self.buffers = (send, receive)  # alive until the works are through
+        self.observer, self.begun = _begin(owner.observer, transfer, send)
         self.receiving: Any = None
         self.sending: Any = None
         if receive is not None:
@@ -309,6 +333,9 @@ class _HostPending:
             self._finish(self.sending, deadline, self.transfer.send_error, late)
         self.receiving = self.sending = None
         self.buffers = (None, None)
+        if self.observer is not None:
+            self.observer.end(self.begun)
+            self.observer = None
 
     def _finish(self, work: Any, deadline: float, error: Callable[[str], RingError], late: str) -> None:
         left = max(deadline - time.monotonic(), 1e-3)
@@ -560,6 +587,7 @@ class InProcessExchange:
     def __init__(self, hub: _Hub, rank: int):
         self.rank, self.world = rank, hub.world
         self.stats = Traffic()
+        self.observer: Observer | None = None  # not told of messages: when ranks that take turns wait says nothing
         self._hub = hub
         self._numbers: Counter[tuple[int, int]] = Counter()  # messages so far, by (source, destination)
 

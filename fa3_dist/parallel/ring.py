@@ -37,6 +37,7 @@ from torch import Tensor
 from fa3_dist import ops
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.exchange import Exchange, Pending
+from fa3_dist.parallel.observe import computing
 from fa3_dist.parallel.schedule import Layout, Span, Step, Visit, ring_schedule
 
 
@@ -106,26 +107,28 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, exchange: Exch
                  options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """out (T, H, E) in q's dtype and lse (H, T)."""
     if plan.alone is not None:
-        return ops.forward(q, k, v, **plan.alone, **options)
+        with computing(exchange.observer, "forward", 0):
+            return ops.forward(q, k, v, **plan.alone, **options)
     (T, H, D), E, sum_dtype = q.shape, v.shape[-1], accumulator_dtype(q.dtype)
     # Every row is in a visit that is the first one of its range: nothing here needs a value yet.
     out = q.new_empty(T, H, E)
     out_acc = q.new_empty(T, H, E, dtype=sum_dtype)
     lse = q.new_empty(H, T, dtype=sum_dtype)
 
-    def attend(launches: Sequence[Launch], k: Tensor, v: Tensor, sm_margin: int) -> None:
-        for launch in launches:
-            ops.forward_into(q, k, v, out_acc, lse, out, **launch, **options, sm_margin=sm_margin)
+    def attend(step: int, launches: Sequence[Launch], k: Tensor, v: Tensor, sm_margin: int) -> None:
+        with computing(exchange.observer, "forward", step):
+            for launch in launches:
+                ops.forward_into(q, k, v, out_acc, lse, out, **launch, **options, sm_margin=sm_margin)
 
     if plan.remote:
         kv = torch.cat((k, v), dim=-1)
         arriving = _fetch(kv, plan.remote[0].step, exchange)
-    attend(plan.local, k, v, exchange.sm_margin if plan.remote else 0)
+    attend(0, plan.local, k, v, exchange.sm_margin if plan.remote else 0)
     for step, following in zip_longest(plan.remote, plan.remote[1:]):
         k_s, v_s = arriving.wait().split((D, E), dim=-1)
         if following is not None:
             arriving = _fetch(kv, following.step, exchange)
-        attend(step.forward, k_s, v_s, 0 if following is None else exchange.sm_margin)
+        attend(step.step.shift, step.forward, k_s, v_s, 0 if following is None else exchange.sm_margin)
     return out, lse
 
 
@@ -140,33 +143,36 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, de
     kv_dtype = kv_dtype or k.dtype
     if plan.alone is not None:
         dq, dk, dv = (x.new_empty(x.shape, dtype=dtype) for x, dtype in ((q, q.dtype), (k, kv_dtype), (v, kv_dtype)))
-        ops.backward(dout, q, k, v, lse, delta, dq, dk, dv, **plan.alone, **options)
+        with computing(exchange.observer, "backward", 0):
+            ops.backward(dout, q, k, v, lse, delta, dq, dk, dv, **plan.alone, **options)
         return dq, dk, dv
     dq = q.new_zeros(q.shape, dtype=sum_dtype)
     dkv = k.new_zeros(T, G, D + E, dtype=sum_dtype)
 
-    def add_gradients(launches: Sequence[Launch], k: Tensor, v: Tensor, dkv: Tensor, sm_margin: int) -> None:
+    def add_gradients(step: int, launches: Sequence[Launch], k: Tensor, v: Tensor, dkv: Tensor,
+                      sm_margin: int) -> None:
         dk, dv = dkv.split((D, E), dim=-1)
-        for launch in launches:
-            ops.backward(dout, q, k, v, lse, delta, dq, dk, dv, **launch, **options, accumulate=True,
-                         sm_margin=sm_margin)
+        with computing(exchange.observer, "backward", step):
+            for launch in launches:
+                ops.backward(dout, q, k, v, lse, delta, dq, dk, dv, **launch, **options, accumulate=True,
+                             sm_margin=sm_margin)
 
     if plan.remote:
         kv = torch.cat((k, v), dim=-1)
         arriving = _fetch(kv, plan.remote[0].step, exchange)
-        add_gradients(plan.opening, k, v, dkv, exchange.sm_margin)
+        add_gradients(0, plan.opening, k, v, dkv, exchange.sm_margin)
     returning: _Arrival | None = None
     for step, following in zip_longest(plan.remote, plan.remote[1:]):
         k_s, v_s = arriving.wait().split((D, E), dim=-1)
         if following is not None:
             arriving = _fetch(kv, following.step, exchange)
         dkv_s = kv.new_zeros(_total(step.step.receive), G, D + E, dtype=sum_dtype)
-        add_gradients(step.backward, k_s, v_s, dkv_s, exchange.sm_margin)
+        add_gradients(step.step.shift, step.backward, k_s, v_s, dkv_s, exchange.sm_margin)
         if returning is not None:
             _add_rows(dkv, returning)
             returning = None  # its buffers go before the next ones come
         returning = _send_home(dkv_s, step.step, exchange)
-    add_gradients(plan.closing, k, v, dkv, exchange.sm_margin if plan.remote else 0)
+    add_gradients(0, plan.closing, k, v, dkv, exchange.sm_margin if plan.remote else 0)
     if returning is not None:
         _add_rows(dkv, returning)
     dk, dv = dkv.split((D, E), dim=-1)

@@ -1,0 +1,676 @@
+"""Context parallelism beside one GPU: `torchrun --standalone --nproc-per-node N benchmarks/context_parallel.py`.
+
+    alone               one rank on whole sequences, through flash_attn_func, while the others wait
+    ring, all_to_all    ContextParallel in that mode, all ranks on the same sequences
+    torch_...           PyTorch's own context_parallel: over cuDNN, with all-gather and with all-to-all; over its
+                        FlashAttention-2
+
+All get the same N(0, 1) tensors and take turns call by call, ranks side by side; a call takes as long as its slowest
+rank, from a moment that all have reached. Every rank compares its rows of out, dq, dk and dv with what it computes
+alone; results that differ are an error and no figure. Efficiency is the time alone over ranks times the time together.
+Further calls, not timed, record on every rank when attention computes and when messages travel
+(`fa3_dist.parallel.observe`): time is exposed if messages are under way and no attention. `bound` is the efficiency
+that the links allow by themselves: the bytes that the busiest rank must move take so long at the measured bandwidth,
+and the ring can hide all of them behind attention, the all-to-all none.
+
+On CPUs (gloo) it runs at small sizes, `--scale 256`, to try it out: such figures are not judged. The exit status is 1 if
+a bar is missed or an output is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gc
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timing
+import torch
+import torch.distributed as dist
+from attention import GRADIENTS, LARGEST_DIFFERENCE, OUT, name_list
+from attention_cases import Case, Inputs, make_inputs
+from attention_peers import CannotRun, first_result, ours, sdpa_func
+from context_parallel_cases import (
+    Problem,
+    all_to_all_moved,
+    busiest_link,
+    describe,
+    flop,
+    problems,
+    ring_memory,
+    ring_moved,
+    window,
+)
+from context_parallel_report import GEMM_LEAST, cell_lines, complain, draw, print_summary, step_lines, summarise
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.attention import SDPBackend
+
+from fa3_dist.parallel import ContextParallel, imbalance
+from fa3_dist.parallel.context import LocalBatch
+from fa3_dist.parallel.exchange import DistributedExchange
+from fa3_dist.parallel.observe import (
+    COMMUNICATION,
+    COMPUTE,
+    Span,
+    Timeline,
+    busy,
+    exposed,
+    length,
+    mark,
+    milliseconds,
+    uncovered,
+)
+from fa3_dist.parallel.plan import Links, links_of
+from fa3_dist.parallel.sharding import shard
+
+REPEATS, WARMUPS, TRACES = 20, 3, 5
+SPIN_CYCLES = 10_000_000  # 5 ms at 2 GHz, longer than the host takes to launch a ring of 8 in both directions
+TIMEOUT = timedelta(minutes=5)
+MODES = ("ring", "all_to_all")
+TORCH = {  # PyTorch's own: backend, and how keys and values travel
+    "torch_cudnn": (SDPBackend.CUDNN_ATTENTION, "allgather"),
+    "torch_cudnn_alltoall": (SDPBackend.CUDNN_ATTENTION, "alltoall"),
+    "torch_flash": (SDPBackend.FLASH_ATTENTION, "allgather"),
+}
+PEERS = ("alone", *MODES, *TORCH)
+
+Results = tuple[Tensor, ...]  # out, and of a pass with a backward dq, dk, dv
+
+
+class Call(NamedTuple):
+    """What is timed. `around` is entered before the clock starts."""
+
+    run: Callable[[], Results]
+    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    together: bool = True  # by all ranks, not by the first one alone
+
+
+class Setup(NamedTuple):
+    """What a run measures with, on one rank."""
+
+    device: torch.device
+    mesh: DeviceMesh
+    host_group: Any  # for messages that don't pass through the device
+    modes: dict[str, ContextParallel]
+    links: Links
+    repeats: int
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.get_rank()
+
+    @property
+    def world(self) -> int:
+        return self.mesh.size()
+
+    def of_all_ranks(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def align(self) -> None:
+        """What follows begins on all ranks at about the same time: on CUDA on the devices, hosts running ahead."""
+        if self.device.type == "cuda":
+            torch.cuda._sleep(SPIN_CYCLES)
+            dist.all_reduce(torch.zeros(1, device=self.device))
+        else:
+            dist.barrier(group=self.host_group)
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+def run_pass(attend: Callable[[], Tensor], leaves: Sequence[Tensor], dout: Tensor | None) -> Results:
+    """out, detached; with a dout the gradients of the leaves too."""
+    if dout is None:
+        with torch.no_grad():
+            return (attend(),)
+    out = attend()
+    return (out.detach(), *torch.autograd.grad(out, leaves, dout))
+
+
+def alone_call(case: Case, x: Inputs) -> Call:
+    """Whole sequences on one rank."""
+    return Call(functools.partial(run_pass, ours(case, x), x[:3], x.dout), together=False)
+
+
+def local_inputs(x: Inputs, batch: LocalBatch) -> Inputs:
+    """This rank's rows, (1, T, heads, head_dim) each."""
+
+    def local(whole: Tensor) -> Tensor:
+        rows = shard(whole.detach().flatten(0, -3), batch.layout, batch.rank).unsqueeze(0).clone()
+        return rows.requires_grad_(whole.requires_grad)
+
+    q, k, v = map(local, x[:3])
+    return Inputs(q, k, v, x.cu_seqlens, None if x.dout is None else local(x.dout))
+
+
+def our_call(case: Case, x: Inputs, batch: LocalBatch) -> Call:
+    """A mode of ours on this rank's rows."""
+    options: dict[str, Any] = {"causal": case.causal, "window_size": (-1 if case.left is None else case.left, -1)}
+    attend = functools.partial(batch.attention, x.q, x.k, x.v, **options)
+    return Call(functools.partial(run_pass, attend, x[:3], x.dout))
+
+
+def torch_call(name: str, case: Case, x: Inputs, mesh: DeviceMesh) -> Call:
+    """PyTorch's own, whose ranks hold the very rows that ours hold. Raises CannotRun for what it cannot express."""
+    world = mesh.size()
+    if case.packed or case.left is not None or not case.causal:
+        raise CannotRun("torch's context_parallel takes whole causal sequences: no packed documents and no windows")
+    if sum(case.lengths) % (2 * world) or len(case.lengths) > 1:
+        raise CannotRun(f"torch's context_parallel balances sequences of a multiple of {2 * world} tokens alone")
+    if mesh.device_type != "cuda":
+        raise CannotRun("torch's context_parallel is for CUDA")
+    try:
+        from torch.distributed.tensor.experimental import context_parallel
+        from torch.distributed.tensor.experimental._attention import set_rotate_method
+    except ImportError as error:
+        raise CannotRun(f"torch {torch.__version__}: {error}") from None
+    backend, rotation = TORCH[name]
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        # NOTE: it finds out from some buffer whether the load is balanced; the tensors proper are sharded already.
+        buffer = torch.zeros(2 * world, device=x.q.device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            set_rotate_method(rotation)
+            with context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0]):
+                yield
+
+    attend = functools.partial(sdpa_func, backend, x.q, x.k, x.v, causal=True)
+    return Call(functools.partial(run_pass, attend, x[:3], x.dout), around)
+
+
+# ---- measuring a pass of a problem -----------------------------------------------------------------------------------
+
+
+class Measurement:
+    """A pass of a problem on its way to figures; all ranks make the same decisions, so that calls stay together."""
+
+    def __init__(self, problem: Problem, which: str, setup: Setup, peers: Sequence[str]) -> None:
+        self.problem, self.case, self.which, self.setup, self.peers = problem, problem.case, which, setup, peers
+        cp = setup.modes["ring"]
+        tokens = torch.zeros(1, sum(self.case.lengths), dtype=torch.int64)
+        cu_seqlens = (0, *accumulate(self.case.lengths)) if self.case.packed else None
+        self.batches = {name: mode.shard(tokens, cu_seqlens=cu_seqlens) for name, mode in setup.modes.items()}
+        self.layout = self.batches["ring"].layout
+        assert cp.rank == setup.rank and all(batch.layout == self.layout for batch in self.batches.values())
+        self.calls: dict[str, Call] = {}
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.errors: list[str] = []
+
+    def measure(self) -> dict[str, Any]:
+        """The pass as a result file has it."""
+        x = make_inputs(self.case, str(self.setup.device), requires_grad=self.which == "forward_backward")
+        local = local_inputs(x, self.batches["ring"])
+        expected = self._check_alone(alone_call(self.case, x), local)
+        if self.setup.rank and "alone" in self.calls:
+            self.calls["alone"] = Call(lambda: (), together=False)  # the first rank alone needs whole sequences now
+        del x
+        for name in self.peers:
+            if name != "alone":
+                self._check(name, functools.partial(self._build, name, local), local, expected)
+        del expected
+        self._time()
+        for name in filter(self.calls.__contains__, MODES):
+            self._trace(name)
+            self._account(name)
+        return {"flop": flop(self.case, self.which), "entries": self.entries, "errors": self.errors}
+
+    def _build(self, name: str, local: Inputs) -> Call:
+        if name in MODES:
+            return our_call(self.case, local, self.batches[name])
+        return torch_call(name, self.case, local, self.setup.mesh)
+
+    # ---- checks
+
+    def refuse(self, name: str, reason: str, is_error: bool = False) -> None:
+        """No figure, and why."""
+        self.calls.pop(name, None)
+        self.entries[name] = {"ms": None, "tflops": None, "reason": reason}
+        if is_error:
+            self.errors.append(f"{self.which}, {name} {reason}")
+
+    def _first(self, name: str, call: Callable[[], Call], local: Inputs) -> tuple[Call, Results] | None:
+        """Builds and runs a call on every rank; None, and refused, where one cannot. Notes the memory at its peak."""
+        reason, built, results = None, None, None
+        before = _allocated(self.setup.device)
+        try:
+            built = call()
+            with built.around():
+                results = first_result(built.run)
+        except CannotRun as error:
+            reason = str(error)
+        peak = _peak_since(before, self.setup.device)
+        reasons = self.setup.of_all_ranks(reason)
+        if any(reasons):
+            rank = next(rank for rank, each in enumerate(reasons) if each)
+            self.refuse(name, reasons[rank] if len(set(reasons)) == 1 else f"rank {rank}: {reasons[rank]}")
+            del results
+            _free(self.setup.device)
+            return None
+        assert built is not None and results is not None
+        inputs = sum(tensor.nbytes for tensor in (*local[:3], local.dout) if tensor is not None)
+        peaks = self.setup.of_all_ranks(None if peak is None else peak + (inputs if built.together else 0))
+        self.entries[name] = {"peak_bytes": None if None in peaks else peaks}
+        self.calls[name] = built
+        return built, results
+
+    def _check_alone(self, call: Call, local: Inputs) -> Results | None:
+        """This rank's rows of what it computes alone; None where that cannot be."""
+        found = self._first("alone", lambda: call, local)
+        if found is None:
+            return None
+        del self.entries["alone"]["peak_bytes"]  # NOTE: whole inputs are beside it
+        rank = self.setup.rank
+        return tuple(shard(result.flatten(0, -3), self.layout, rank).clone() for result in found[1])
+
+    def _check(self, name: str, build: Callable[[], Call], local: Inputs, expected: Results | None) -> None:
+        """Accepts a call if its results are those of one rank alone, on every rank; else it is an error."""
+        found = self._first(name, build, local)
+        if found is None:
+            return
+        if expected is None:
+            self.entries[name]["unchecked"] = "one rank alone has no results to compare with"
+            return
+        results = [result.flatten(0, -3) for result in found[1]]
+        distances = list(map(Distance.between, results, expected))
+        differences = list(map(relative_differences, zip(*self.setup.of_all_ranks(distances), strict=True)))
+        bounds = [LARGEST_DIFFERENCE[OUT], *[LARGEST_DIFFERENCE[GRADIENTS]] * 3]
+        for result, of_ranks, bound in zip((*OUT, *GRADIENTS), differences, bounds):
+            for rank, difference in enumerate(of_ranks):
+                if not difference <= bound:
+                    reason = f"differs by {difference:.1e} in {result} on rank {rank}, relative L2"
+                    return self.refuse(name, f"{reason}: {bound:.0e} is the bound", is_error=True)
+        self.entries[name]["difference"] = max(map(max, differences))
+
+    # ---- times
+
+    def _time(self) -> None:
+        """Times the calls in turn."""
+        few = self.problem.repeats
+        repeats, warmups = (self.setup.repeats, WARMUPS) if few is None else (min(few, self.setup.repeats), 0)
+        times, late = time_in_turn(self.calls, self.setup, repeats, warmups)
+        total = flop(self.case, self.which)
+        for name, local in times.items():
+            of_ranks = self.setup.of_all_ranks((local, late[name]))
+            ranks = of_ranks if self.calls[name].together else of_ranks[:1]
+            share = total // self.setup.world if self.calls[name].together else total
+            self.entries[name] |= timing.speed(of_the_slowest([values for values, _ in ranks]), share)
+            self.entries[name]["host_was_late"] = max(count for _, count in ranks)
+        if alone := self.entries.get("alone", {}).get("ms"):
+            for name, entry in self.entries.items():
+                if name != "alone" and entry.get("ms"):
+                    entry["efficiency"] = alone["median"] / self.setup.world / entry["ms"]["median"]
+
+    # ---- where the time goes
+
+    def _trace(self, name: str) -> None:
+        """Spans of all ranks in the call whose exposed time is the median of some."""
+        traces = []
+        for _ in range(TRACES if self.problem.repeats is None else 1):
+            spans, taken = trace(self.calls[name], self.setup, self.setup.modes[name])
+            of_ranks = self.setup.of_all_ranks((spans, taken))
+            traces.append(TraceFigures.of([each for each, _ in of_ranks], max(time for _, time in of_ranks)))
+        traces.sort(key=lambda figures: figures.exposed_ms)
+        self.entries[name] |= traces[len(traces) // 2]._asdict()
+
+    def _account(self, name: str) -> None:
+        """Bytes moved beside those that must be, the bound that they put on efficiency, and the memory expected."""
+        setup, entry = self.setup, self.entries[name]
+        count = ring_moved if name == "ring" else all_to_all_moved
+        moved = [count(self.case, self.layout, rank, self.which) for rank in range(setup.world)]
+        entry["must_send"] = [each.sent for each in moved]
+        seconds = busiest_link(moved) / setup.links.within(setup.world)
+        entry["link_ms"] = 1e3 * seconds
+        if alone := self.entries.get("alone", {}).get("ms"):
+            compute = alone["median"] / setup.world
+            least = max(compute, entry["link_ms"]) if name == "ring" else compute + entry["link_ms"]
+            entry["bound"] = compute / least
+        if name == "ring":
+            memory = [ring_memory(self.case, self.layout, rank, self.which) for rank in range(setup.world)]
+            entry["expected_bytes"] = [sum(each.values()) for each in memory]
+            entry["expected_bytes_of_rank_0"] = memory[0]
+            if entry["peak_bytes"]:
+                entry["memory_off"] = furthest_off(entry["peak_bytes"], entry["expected_bytes"])
+
+
+class Distance(NamedTuple):
+    """How far a rank's rows of a result lie from what is expected, in L2."""
+
+    difference: float
+    expected: float
+    elements: int
+
+    @staticmethod
+    def between(result: Tensor, expected: Tensor) -> Distance:
+        """Infinite between different shapes."""
+        norm = expected.float().norm().item()
+        if result.shape != expected.shape:
+            return Distance(math.inf, norm, expected.numel())
+        return Distance((result.float() - expected.float()).norm().item(), norm, expected.numel())
+
+
+def relative_differences(of_ranks: Sequence[Distance]) -> list[float]:
+    """Relative L2 of every rank; rows count as no smaller than a tenth of the average of all ranks.
+
+    The gradient of a query that sees one key is nothing but rounding, and a rank may have no other rows.
+    """
+    size = math.hypot(*(each.expected for each in of_ranks)) / math.sqrt(sum(each.elements for each in of_ranks))
+    least = [max(0.1 * size * math.sqrt(each.elements), sys.float_info.min) for each in of_ranks]
+    return [each.difference / max(each.expected, floor) for each, floor in zip(of_ranks, least)]
+
+
+def time_in_turn(
+    calls: Mapping[str, Call], setup: Setup, repeats: int, warmups: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Milliseconds on this rank of `repeats` runs of each call, after runs that don't count, with a cold L2.
+
+    And in how many of them the device had begun before the host was through with the call: then the time holds some of
+    the host's.
+    """
+    flush = timing.Flush().overwrite if setup.device.type == "cuda" else lambda: None
+    marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
+    late = dict.fromkeys(calls, 0)
+    for index in range(warmups + repeats):
+        for name, call in calls.items():
+            if not call.together and setup.rank:
+                continue
+            with call.around():
+                flush()
+                if call.together:
+                    setup.align()
+                elif setup.device.type == "cuda":
+                    torch.cuda._sleep(SPIN_CYCLES)
+                start = mark(setup.device)
+                call.run()
+                end = mark(setup.device)
+            if index >= warmups:
+                marks[name].append((start, end))
+                late[name] += setup.device.type == "cuda" and start.query()
+    return {name: [milliseconds(*pair) for pair in pairs] for name, pairs in marks.items()}, late
+
+
+def of_the_slowest(times_of_ranks: Sequence[Sequence[float]]) -> list[float]:
+    """How long each of several calls took, on the rank that took longest."""
+    return [max(times) for times in zip(*times_of_ranks, strict=True)]
+
+
+def furthest_off(measured: Sequence[float], expected: Sequence[float]) -> float:
+    """The largest distance from what is expected, as a share of it."""
+    return max(abs(each / wanted - 1) for each, wanted in zip(measured, expected, strict=True))
+
+
+def trace(call: Call, setup: Setup, mode: ContextParallel) -> tuple[list[Span], float]:
+    """This rank's spans in one run of a call, and the milliseconds of the run."""
+    with call.around():
+        setup.align()
+        mode.exchange.observer = timeline = Timeline(setup.device)
+        start = mark(setup.device)
+        call.run()
+        end = mark(setup.device)
+        mode.exchange.observer = None
+    return timeline.spans(), milliseconds(start, end)
+
+
+class TraceFigures(NamedTuple):
+    """What the spans of all ranks in one call come to."""
+
+    traced_ms: float
+    exposed_ms: float  # of the rank with most of it
+    exposed_share: float  # of the call's time
+    compute_imbalance: float  # busiest rank's attention time over the mean, minus 1
+    bytes_sent: list[int]  # by rank
+    steps: list[dict[str, Any]]  # the spans
+
+    @staticmethod
+    def of(spans_of_ranks: Sequence[Sequence[Span]], taken: float) -> TraceFigures:
+        """taken: milliseconds of the call on its slowest rank."""
+        compute = [busy(spans, COMPUTE) for spans in spans_of_ranks]
+        mean = sum(compute) / len(compute)
+        largest = max(map(exposed, spans_of_ranks))
+        return TraceFigures(
+            taken, largest, largest / taken, max(compute) / mean - 1 if mean else 0.0,
+            [sum(span.bytes_sent for span in spans) for spans in spans_of_ranks],
+            [step for rank, spans in enumerate(spans_of_ranks) for step in described_steps(rank, spans)],
+        )
+
+
+def described_steps(rank: int, spans: Sequence[Span]) -> list[dict[str, Any]]:
+    """The spans as a result file has them; of messages also the part that no attention hides."""
+    covering = [(span.start, span.end) for span in spans if span.kind == COMPUTE]
+    steps = []
+    for span in spans:
+        step = {"rank": rank, **span._asdict(), "start": round(span.start, 4), "end": round(span.end, 4)}
+        if span.kind == COMMUNICATION:
+            step["exposed"] = round(length(uncovered([(span.start, span.end)], covering)), 4)
+        else:
+            del step["bytes_sent"]
+        steps.append(step)
+    return steps
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes allocated on the device now, from where its peak is counted anew; 0 on the CPU."""
+    if device.type != "cuda":
+        return 0
+    _free(device)
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _peak_since(before: int, device: torch.device) -> int | None:
+    """Bytes beside `before` at the peak; None on the CPU, which does not count them."""
+    return torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure(problem: Problem, setup: Setup, peers: Sequence[str]) -> dict[str, Any]:
+    """All passes of a problem."""
+    passes: dict[str, Any] = {}
+    for which in problem.passes:
+        measurement = Measurement(problem, which, setup, peers)
+        passes[which] = measurement.measure()
+        _free(setup.device)
+    errors = [error for each in passes.values() for error in each.pop("errors")]
+    layout = measurement.layout
+    return {
+        **describe(problem, layout), "area_imbalance": imbalance(layout, **window(problem.case)) - 1,
+        "passes": passes, "errors": errors,
+    }
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def choose_problems(found: Sequence[Problem], patterns: Sequence[str]) -> list[Problem]:
+    """The problems whose name contains one of the patterns; without patterns all that are not by request.
+
+    Raises ValueError for a pattern that matches none.
+    """
+    for pattern in patterns:
+        if not any(pattern in problem.name for problem in found):
+            names = ", ".join(problem.name for problem in found)
+            raise ValueError(f"no case contains '{pattern}': they are {names}")
+    if not patterns:
+        return [problem for problem in found if not problem.by_request]
+    return [problem for problem in found if any(pattern in problem.name for pattern in patterns)]
+
+
+def choose_peers(wanted: Sequence[str]) -> list[str]:
+    """One rank alone and the wanted ones, in the usual order; all without a wish. ValueError for an unknown one."""
+    for name in wanted:
+        if name not in PEERS:
+            raise ValueError(f"unknown peer '{name}': the peers are {', '.join(PEERS)}")
+    return [name for name in PEERS if not wanted or name == "alone" or name in wanted]
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line; `is_whole` says that the run is the one whose figures are kept."""
+    parser = argparse.ArgumentParser(description="Context parallelism beside one GPU. Start it with torchrun.")
+    add = parser.add_argument
+    add("--draw", type=Path, metavar="JSON", help="only draw a result file's picture again (without torchrun)")
+    add("--output", type=Path, help="result file, its picture goes beside it (default: benchmarks/results/"
+        "context_parallel_NxGPU.json for all cases on GPUs, else none)")
+    add("--cells", type=name_list, default=[], help='parts of case names: "32k,packed"; gqa_1m runs only if named here')
+    add("--peers", type=name_list, default=[], help=f'beside one rank alone: "{",".join(PEERS[1:])}" (default: all)')
+    add("--repeats", type=int, default=REPEATS, help=f"timings of each call (default: {REPEATS})")
+    add("--scale", type=int, default=1, help="divide the tokens of all documents by this (default: 1)")
+    add("--sm-margin", type=int, default=0, help="SMs that attention leaves to messages (default: 0)")
+    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--steps", action="store_true", help="print every step of every rank too")
+    parsed = parser.parse_args(arguments)
+    if min(parsed.repeats, parsed.scale) < 1 or parsed.sm_margin < 0:
+        parser.error("--repeats, --scale: expected 1 or more, --sm-margin 0 or more")
+    kept = {name: value for name, value in vars(parsed).items() if name not in ("output", "steps", "device")}
+    parsed.is_whole = parsed.device == "cuda" and all(parser.get_default(name) == value for name, value in kept.items())
+    return parsed
+
+
+def connect(device_type: str) -> torch.device:
+    """Joins the group that torchrun described and returns this rank's device."""
+    if device_type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=TIMEOUT)
+        return device
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    return torch.device("cpu")
+
+
+def make_setup(device: torch.device, repeats: int, sm_margin: int) -> Setup:
+    """Connections of all modes, and the links between the ranks, measured."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
+    modes = {name: ContextParallel(mesh, mode=name) for name in MODES}
+    for mode in modes.values():
+        mode.exchange.sm_margin = sm_margin
+    exchange = modes["ring"].exchange
+    assert isinstance(exchange, DistributedExchange)
+    links = links_of(exchange)
+    return Setup(device, mesh, dist.new_group(backend="gloo", timeout=TIMEOUT), modes, links, repeats)
+
+
+def gemm_tflops(setup: Setup) -> dict[str, Any] | None:
+    """A bf16 GEMM on all GPUs at once, the figures of the slowest; None on CPUs."""
+    if setup.device.type != "cuda":
+        return None
+    ms = timing.time_in_turn({"gemm": timing.gemm()}, timing.Flush().overwrite, repeats=20)["gemm"]
+    speeds = [timing.speed(each, timing.GEMM_FLOP) for each in setup.of_all_ranks(ms)]
+    return min(speeds, key=lambda speed: speed["tflops"]["median"])
+
+
+def header(parsed: argparse.Namespace, setup: Setup) -> dict[str, Any]:
+    """Where the figures come from."""
+    is_cuda = setup.device.type == "cuda"
+    return {
+        "benchmark": "context_parallel",
+        **timing.measured_on(None if is_cuda else "CPU"),
+        "ranks": setup.world,
+        "hosts": len(set(setup.of_all_ranks(os.uname().nodename))),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if is_cuda else None,
+        "bandwidth": dict(setup.links.bandwidth), "latency": setup.links.latency,
+        "repeats": parsed.repeats, "scale": parsed.scale, "sm_margin": parsed.sm_margin,
+        "selected": {"cells": parsed.cells, "peers": parsed.peers},
+        "judged": is_cuda and parsed.scale == 1,
+    }
+
+
+def run(
+    chosen: Sequence[Problem], peers: Sequence[str], parsed: argparse.Namespace, setup: Setup,
+    save: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Measures the problems one after the other, saving the result after each. The GEMM runs before and after them."""
+    about = header(parsed, setup)
+    gemm = gemm_tflops(setup)
+    cells: list[dict[str, Any]] = []
+
+    def result() -> dict[str, Any]:
+        valid = gemm["tflops"]["median"] >= GEMM_LEAST if gemm else None
+        summary = summarise({cell["name"]: cell for cell in cells}, about["judged"])
+        return {**about, "gemm": gemm, "valid": valid, "cells": cells, "summary": summary}
+
+    started = time.monotonic()
+    for index, problem in enumerate(chosen):
+        cells.append(measure(problem, setup, peers))
+        if setup.rank == 0:
+            progress = f"\n[{index + 1}/{len(chosen)}, {time.monotonic() - started:.0f} s]"
+            print(progress, *cell_lines(cells[-1]), sep="\n")
+            if parsed.steps:
+                print(*step_lines(cells[-1]), sep="\n")
+            sys.stdout.flush()
+            save(result())
+    if gemm:
+        again = gemm_tflops(setup)
+        assert again is not None
+        gemm = min(gemm, again, key=lambda speed: speed["tflops"]["median"])
+    return result()
+
+
+def redraw(path: Path) -> int:
+    """Draws a result file's picture again; returns the exit status."""
+    drawn = draw(json.loads(path.read_text()), path.with_suffix(".png"))
+    print(path.with_suffix(".png") if drawn else "matplotlib is not installed: pip install matplotlib")
+    return 0 if drawn else 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parsed = parse_arguments(arguments)
+    if parsed.draw:
+        return redraw(parsed.draw)
+    trouble = None
+    if int(os.environ.get("WORLD_SIZE", 0)) < 2:
+        trouble = "expected two ranks or more: torchrun --nproc-per-node 2 benchmarks/context_parallel.py"
+    elif parsed.device == "cuda":
+        trouble = timing.why_no_hopper() or timing.why_no_library()
+    try:
+        chosen, peers = choose_problems(problems(parsed.scale), parsed.cells), choose_peers(parsed.peers)
+    except ValueError as error:
+        trouble = str(error)
+    if trouble:
+        print(trouble, file=sys.stderr)
+        return 2
+    if parsed.device == "cuda":
+        os.environ["FA3_DIST_STRICT"] = "1"  # our kernels or none
+    setup = make_setup(connect(parsed.device), parsed.repeats, parsed.sm_margin)
+    output = parsed.output
+    if output is None and parsed.is_whole:
+        output = timing.default_output("context_parallel", torch.cuda.get_device_name(), setup.world)
+    save = functools.partial(timing.write_result, output) if output else lambda result: None
+    result = run(chosen, peers, parsed, setup, save)
+    status = 0
+    if setup.rank == 0:
+        save(result)
+        print_summary(result)
+        if output:
+            print(f"written: {output}")
+            if not draw(result, output.with_suffix(".png")):
+                print(f"no picture, since matplotlib is not installed; --draw {output} makes it elsewhere")
+        status = timing.exit_status(complain(result))
+    dist.destroy_process_group()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(record(main)())  # torchrun then reports the first exception of any rank
