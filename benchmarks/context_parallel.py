@@ -13,8 +13,8 @@ Further calls, not timed, record on every rank when attention computes and when 
 that the links allow by themselves: the bytes that the busiest rank must move take so long at the measured bandwidth,
 and the ring can hide all of them behind attention, the all-to-all none.
 
-On CPUs (gloo) it runs at small sizes, `--scale 256`, to try it out: such figures are not judged. The exit status is 1 if
-a bar is missed or an output is wrong.
+On CPUs (gloo) it runs at small sizes, `--scale 256`, to try it out: such figures are not judged. The exit status is 1
+if a bar is missed or an output is wrong.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ import torch
 from fa3_dist.parallel.all_to_all import all_to_all_attention
 from fa3_dist.parallel.exchange import Exchange, run_in_process
 from fa3_dist.parallel.plan import RATES, Call, Choice, Links, choose, estimate, measure_links, mode_name, speed_at
+from fa3_dist.parallel.ring_clock import Wires, backward_end, forward_end
 from fa3_dist.parallel.schedule import Layout, contiguous, grouped, packed, work, zigzag
-from fa3_dist.parallel.timeline import Wires, backward_end, forward_end
 from tests.ring_gate import Case, run_case
 
 BF16 = torch.bfloat16

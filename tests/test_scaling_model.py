@@ -209,3 +209,10 @@ def test_useless_arguments_are_refused(arguments: list[str], message: str, capsy
 def test_a_missing_kernel_is_said(capsys: pytest.CaptureFixture[str]):
     assert scaling_model.main(["--head-dim", "72"]) == 2
     assert "no dense bf16 cell of head_dim 72" in capsys.readouterr().err
+
+
+def test_a_result_of_cpus_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    measured = tmp_path / "measured.json"
+    measured.write_text(json.dumps(MEASURED | {"device": "CPU"}))
+    assert scaling_model.main(["--measured", str(measured)]) == 2
+    assert "was measured on CPUs" in capsys.readouterr().err

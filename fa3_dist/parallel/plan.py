@@ -31,8 +31,8 @@ from torch import Tensor
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.all_to_all import kv_copies
 from fa3_dist.parallel.exchange import DistributedExchange, Exchange, Subgroup, exchange_with_all
+from fa3_dist.parallel.ring_clock import Wires, backward_end, forward_end
 from fa3_dist.parallel.schedule import Layout, StepSizes, grouped, step_sizes
-from fa3_dist.parallel.timeline import Wires, backward_end, forward_end
 
 
 class Call(NamedTuple):
@@ -199,7 +199,7 @@ def estimate(layout: Layout, call: Call, head_ranks: int, links: Links, rates: R
     """Seconds of forward and backward, and bytes.
 
     Attention: 2 products of 2 * pairs * heads * head_dim FLOP in the forward, 5 in the backward. The ring is played
-    through by `timeline`, with the pairs and rows of every rank and step. The all-to-all before and after it hides
+    through by `ring_clock`, with the pairs and rows of every rank and step. The all-to-all before and after it hides
     behind nothing. Copies, such as packing, take the time that their bytes take in memory.
     """
     copies = kv_copies(call.heads, call.kv_heads, head_ranks)
