@@ -346,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         forward, backward, origins = kernel_speeds(parsed.forward, parsed.backward, parsed.head_dim, head_dim_v)
         measured = json.loads(parsed.measured.read_text()) if parsed.measured else {}
         if measured.get("device") == "CPU":
-            raise ValueError(f"{parsed.measured} was measured on CPUs: expected a result of GPUs, whose kernels this models")
+            raise ValueError(f"{parsed.measured} was measured on CPUs: expected GPUs, whose kernels this models")
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
