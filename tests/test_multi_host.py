@@ -47,8 +47,8 @@ MODES = "ring", "all_to_all", "product"
 SHAPE = (2, 22)  # (B, S) of the training steps
 WATCHER = PROCESSES  # the first rank of the host whose link is cut
 CALL = 2  # of `forward_into` in which that happens: the step of the first layer's ring that other hosts' keys feed
-TIMEOUT = 2.0  # seconds, of the messages of the last part
-SLACK = 10.0  # for a busy machine: to write tracebacks, to end the interpreters, and for torchrun to see it
+TIMEOUT = 5.0  # seconds, of the messages of the last part
+SLACK = 20.0  # for a busy machine: to write tracebacks, to end the interpreters, and for torchrun to see it
 START = 60.0  # seconds for the ranks to start and to take a step in every mode
 
 
