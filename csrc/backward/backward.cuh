@@ -28,12 +28,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x == 0) load_key_tiles<Config>(arguments, shared);
     if (threadIdx.x == 32) draw_key_tiles<Config>(arguments, shared);
     if (threadIdx.x >= 64 && threadIdx.x < 96) load_row_values<Config>(arguments, shared);
-    if constexpr (Config::kLagsDQ) {
+    if constexpr (Config::kBulkDQ) {
       if (threadIdx.x == 96) add_query_blocks<Config>(arguments, shared);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-    if constexpr (Config::kLagsDQ) {
+    if constexpr (Config::kSharesKeys) {
+      consume_queries_sharing<Config>(arguments, shared);
+    } else if constexpr (Config::kLagsDQ) {
       consume_queries_lagging<Config>(arguments, shared);
     } else {
       consume_queries<Config>(arguments, shared);
@@ -161,9 +163,7 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   backward_kernel<Config><<<dim3(static_cast<unsigned>(blocks)), Config::kThreads, kSharedBytes, stream>>>(arguments);
   error = cudaGetLastError();
   if (error != cudaSuccess || params.accumulate) return error;
-  constexpr SumColumns kColumns = Config::kLagsDQ   ? SumColumns::kSwapped
-                                  : Config::kBulkDQ ? SumColumns::kPlain
-                                                    : SumColumns::kPermuted;
+  constexpr SumColumns kColumns = Config::kBulkDQ ? SumColumns::kSwapped : SumColumns::kPermuted;
   const auto convert = params.dq_dtype == DType::fp32 ? convert_dq<float, kHeadDim, kColumns>
                                                       : convert_dq<Element, kHeadDim, kColumns>;
   return convert(params, stream);

@@ -67,8 +67,8 @@ struct BackwardConfig {
   static_assert(kLaunchRegisters - kProducerRegisters >= kConsumers * (kConsumerRegisters - kLaunchRegisters));
 
   // Whether dQ lags a step behind (lagging.cuh). Other head dims are to follow as they are measured.
-  static constexpr bool kLagsDQ = kHeadDim == 128;
-  static_assert(!kLagsDQ || (!kSharesKeys && kBulkDQ && kStagesK == 2));
+  static constexpr bool kLagsDQ = true;
+  static_assert(kSharesKeys || (kBulkDQ && kStagesK == 2));
 
   // Whether the scores of a step are under way while dQ of the step before is; for head_dim 256 registers are short.
   static constexpr bool kEarlyScores = kHeadDim <= 192;
@@ -122,7 +122,7 @@ struct BackwardConfig {
                             Warpgroups{});
     }
   }
-  using MmaDK = decltype(mma_gradient<kColumnsDK, kLagsDQ>());
+  using MmaDK = decltype(mma_gradient<kColumnsDK, !kSharesKeys>());
   using MmaDV = decltype(mma_gradient<kColumnsDV, !kSharesKeys>());
   using LayoutQt = Transposed<kQueries, kColumnsDK, kPanel>;
   using LayoutDOt = Transposed<kQueries, kColumnsDV, kPanelV>;
@@ -130,9 +130,11 @@ struct BackwardConfig {
   // are odd in number, both compute the one in the middle.
   static constexpr bool kSplitsColumns = kQueries == 64;
   static constexpr int kColumnsDQ = !kSplitsColumns ? kHeadDim : (kHeadDim / 2 + kPanel - 1) / kPanel * kPanel;
-  using LayoutKt = Transposed<kKeys, kColumnsDQ, kPanel>;
+  static constexpr int kPartsDQ = kSharesKeys && !kBulkDQ ? 2 : 1;
+  static constexpr int kColumnsPartDQ = kColumnsDQ / kPartsDQ;
+  using LayoutKt = Transposed<kKeys, kColumnsPartDQ, kPanel>;
   using MmaDQ = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, Shape<Int<kQueries>, Int<kColumnsDQ>, Int<kKeys>>, GMMA::Major::MN,
+      GMMA::ss_op_selector<Element, Element, float, Shape<Int<kQueries>, Int<kColumnsPartDQ>, Int<kKeys>>, GMMA::Major::MN,
                            GMMA::Major::MN>(),
       std::conditional_t<kSplitsColumns, Alone, ByKeys>{}));
 };

@@ -38,12 +38,12 @@ template <class Config, class Rounded>
 __device__ __forceinline__ void store_own_weights(const Rounded& rounded, typename Config::Element* to, int warpgroup,
                                                   int thread) {
   const int lane = thread % 32;
-  const int key = warpgroup * 64 + thread / 32 * 16 + lane % 16;
+  const int key = (Config::kSharesKeys ? 0 : warpgroup * 64) + thread / 32 * 16 + lane % 16;
   const uint32_t row = static_cast<uint32_t>(__cvta_generic_to_shared(to)) + key * 128;
-  const uint32_t swizzle = ((lane / 16) ^ (lane % 8)) * 16;
+  const uint32_t swizzle = ((lane / 16) ^ (lane % 8) ^ (Config::kSharesKeys ? warpgroup * 4 : 0)) * 16;
   const auto* const pairs = reinterpret_cast<const uint32_t*>(&rounded(0));
 #pragma unroll
-  for (int i = 0; i < Config::kQueries / 8; i += 2) {
+  for (int i = 0; i < Config::kQueriesOfWarpgroup / 8; i += 2) {
     const uint32_t piece = row + i / 8 * (Config::kKeys * 128) + ((i % 8 * 16) ^ swizzle);
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(piece), "r"(pairs[2 * i]),
                  "r"(pairs[2 * i + 1]), "r"(pairs[2 * i + 2]), "r"(pairs[2 * i + 3])
@@ -140,10 +140,12 @@ __device__ __forceinline__ void consume_queries_lagging(const BackwardArguments&
     Tensor rdP = make_tensor_like(rS);
     multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[v_ring.stage], typename Config::LayoutV{})),
              thread_s.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDO{})), rdP, false);
-    float2 lse[kScores / 4];
+    float2 early_lse[Config::kEarlyWeights ? kScores / 4 : 1];
+    if constexpr (Config::kEarlyWeights) {
 #pragma unroll
-    for (int i = 0; i < kScores / 4; ++i) {
-      lse[i] = *reinterpret_cast<const float2*>(&shared.lse_log2[stage][8 * i + rows.column]);
+      for (int i = 0; i < kScores / 4; ++i) {
+        early_lse[i] = *reinterpret_cast<const float2*>(&shared.lse_log2[stage][8 * i + rows.column]);
+      }
     }
     warpgroup_wait<1>();
     warpgroup_fence_operand(rS);
@@ -167,19 +169,30 @@ __device__ __forceinline__ void consume_queries_lagging(const BackwardArguments&
     static_assert(size(rS) == size(rP));
 #pragma unroll
     for (int i = 0; i < kScores / 4; ++i) {
+      float2 lse = early_lse[Config::kEarlyWeights ? i : 0];
+      if constexpr (!Config::kEarlyWeights) lse = *reinterpret_cast<const float2*>(&shared.lse_log2[stage][8 * i + rows.column]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int at = 4 * i + 2 * r;
-        rS(at) = exp2_approximate(rS(at) * scale_log2 - lse[i].x);
-        rS(at + 1) = exp2_approximate(rS(at + 1) * scale_log2 - lse[i].y);
-        reinterpret_cast<uint32_t&>(rP(at)) = round_pair<Element>(rS(at), rS(at + 1));
+        rS(at) = exp2_approximate(rS(at) * scale_log2 - lse.x);
+        rS(at + 1) = exp2_approximate(rS(at + 1) * scale_log2 - lse.y);
+        if constexpr (Config::kEarlyWeights) {
+          reinterpret_cast<uint32_t&>(rP(at)) = round_pair<Element>(rS(at), rS(at + 1));
+        }
       }
     }
 
     // dV += P^T dO, dS = P (dP - delta)
-    multiply(mma_dv, rP, thread_dv.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDOt{})), rdV,
-             !fresh);
-    warpgroup_wait<1>();
+    const auto multiply_dv = [&]() __attribute__((always_inline)) {
+      multiply(mma_dv, rP, thread_dv.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDOt{})), rdV,
+               !fresh);
+    };
+    if constexpr (Config::kEarlyWeights) {
+      multiply_dv();
+      warpgroup_wait<1>();
+    } else {
+      warpgroup_wait<0>();
+    }
     warpgroup_fence_operand(rdP);
     --steps;
     if (steps == 0) arrive_as_warp(thread, shared.v_empty[v_ring.stage]);
@@ -190,10 +203,15 @@ __device__ __forceinline__ void consume_queries_lagging(const BackwardArguments&
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int at = 4 * i + 2 * r;
+        if constexpr (!Config::kEarlyWeights) {
+          reinterpret_cast<uint32_t&>(rP(at)) = round_pair<Element>(rS(at), rS(at + 1));
+        }
         reinterpret_cast<uint32_t&>(rdS(at)) =
             round_pair<Element>(rS(at) * (rdP(at) - delta.x), rS(at + 1) * (rdP(at + 1) - delta.y));
       }
     }
+
+    if constexpr (!Config::kEarlyWeights) multiply_dv();
 
     // dK += dS^T Q; dQ = dS K of the step before, into whose place dS of the next step then goes
     shared.step_done.wait(parity ^ 1);
@@ -251,6 +269,231 @@ __device__ __forceinline__ void consume_queries_lagging(const BackwardArguments&
     store_dq(rdQ);
     hand_over_dq();
   }
+}
+
+// The same where the warpgroups share a tile's 64 keys: each has half of the scores' queries and half of the gradients'
+// columns, and P and dS both pass through shared memory. dQ of the step before runs under this step's weights. A tile's last
+// dQ does not wait for the next tile's first step, since the next keys come in the place of these.
+template <class Config>
+__device__ __forceinline__ void consume_queries_sharing(const BackwardArguments& arguments,
+                                                        BackwardShared<Config>& storage) {
+  auto& shared = pinned(storage);
+  using Element = typename Config::Element;
+  const BackwardParams& params = arguments.params;
+  const ForwardParams& forward = params.forward;
+  const int warpgroup = cutlass::canonical_warp_group_idx() - 1;
+  const int thread = pinned(static_cast<int>(threadIdx.x % 128));
+  const ThreadRows rows{thread / 32 * 16 + thread % 32 / 4, thread % 4 * 2 + warpgroup * Config::kQueriesOfWarpgroup};
+  const int group = forward.heads / forward.kv_heads;
+  const int column_dk = warpgroup * Config::kColumnsDK, column_dv = warpgroup * Config::kColumnsDV;
+  constexpr float kLog2E = 1.4426950408889634f;
+  const float scale_log2 = (forward.softcap == 0.f ? forward.softmax_scale : forward.softcap) * kLog2E;
+
+  typename Config::MmaS mma_s;
+  typename Config::MmaDK mma_dk;
+  typename Config::MmaDV mma_dv;
+  typename Config::MmaDQ mma_dq;
+  const auto thread_s = mma_s.get_slice(warpgroup * 128);
+  const auto thread_dk = mma_dk.get_slice(0);
+  const auto thread_dv = mma_dv.get_slice(0);
+  const auto thread_dq = mma_dq.get_slice(0);
+  const auto as = [](Element* data, auto layout) __attribute__((always_inline)) {
+    return make_tensor(make_smem_ptr(data), layout);
+  };
+
+  Tensor rS = partition_fragment_C(mma_s, Shape<Int<Config::kKeys>, Int<Config::kQueries>>{});
+  Tensor rdK = partition_fragment_C(mma_dk, Shape<Int<Config::kKeys>, Int<Config::kColumnsDK>>{});
+  Tensor rdV = partition_fragment_C(mma_dv, Shape<Int<Config::kKeys>, Int<Config::kColumnsDV>>{});
+  constexpr int kScores = decltype(size(rS))::value;
+
+  Ring<kKeyTileSlots> tile_ring;
+  Ring<Config::kStagesK> k_ring;
+  Ring<Config::kStagesV> v_ring;
+  Ring<Config::kStages> ring;
+  static_assert(Config::kStages == 2);
+  uint32_t parity = 0;     // of the step
+  uint32_t dq_parity = 1;  // of the bulk additions
+  int steps = 0, first_block = 0, end_block = 0, first_plain = 0, end_open = 0, block = 0, block_before = 0, head = 0;
+  int head_before = 0;
+  bool handed = true;
+
+  const auto column_dq = [&](int part) { return first_column_dq<Config>(warpgroup) + part * Config::kColumnsPartDQ; };
+  const auto multiply_dq = [&](auto& rdQ, int ds_stage, int part) __attribute__((always_inline)) {
+    Element* const sKt = shared.k[k_ring.stage] + column_dq(part) * Config::kKeys;
+    multiply(mma_dq, thread_dq.partition_fragment_A(as(shared.ds[ds_stage], typename Config::LayoutDS{})),
+             thread_dq.partition_fragment_B(as(sKt, typename Config::LayoutKt{})), rdQ, false);
+  };
+  const auto hand_over_dq = [&]() __attribute__((always_inline)) {
+    if constexpr (Config::kBulkDQ) {
+      cutlass::arch::fence_view_async_shared();
+      arrive_as_warp(thread, shared.dq_full[warpgroup]);
+    }
+  };
+  const auto add_dq = [&](auto& rdQ, const KeyTile& tile, int head, int block, int part) __attribute__((always_inline)) {
+    if constexpr (Config::kBulkDQ) {
+      shared.dq_empty[warpgroup].wait(dq_parity);
+      dq_parity ^= 1;
+      float* const panels = panels_of(shared, warpgroup);
+      if (params.accumulate) {
+        store_queries<Config>(rdQ, forward.softmax_scale, panels, skipped_dq<Config>(warpgroup), thread);
+      } else {
+        store_permuted_queries<Config>(rdQ, panels, tile.sequence.k_base, skipped_dq<Config>(warpgroup), thread);
+      }
+    } else {
+      add_queries<Config>(rdQ, params, tile.batch, tile.kv_head * group + head, tile.sequence.k_base,
+                          block * Config::kQueries + thread / 32 * 16 + thread % 32 / 4, tile.sequence.k_len,
+                          column_dq(part), skipped_dq<Config>(warpgroup));
+    }
+  };
+
+  while (true) {
+    const KeyTile& tile = shared.tile[tile_ring.stage];
+    const bool fresh = steps == 0;
+    if (fresh) {
+      shared.tile_full[tile_ring.stage].wait(tile_ring.parity);
+      if (tile.end) break;
+      first_block = tile.blocks.first;
+      end_block = tile.blocks.end;
+      first_plain = tile.blocks.first_plain;
+      end_open = tile.blocks.end_open;
+      steps = group * (end_block - first_block);
+      block = first_block;
+      head = 0;
+      shared.k_full[k_ring.stage].wait(k_ring.parity);
+    }
+
+    // S^T = K Q^T, dP^T = V dO^T, and dQ of the step before
+    const int stage = ring.stage;
+    shared.step_full[stage].wait(ring.parity);
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[k_ring.stage], typename Config::LayoutK{})),
+             thread_s.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQ{})), rS, false);
+    if (!handed) hand_over_dq();
+    handed = true;
+    if (fresh) shared.v_full[v_ring.stage].wait(v_ring.parity);
+    Tensor rdP = make_tensor_like(rS);
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[v_ring.stage], typename Config::LayoutV{})),
+             thread_s.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDO{})), rdP, false);
+    // NOTE: at a tile's first step there is none, yet it is multiplied, from whatever lies there, and forgotten: a product
+    // that depends on a branch makes the compiler wait for each.
+    Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<Config::kQueries>, Int<Config::kColumnsPartDQ>>{});
+    multiply_dq(rdQ, 1 - stage, 0);
+    warpgroup_wait<2>();
+    warpgroup_fence_operand(rS);
+
+    // P = exp(S - lse)
+    const bool capped = forward.softcap != 0.f;
+    if (capped) {
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rdP);
+      const float inner = forward.softmax_scale / forward.softcap;
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        rS(i) = tanh_accurate(rS(i) * inner);
+        const float delta = shared.delta[stage][i / 4 * 8 + rows.column + i % 2];
+        rdP(i) = (rdP(i) - delta) * (1.f - rS(i) * rS(i)) + delta;
+      }
+    }
+    if (block < first_plain || block >= end_open) hide_queries<Config>(rS, tile, rows, block * Config::kQueries);
+    Tensor rP = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kQueriesOfWarpgroup / 16>>>{});
+    static_assert(size(rS) == size(rP));
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      const float2 lse = *reinterpret_cast<const float2*>(&shared.lse_log2[stage][8 * i + rows.column]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = 4 * i + 2 * r;
+        rS(at) = exp2_approximate(rS(at) * scale_log2 - lse.x);
+        rS(at + 1) = exp2_approximate(rS(at + 1) * scale_log2 - lse.y);
+        reinterpret_cast<uint32_t&>(rP(at)) = round_pair<Element>(rS(at), rS(at + 1));
+      }
+    }
+    shared.step_end.wait(parity ^ 1);
+    store_own_weights<Config>(rP, shared.p[stage], warpgroup, thread);
+
+    // dS = P (dP - delta)
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(rdP);
+    --steps;
+    if (steps == 0) arrive_as_warp(thread, shared.v_empty[v_ring.stage]);
+    Tensor rdS = make_tensor_like(rP);
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * i + rows.column]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = 4 * i + 2 * r;
+        reinterpret_cast<uint32_t&>(rdS(at)) =
+            round_pair<Element>(rS(at) * (rdP(at) - delta.x), rS(at + 1) * (rdP(at + 1) - delta.y));
+      }
+    }
+    store_own_weights<Config>(rdS, shared.ds[stage], warpgroup, thread);
+    cutlass::arch::fence_view_async_shared();
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdQ);
+    arrive_as_warp(thread, shared.step_done);
+    shared.step_done.wait(parity);
+
+    // dV += P^T dO, dK += dS^T Q, under which dQ leaves
+    Tensor rdQ2 = make_tensor_like(rdQ);
+    if constexpr (Config::kPartsDQ == 2) multiply_dq(rdQ2, 1 - stage, 1);
+    Element* const sdO = shared.dout[stage] + column_dv * Config::kQueries;
+    multiply(mma_dv, thread_dv.partition_fragment_A(as(shared.p[stage], typename Config::LayoutP{})),
+             thread_dv.partition_fragment_B(as(sdO, typename Config::LayoutDOt{})), rdV, !fresh);
+    Element* const sQ = shared.q[stage] + column_dk * Config::kQueries;
+    multiply(mma_dk, thread_dk.partition_fragment_A(as(shared.ds[stage], typename Config::LayoutP{})),
+             thread_dk.partition_fragment_B(as(sQ, typename Config::LayoutQt{})), rdK, !fresh);
+    if (!fresh) {
+      add_dq(rdQ, tile, head_before, block_before, 0);
+      handed = false;
+    }
+    if constexpr (Config::kPartsDQ == 2) {
+      warpgroup_wait<2>();
+      warpgroup_fence_operand(rdQ2);
+      if (!fresh) add_dq(rdQ2, tile, head_before, block_before, 1);
+    }
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdV);
+    warpgroup_fence_operand(rdK);
+    arrive_as_warp(thread, shared.step_empty[stage]);
+    arrive_as_warp(thread, shared.step_end);
+    block_before = block;
+    head_before = head;
+    if (++block == end_block) {
+      block = first_block;
+      ++head;
+    }
+
+    if (steps == 0) {
+      if (!handed) hand_over_dq();
+      multiply_dq(rdQ, stage, 0);
+      if constexpr (Config::kPartsDQ == 2) multiply_dq(rdQ2, stage, 1);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rdQ);
+      warpgroup_fence_operand(rdQ2);
+      arrive_as_warp(thread, shared.k_empty[k_ring.stage]);
+      add_dq(rdQ, tile, head_before, block_before, 0);
+      if constexpr (Config::kPartsDQ == 2) add_dq(rdQ2, tile, head_before, block_before, 1);
+      handed = false;
+      OutputRow row[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int key = tile.first_key + rows.row + 8 * r;
+        row[r].exists = key < tile.sequence.q_len;
+        row[r].at =
+            (int64_t{tile.batch} * forward.seqlen_k + tile.sequence.q_base + key) * forward.kv_heads + tile.kv_head;
+      }
+      write_keys<Element>(rdV, 1.f, params.dv, params.dv_dtype, params.accumulate, row, column_dv, forward.head_dim_v);
+      write_keys<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, params.accumulate, row, column_dk,
+                          forward.head_dim);
+      shared.tile_empty[tile_ring.stage].arrive();
+      tile_ring.advance();
+      k_ring.advance();
+      v_ring.advance();
+    }
+    ring.advance();
+    parity ^= 1;
+  }
+  if (!handed) hand_over_dq();
 }
 
 }  // namespace fa3

@@ -65,6 +65,7 @@ struct alignas(1024) BackwardShared {
   LoadBarrier step_full[Config::kStages];
   HandOver step_empty[Config::kStages];
   Barrier step_done;
+  Barrier step_end;
   Barrier dq_full[Config::kConsumers];
   Barrier dq_empty[Config::kConsumers];
 };
@@ -92,7 +93,7 @@ __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
     shared.tile_full[slot].init(1);
     // All who read a tile: consumers, the thread that loads, the warp that brings lse and delta, and, where dQ lags, the
     // thread that adds it.
-    shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + 32 + Config::kLagsDQ);
+    shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + 32 + Config::kBulkDQ);
   }
   if constexpr (Config::kLagsDQ) {
     for (int stage = 0; stage < Config::kStages; ++stage) {
@@ -100,6 +101,7 @@ __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
       shared.step_empty[stage].init(kConsumerWarps);
     }
     shared.step_done.init(kConsumerWarps);
+    shared.step_end.init(kConsumerWarps);
     for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
       shared.dq_full[warpgroup].init(4);
       shared.dq_empty[warpgroup].init(1);
