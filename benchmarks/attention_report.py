@@ -201,10 +201,15 @@ def complain(result: dict[str, Any]) -> list[str]:
     for line in result["summary"]:
         if line["passed"] is False:
             complaints.append(f"{line['what']}: {line['value']:.4g} {line['unit']}, the bar is {line['bar']:.4g}")
-    if not result["valid"]:
-        gemm = result["gemm"]["tflops"]["median"]
-        complaints.append(f"the run is invalid: its GEMM ran at {gemm:.0f} TFLOP/s, {GEMM_LEAST} is the least")
-    return complaints
+    return complaints + gemm_complaint(result)
+
+
+def gemm_complaint(result: dict[str, Any]) -> list[str]:
+    """What makes a run invalid, if it is: a GPU that was slow at a plain product. `valid` None: nothing was judged."""
+    if result["valid"] is not False:
+        return []
+    gemm = result["gemm"]["tflops"]["median"]
+    return [f"the run is invalid: its GEMM ran at {gemm:.0f} TFLOP/s, {GEMM_LEAST} is the least"]
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ import torch.distributed as dist
 from attention import GRADIENTS, LARGEST_DIFFERENCE, OUT, name_list
 from attention_cases import Case, Inputs, make_inputs
 from attention_peers import CannotRun, first_result, ours, sdpa_func
+from attention_report import GEMM_LEAST
 from context_parallel_cases import (
     Problem,
     all_to_all_moved,
@@ -53,7 +54,7 @@ from context_parallel_cases import (
     ring_moved,
     window,
 )
-from context_parallel_report import GEMM_LEAST, cell_lines, complain, draw, print_summary, step_lines, summarise
+from context_parallel_report import cell_lines, complain, draw, print_summary, step_lines, summarise
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record

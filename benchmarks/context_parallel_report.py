@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attention_report import GEMM_LEAST, NOT_MEASURED, Cells, Figure
+from attention_report import NOT_MEASURED, Cells, Figure, gemm_complaint
 
 from fa3_dist.parallel.observe import COMMUNICATION, COMPUTE, uncovered
 
@@ -108,10 +108,7 @@ def complain(result: dict[str, Any]) -> list[str]:
     for line in result["summary"]:
         if line["passed"] is False:
             complaints.append(f"{line['what']}: {line['value']:.4g}, the bar is {line['sense']} {line['bar']:.4g}")
-    if result["valid"] is False:
-        gemm = result["gemm"]["tflops"]["median"]
-        complaints.append(f"the run is invalid: its GEMM ran at {gemm:.0f} TFLOP/s, {GEMM_LEAST} is the least")
-    return complaints
+    return complaints + gemm_complaint(result)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from attention import relative_l2
 from attention_peers import sdpa_func
-from attention_report import GEMM_LEAST
+from attention_report import GEMM_LEAST, gemm_complaint
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -202,10 +202,7 @@ def complain(result: dict[str, Any]) -> list[str]:
             )
     if result["summary"]["step_time"]["ratio"] is None:
         complaints.append(f"no seed came further than its {WARMUPS} warm-up steps: give it more --seconds or --steps")
-    if not result["valid"]:
-        gemm = result["gemm"]["tflops"]["median"]
-        complaints.append(f"the run is invalid: its GEMM ran at {gemm:.0f} TFLOP/s, {GEMM_LEAST} is the least")
-    return complaints
+    return complaints + gemm_complaint(result)
 
 
 def print_result(result: dict[str, Any]) -> None:
