@@ -74,7 +74,7 @@ __device__ __forceinline__ void consume_queries_lagging(const BackwardArguments&
   const auto thread_s = mma_s.get_slice(warpgroup * 128);
   const auto thread_dk = mma_dk.get_slice(warpgroup * 128);
   const auto thread_dv = mma_dv.get_slice(warpgroup * 128);
-  const auto thread_dq = mma_dq.get_slice(0);
+  const auto thread_dq = mma_dq.get_slice(Config::kSplitsColumns ? 0 : warpgroup * 128);
   const auto as = [](Element* data, auto layout) __attribute__((always_inline)) {
     return make_tensor(make_smem_ptr(data), layout);
   };
