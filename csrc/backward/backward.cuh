@@ -1,11 +1,11 @@
 // Attention backward for Hopper, after FlashAttention-2 and -3 (arXiv:2307.08691, arXiv:2407.08608), on persistent
 // blocks: a tile is a block of keys of one KV head, and meets all blocks of queries, of all query heads of the KV head,
 // that see it. One producer warpgroup draws tiles and brings what they need (producer.cuh), consumer warpgroups compute
-// (consumer.cuh, lagging.cuh), dq is summed up in fp32 in global memory and then converted (convert.cuh).
+// (consumer.cuh, paired_consumers.cuh), dq is summed up in fp32 in global memory and then converted (convert.cuh).
 #pragma once
 
 #include "backward/convert.cuh"
-#include "backward/lagging.cuh"
+#include "backward/paired_consumers.cuh"
 #include "backward/producer.cuh"
 #include "forward/forward.cuh"
 #undef FA3_INSTANTIATE  // the forward's
@@ -34,9 +34,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
     if constexpr (Config::kSharesKeys) {
-      consume_queries_sharing<Config>(arguments, shared);
-    } else if constexpr (Config::kLagsDQ) {
-      consume_queries_lagging<Config>(arguments, shared);
+      if (cutlass::canonical_warp_group_idx() == 1) {
+        consume_weights<Config>(arguments, shared);
+      } else {
+        consume_weight_gradients<Config>(arguments, shared);
+      }
     } else {
       consume_queries<Config>(arguments, shared);
     }
@@ -143,13 +145,12 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   static_assert(kSharedBytes <= 227 * 1024);
   cudaError_t error = allow_shared_memory<backward_kernel<Config>>(device, kSharedBytes);
 
-  const int64_t query_rows = int64_t{forward.batch} * forward.seqlen_q * forward.heads;
   const int64_t key_rows = int64_t{forward.batch} * forward.seqlen_k * forward.kv_heads;
   const auto clear = [&](void* to, int64_t elements, DType dtype) {
     if (error == cudaSuccess) error = cudaMemsetAsync(to, 0, elements * (dtype == DType::fp32 ? 4 : 2), stream);
   };
   if (!params.accumulate) {
-    clear(params.dq_sum, query_rows * kHeadDim, DType::fp32);
+    clear(params.dq_sum, elements_of_sum(forward, kHeadDim), DType::fp32);
     if (!sees_every_key(forward)) {
       clear(params.dk, key_rows * forward.head_dim, params.dk_dtype);
       clear(params.dv, key_rows * forward.head_dim_v, params.dv_dtype);
@@ -163,10 +164,17 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   backward_kernel<Config><<<dim3(static_cast<unsigned>(blocks)), Config::kThreads, kSharedBytes, stream>>>(arguments);
   error = cudaGetLastError();
   if (error != cudaSuccess || params.accumulate) return error;
-  constexpr SumColumns kColumns = Config::kBulkDQ ? SumColumns::kSwapped : SumColumns::kPermuted;
-  const auto convert = params.dq_dtype == DType::fp32 ? convert_dq<float, kHeadDim, kColumns>
-                                                      : convert_dq<Element, kHeadDim, kColumns>;
-  return convert(params, stream);
+  const auto convert = [&](auto order) {
+    constexpr SumOrder kOrder = decltype(order)::value;
+    return params.dq_dtype == DType::fp32 ? convert_dq<float, kHeadDim, kOrder>(params, stream)
+                                          : convert_dq<Element, kHeadDim, kOrder>(params, stream);
+  };
+  if constexpr (Config::kBulkDQ) {
+    return convert(std::integral_constant<SumOrder, SumOrder::kSwapped>{});
+  } else {
+    return packed ? convert(std::integral_constant<SumOrder, SumOrder::kPermuted>{})
+                  : convert(std::integral_constant<SumOrder, SumOrder::kTiles>{});
+  }
 }
 
 }  // namespace fa3

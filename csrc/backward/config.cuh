@@ -26,13 +26,11 @@ struct BackwardConfig {
   static constexpr int kQueries = kTile.queries;
   static constexpr int kKeys = kTile.keys;
   static constexpr int kConsumers = 2;
-  // Each consumer warpgroup has 64 keys, whose P and dS stay in its registers; or, where one's registers would not hold
-  // dK and dV of 64 keys, both share them: each has half of the scores' queries, and half of the gradients' columns, and
-  // P passes through shared memory as dS does.
+  // Each consumer warpgroup has 64 keys of its own (consumer.cuh); or, where one's registers would not hold dK and dV of
+  // 64 keys, both share them, and one has dV, the other dK (paired_consumers.cuh).
   static constexpr bool kSharesKeys = kKeys == 64;
   static_assert(kQueries % 64 == 0 && kKeys == (kSharesKeys ? 64 : 64 * kConsumers));
   static_assert(!kSharesKeys || kQueries == 64);
-  static constexpr int kQueriesOfWarpgroup = kSharesKeys ? kQueries / kConsumers : kQueries;
 
   static constexpr int kBytesK = kKeys * kHeadDim * sizeof(Element);
   static constexpr int kBytesV = kKeys * kHeadDimV * sizeof(Element);
@@ -40,11 +38,10 @@ struct BackwardConfig {
   static constexpr int kBytesDO = kQueries * kHeadDimV * sizeof(Element);
   // Of Q and dO; and of dS, of which one is written while the other warpgroup still reads the one before.
   static constexpr int kStages = 2;
-  static constexpr int kStagesP = kSharesKeys ? kStages : 1;
   static constexpr int kElementsDS = kQueries * kKeys;
   static constexpr int kElementsP = kSharesKeys ? kQueries * kKeys : 8;
   static constexpr int kBytesSteps =
-      kStages * (kBytesQ + kBytesDO) + (kStages * kElementsDS + kStagesP * kElementsP) * sizeof(Element);
+      kStages * (kBytesQ + kBytesDO + (kElementsDS + (kSharesKeys ? kElementsP : 0)) * sizeof(Element));
   static constexpr int kBytesShared = 225 * 1024;  // without barriers and other small things
   // dQ leaves through shared memory, by bulk additions, in panels of 64 queries and 32 columns; where there is no room, by
   // additions from registers, which take the memory pipeline longer than the products take the tensor cores.
@@ -66,19 +63,18 @@ struct BackwardConfig {
   static constexpr int kConsumerRegisters = 240;
   static_assert(kLaunchRegisters - kProducerRegisters >= kConsumers * (kConsumerRegisters - kLaunchRegisters));
 
-  // Whether dQ lags a step behind (lagging.cuh). Other head dims are to follow as they are measured.
-  static constexpr bool kLagsDQ = true;
   static_assert(kSharesKeys || (kBulkDQ && kStagesK == 2));
 
-  // Whether the scores of a step are under way while dQ of the step before is; for head_dim 256 registers are short.
-  static constexpr bool kEarlyScores = kHeadDim <= 192;
+  // What a step needs comes at once, or, where one warpgroup begins with Q and the other with dO, as Q with lse and dO
+  // with delta.
+  static constexpr int kLoads = kSharesKeys ? 2 : 1;
   // Whether P is rounded, and multiplied, before dP is there; where registers are short, both wait for dP.
   static constexpr bool kEarlyWeights = kQueries == 64 && kHeadDim >= 96;
 
   // Shared memory holds a tile as panels of kPanel columns, which is what one bulk load brings and one swizzle spans.
   // Panels of 32 columns where 64 would not divide what a warpgroup takes of them.
-  static constexpr int panel_of(int columns) { return (kSharesKeys ? columns / 2 : columns) % 64 == 0 ? 64 : 32; }
-  static constexpr int kPanel = panel_of(kHeadDim);
+  static constexpr int panel_of(int columns) { return columns % 64 == 0 ? 64 : 32; }
+  static constexpr int kPanel = panel_of(kSharesKeys ? kHeadDim / 2 : kHeadDim);
   static constexpr int kPanelV = panel_of(kHeadDimV);
   template <int kColumns>
   using RowMajorAtom = std::conditional_t<kColumns == 64, GMMA::Layout_K_SW128_Atom<Element>,
@@ -97,46 +93,32 @@ struct BackwardConfig {
   using LayoutV = Rows<kKeys, kHeadDimV, kPanelV>;
   using LayoutQ = Rows<kQueries, kHeadDim, kPanel>;
   using LayoutDO = Rows<kQueries, kHeadDimV, kPanelV>;
-  using LayoutP = Rows<kKeys, kQueries, 64>;
   using LayoutDS = Transposed<kKeys, kQueries, 64>;  // (queries, keys), of which a key's queries are neighbours
 
-  // S^T = K Q^T and dP^T = V dO^T: transposed, so that P^T and dS^T come out as dV and dK need them.
-  using ByKeys = Layout<Shape<Int<kConsumers>, _1, _1>>;
-  using ByQueries = Layout<Shape<_1, Int<kConsumers>, _1>>;
+  // S^T = K Q^T and dP^T = V dO^T: transposed, so that P^T and dS^T come out in the registers that dV += P^T dO and
+  // dK += dS^T Q read them from.
   using Alone = Layout<Shape<_1, _1, _1>>;
+  using ByKeys = std::conditional_t<kSharesKeys, Alone, Layout<Shape<Int<kConsumers>, _1, _1>>>;
   using MmaS = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, Shape<Int<kKeys>, Int<kQueriesOfWarpgroup>, Int<kHeadDim>>>(),
-      std::conditional_t<kSharesKeys, ByQueries, ByKeys>{}));
-  // dV += P^T dO, dK += dS^T Q. Weights come from registers, or, where keys are shared, from shared memory.
-  static constexpr int kColumnsDK = kSharesKeys ? kHeadDim / kConsumers : kHeadDim;  // of a warpgroup
-  static constexpr int kColumnsDV = kSharesKeys ? kHeadDimV / kConsumers : kHeadDimV;
-  template <int kColumns, bool kFromRegisters>
-  static constexpr auto mma_gradient() {
-    using Tile = Shape<Int<kKeys>, Int<kColumns>, Int<kQueries>>;
-    using Warpgroups = std::conditional_t<kSharesKeys, Alone, ByKeys>;
-    if constexpr (kFromRegisters) {
-      return make_tiled_mma(GMMA::rs_op_selector<Element, Element, float, Tile, GMMA::Major::K, GMMA::Major::MN>(),
-                            Warpgroups{});
-    } else {
-      return make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Tile, GMMA::Major::K, GMMA::Major::MN>(),
-                            Warpgroups{});
-    }
-  }
-  using MmaDK = decltype(mma_gradient<kColumnsDK, !kSharesKeys>());
-  using MmaDV = decltype(mma_gradient<kColumnsDV, !kSharesKeys>());
-  using LayoutQt = Transposed<kQueries, kColumnsDK, kPanel>;
-  using LayoutDOt = Transposed<kQueries, kColumnsDV, kPanelV>;
+      GMMA::ss_op_selector<Element, Element, float, Shape<Int<kKeys>, Int<kQueries>, Int<kHeadDim>>>(), ByKeys{}));
+  template <int kColumns>
+  using MmaGradient = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Element, Element, float, Shape<Int<kKeys>, Int<kColumns>, Int<kQueries>>, GMMA::Major::K,
+                           GMMA::Major::MN>(),
+      ByKeys{}));
+  using MmaDK = MmaGradient<kHeadDim>;
+  using MmaDV = MmaGradient<kHeadDimV>;
+  using LayoutQt = Transposed<kQueries, kHeadDim, kPanel>;
+  using LayoutDOt = Transposed<kQueries, kHeadDimV, kPanelV>;
   // dQ = dS K: warpgroups have 64 queries each, or, where there are no more, half of the columns, in whole panels: if these
   // are odd in number, both compute the one in the middle.
   static constexpr bool kSplitsColumns = kQueries == 64;
   static constexpr int kColumnsDQ = !kSplitsColumns ? kHeadDim : (kHeadDim / 2 + kPanel - 1) / kPanel * kPanel;
-  static constexpr int kPartsDQ = kSharesKeys && !kBulkDQ ? 2 : 1;
-  static constexpr int kColumnsPartDQ = kColumnsDQ / kPartsDQ;
-  using LayoutKt = Transposed<kKeys, kColumnsPartDQ, kPanel>;
+  using LayoutKt = Transposed<kKeys, kColumnsDQ, kPanel>;
   using MmaDQ = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, Shape<Int<kQueries>, Int<kColumnsPartDQ>, Int<kKeys>>, GMMA::Major::MN,
+      GMMA::ss_op_selector<Element, Element, float, Shape<Int<kQueries>, Int<kColumnsDQ>, Int<kKeys>>, GMMA::Major::MN,
                            GMMA::Major::MN>(),
-      std::conditional_t<kSplitsColumns, Alone, ByKeys>{}));
+      std::conditional_t<kSplitsColumns, Alone, Layout<Shape<Int<kConsumers>, _1, _1>>>{}));
 };
 
 }  // namespace fa3

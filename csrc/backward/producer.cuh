@@ -113,14 +113,10 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
 #pragma unroll 1
       for (int block = first_block; block < end_block; ++block) {
-        LoadBarrier& q_full = Config::kLagsDQ ? shared.step_full[ring.stage] : shared.q_full[ring.stage];
-        LoadBarrier& dout_full = Config::kLagsDQ ? shared.step_full[ring.stage] : shared.dout_full[ring.stage];
-        if constexpr (Config::kLagsDQ) {
-          shared.step_empty[ring.stage].wait(ring.parity ^ 1);
-        } else {
-          shared.q_empty[ring.stage].wait(ring.parity ^ 1);
-        }
-        q_full.arrive_and_expect_tx(Config::kBytesQ + (Config::kLagsDQ ? Config::kBytesDO : 0));
+        LoadBarrier& q_full = shared.step_full[0][ring.stage];
+        LoadBarrier& dout_full = shared.step_full[Config::kLoads - 1][ring.stage];
+        shared.step_empty[0][ring.stage].wait(ring.parity ^ 1);
+        q_full.arrive_and_expect_tx(Config::kBytesQ + (Config::kLoads == 1 ? Config::kBytesDO : 0));
         load_rows<Config::kQueries, Config::kHeadDim, Config::kPanel>(
             arguments.q, q_full, shared.q[ring.stage], sequence.k_base, sequence.k_len,
             block * Config::kQueries, head, batch, packed);
@@ -133,8 +129,8 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
           v_ring.advance();
           values_wait = false;
         }
-        if constexpr (!Config::kLagsDQ) {
-          shared.dout_empty[ring.stage].wait(ring.parity ^ 1);
+        if constexpr (Config::kLoads == 2) {
+          shared.step_empty[1][ring.stage].wait(ring.parity ^ 1);
           dout_full.arrive_and_expect_tx(Config::kBytesDO);
         }
         load_rows<Config::kQueries, Config::kHeadDimV, Config::kPanelV>(
@@ -173,25 +169,30 @@ __device__ __forceinline__ void load_row_values(const BackwardArguments& argumen
       const float* const delta = arguments.params.delta + base + int64_t{head} * params.seqlen_q;
 #pragma unroll 1
       for (int block = first_block; block < end_block; ++block) {
-        (Config::kLagsDQ ? shared.step_empty : shared.rows_empty)[ring.stage].wait(ring.parity ^ 1);
+        shared.step_empty[0][ring.stage].wait(ring.parity ^ 1);
+        float row_delta[Config::kQueries / 32];
 #pragma unroll
         for (int i = 0; i < Config::kQueries; i += 32) {
           const int row = block * Config::kQueries + i + lane;
-          float row_lse = -INFINITY, row_delta = 0.f;
+          float row_lse = -INFINITY;
+          row_delta[i / 32] = 0.f;
           if (row < rows) {
             row_lse = lse[row];
-            row_delta = delta[row];
+            row_delta[i / 32] = delta[row];
           }
           const bool unseen = row_lse == -INFINITY;
           shared.lse_log2[ring.stage][i + lane] = unseen ? INFINITY : row_lse * kLog2E;
-          shared.delta[ring.stage][i + lane] = unseen ? 0.f : row_delta;
+          if (unseen) row_delta[i / 32] = 0.f;
         }
-        if constexpr (Config::kLagsDQ) {
+        if constexpr (Config::kLoads == 2) {
           asm volatile("" ::: "memory");
-          shared.step_full[ring.stage].arrive();
-        } else {
-          shared.rows_full[ring.stage].arrive();
+          shared.step_full[0][ring.stage].arrive();
+          shared.step_empty[1][ring.stage].wait(ring.parity ^ 1);
         }
+#pragma unroll
+        for (int i = 0; i < Config::kQueries; i += 32) shared.delta[ring.stage][i + lane] = row_delta[i / 32];
+        asm volatile("" ::: "memory");
+        shared.step_full[Config::kLoads - 1][ring.stage].arrive();
         ring.advance();
       }
     }

@@ -39,9 +39,9 @@ struct alignas(1024) BackwardShared {
   alignas(1024) typename Config::Element q[Config::kStages][Config::kQueries * Config::kHeadDim];
   alignas(1024) typename Config::Element dout[Config::kStages][Config::kQueries * Config::kHeadDimV];
   alignas(1024) typename Config::Element ds[Config::kStages][Config::kElementsDS];
-  alignas(1024) float dq[Config::kElementsDQ];  // panels
-  // Where keys are shared.
-  alignas(Config::kSharesKeys ? 1024 : 16) typename Config::Element p[Config::kStagesP][Config::kElementsP];
+  // P on its way from one warpgroup to the other, where keys are shared.
+  alignas(Config::kSharesKeys ? 1024 : 16) typename Config::Element p[Config::kStages][Config::kElementsP];
+  alignas(Config::kBulkDQ ? 1024 : 16) float dq[Config::kElementsDQ];  // panels
   alignas(16) float lse_log2[Config::kStages][Config::kQueries];  // +inf for rows whose weights are 0
   alignas(16) float delta[Config::kStages][Config::kQueries];
 
@@ -49,23 +49,20 @@ struct alignas(1024) BackwardShared {
   LoadBarrier v_full[Config::kStagesV];
   Barrier k_empty[Config::kStagesK];
   Barrier v_empty[Config::kStagesV];
-  LoadBarrier q_full[Config::kStages];
-  LoadBarrier dout_full[Config::kStages];
-  HandOver rows_full[Config::kStages];  // lse_log2 and delta
-  Barrier q_empty[Config::kStages];
-  Barrier dout_empty[Config::kStages];
-  HandOver rows_empty[Config::kStages];
+  // [0]: Q and lse_log2; the last: dO and delta.
+  LoadBarrier step_full[Config::kLoads][Config::kStages];
+  HandOver step_empty[Config::kLoads][Config::kStages];
 
   KeyTile tile[kKeyTileSlots];
   HandOver tile_full[kKeyTileSlots];
   HandOver tile_empty[kKeyTileSlots];
 
-  // Where dQ lags, one barrier says that all is there that a step needs, Q, dO, lse and delta, and one that its stage is
-  // free; step_done, that both warpgroups have finished a step: its dS is there, and the one before is no longer read.
-  LoadBarrier step_full[Config::kStages];
-  HandOver step_empty[Config::kStages];
+  // Warpgroups with keys of their own: both have finished a step, so its dS is there, and the one before no longer read.
   Barrier step_done;
-  Barrier step_end;
+  // Those that share keys: P is there; dS is there, and P no longer read.
+  HandOver p_full[Config::kStages];
+  Barrier ds_full[Config::kStages];
+  // dQ on its way through shared memory, for each warpgroup.
   Barrier dq_full[Config::kConsumers];
   Barrier dq_empty[Config::kConsumers];
 };
@@ -79,33 +76,26 @@ __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
   }
   for (int stage = 0; stage < Config::kStagesV; ++stage) {
     shared.v_full[stage].init(1);
-    shared.v_empty[stage].init(kConsumerWarps);
+    shared.v_empty[stage].init(Config::kSharesKeys ? 4 : kConsumerWarps);
   }
   for (int stage = 0; stage < Config::kStages; ++stage) {
-    shared.q_full[stage].init(1);
-    shared.dout_full[stage].init(1);
-    shared.rows_full[stage].init(32);
-    shared.q_empty[stage].init(kConsumerWarps);
-    shared.dout_empty[stage].init(kConsumerWarps);
-    shared.rows_empty[stage].init(kConsumerWarps);
+    for (int load = 0; load < Config::kLoads; ++load) {
+      shared.step_full[load][stage].init(1 + 32);
+      shared.step_empty[load][stage].init(kConsumerWarps);
+    }
+    shared.p_full[stage].init(4);
+    shared.ds_full[stage].init(4);
   }
+  shared.step_done.init(kConsumerWarps);
   for (int slot = 0; slot < kKeyTileSlots; ++slot) {
     shared.tile_full[slot].init(1);
-    // All who read a tile: consumers, the thread that loads, the warp that brings lse and delta, and, where dQ lags, the
-    // thread that adds it.
+    // All who read a tile: consumers, the thread that loads, the warp that brings lse and delta, and the thread that adds
+    // dQ.
     shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + 32 + Config::kBulkDQ);
   }
-  if constexpr (Config::kLagsDQ) {
-    for (int stage = 0; stage < Config::kStages; ++stage) {
-      shared.step_full[stage].init(1 + 32);
-      shared.step_empty[stage].init(kConsumerWarps);
-    }
-    shared.step_done.init(kConsumerWarps);
-    shared.step_end.init(kConsumerWarps);
-    for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
-      shared.dq_full[warpgroup].init(4);
-      shared.dq_empty[warpgroup].init(1);
-    }
+  for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
+    shared.dq_full[warpgroup].init(4);
+    shared.dq_empty[warpgroup].init(1);
   }
   cutlass::arch::fence_barrier_init();
 }

@@ -1,0 +1,350 @@
+// Two consumer warpgroups that share a tile's 64 keys, where one warpgroup's registers would not hold both dK and dV of them.
+//
+// The first has S^T = K Q^T, the weights P^T and dV += P^T dO, the second dP^T = V dO^T, dS^T = P^T (dP^T - delta) and
+// dK += dS^T Q: so each has one product from shared memory for its scores, and one from registers for its gradient, and P
+// is all that passes between them. dQ = dS K is multiplied by both, each half of the columns, by the first a step late:
+// while the second computes what it adds of a step, the first is at the scores of the next.
+#pragma once
+
+#include "backward/consumer.cuh"
+
+namespace fa3 {
+
+// What both warpgroups keep of where they are.
+template <class Config>
+struct PairedSteps {
+  const BackwardArguments& arguments;
+  BackwardShared<Config>& shared;
+  Ring<kKeyTileSlots> tile_ring;
+  Ring<Config::kStagesK> k_ring;
+  Ring<Config::kStages> ring;
+  // Of the tile: how many steps are to come, and its blocks; and the step's head and block.
+  int steps = 0, first_block = 0, end_block = 0, head = 0, block = 0;
+
+  // Of the tile that comes next; false: there are no more.
+  __device__ __forceinline__ bool begin_tile() {
+    shared.tile_full[tile_ring.stage].wait(tile_ring.parity);
+    if (tile().end) return false;
+    const ForwardParams& forward = arguments.params.forward;
+    first_block = tile().blocks.first;
+    end_block = tile().blocks.end;
+    steps = forward.heads / forward.kv_heads * (end_block - first_block);
+    block = first_block;
+    head = 0;
+    shared.k_full[k_ring.stage].wait(k_ring.parity);
+    return true;
+  }
+  __device__ __forceinline__ const KeyTile& tile() const { return shared.tile[tile_ring.stage]; }
+  __device__ __forceinline__ void next_block() {
+    ring.advance();
+    if (++block == end_block) {
+      block = first_block;
+      ++head;
+    }
+  }
+  __device__ __forceinline__ void end_tile() {
+    shared.tile_empty[tile_ring.stage].arrive();
+    tile_ring.advance();
+    k_ring.advance();
+  }
+};
+
+// The places of a thread's two rows of keys in dK and dV.
+template <class Config>
+__device__ __forceinline__ void place_keys(OutputRow (&row)[2], const KeyTile& tile, const ForwardParams& forward,
+                                           int first_row) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int key = tile.first_key + first_row + 8 * r;
+    row[r].exists = key < tile.sequence.q_len;
+    row[r].at = (int64_t{tile.batch} * forward.seqlen_k + tile.sequence.q_base + key) * forward.kv_heads + tile.kv_head;
+  }
+}
+
+// dQ, half of the columns, of a step whose dS is there.
+template <class Config>
+struct PairedDQ {
+  typename Config::MmaDQ mma;
+  uint32_t parity = 1;  // of dq_empty
+
+  template <class Accumulator>
+  __device__ __forceinline__ void multiply(Accumulator& rdQ, PairedSteps<Config>& steps, int warpgroup, int stage) {
+    const auto thread_mma = mma.get_slice(0);
+    using Element = typename Config::Element;
+    Element* const sKt = steps.shared.k[steps.k_ring.stage] + first_column_dq<Config>(warpgroup) * Config::kKeys;
+    fa3::multiply(
+        mma, thread_mma.partition_fragment_A(make_tensor(make_smem_ptr(steps.shared.ds[stage]), typename Config::LayoutDS{})),
+        thread_mma.partition_fragment_B(make_tensor(make_smem_ptr(sKt), typename Config::LayoutKt{})), rdQ, false);
+  }
+
+  template <class Accumulator>
+  __device__ __forceinline__ void add(Accumulator& rdQ, PairedSteps<Config>& steps, int warpgroup, int thread, int head,
+                                      int block) {
+    const BackwardParams& params = steps.arguments.params;
+    const ForwardParams& forward = params.forward;
+    const KeyTile& tile = steps.tile();
+    constexpr int kSkipped = 0;
+    static_assert(2 * Config::kColumnsDQ == Config::kHeadDim);
+    if constexpr (Config::kBulkDQ) {
+      steps.shared.dq_empty[warpgroup].wait(parity);
+      parity ^= 1;
+      float* const panels = panels_of(steps.shared, warpgroup);
+      if (params.accumulate) {
+        store_queries<Config>(rdQ, forward.softmax_scale, panels, kSkipped, thread);
+      } else {
+        store_permuted_queries<Config>(rdQ, panels, tile.sequence.k_base, kSkipped, thread);
+      }
+      cutlass::arch::fence_view_async_shared();
+      arrive_as_warp(thread, steps.shared.dq_full[warpgroup]);
+    } else {
+      add_queries<Config>(rdQ, params, tile.batch, tile.kv_head * (forward.heads / forward.kv_heads) + head,
+                          tile.sequence.k_base, block * Config::kQueries + thread / 32 * 16 + thread % 32 / 4,
+                          tile.sequence.k_len, first_column_dq<Config>(warpgroup));
+    }
+  }
+};
+
+// P on its way from a thread to the one that has the same elements of dP.
+template <class Config, class Weights>
+__device__ __forceinline__ void send_weights(const Weights& rP, typename Config::Element* to, int thread) {
+  const auto* const pairs = reinterpret_cast<const uint32_t*>(&rP(0));
+#pragma unroll
+  for (int i = 0; i < decltype(size(rP))::value / 8; ++i) {
+    reinterpret_cast<uint4*>(to)[i * 128 + thread] =
+        make_uint4(pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]);
+  }
+}
+template <class Config, class Weights>
+__device__ __forceinline__ void receive_weights(Weights& rP, const typename Config::Element* from, int thread) {
+  auto* const pairs = reinterpret_cast<uint32_t*>(&rP(0));
+#pragma unroll
+  for (int i = 0; i < decltype(size(rP))::value / 8; ++i) {
+    const uint4 four = reinterpret_cast<const uint4*>(from)[i * 128 + thread];
+    pairs[4 * i] = four.x, pairs[4 * i + 1] = four.y, pairs[4 * i + 2] = four.z, pairs[4 * i + 3] = four.w;
+  }
+}
+
+// The inverse of round_pair.
+template <class Element>
+__device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
+  const auto both = cutlass::NumericArrayConverter<float, Element, 2>{}(
+      reinterpret_cast<const cutlass::Array<Element, 2>&>(pair));
+  return make_float2(both[0], both[1]);
+}
+
+template <class Config>
+using RoundedScores = decltype(make_tensor<typename Config::Element>(
+    Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kQueries / 16>>>{}));
+
+template <class Config>
+__device__ __forceinline__ void consume_weights(const BackwardArguments& arguments, BackwardShared<Config>& storage) {
+  using Element = typename Config::Element;
+  constexpr int kWarpgroup = 0;
+  auto& shared = pinned(storage);
+  const BackwardParams& params = arguments.params;
+  const ForwardParams& forward = params.forward;
+  const int thread = pinned(static_cast<int>(threadIdx.x % 128));
+  const ThreadRows rows{thread / 32 * 16 + thread % 32 / 4, thread % 4 * 2};
+  constexpr float kLog2E = 1.4426950408889634f;
+  const float scale_log2 = (forward.softcap == 0.f ? forward.softmax_scale : forward.softcap) * kLog2E;
+
+  typename Config::MmaS mma_s;
+  typename Config::MmaDV mma_dv;
+  const auto thread_s = mma_s.get_slice(0);
+  const auto thread_dv = mma_dv.get_slice(0);
+  const auto as = [](Element* data, auto layout) __attribute__((always_inline)) {
+    return make_tensor(make_smem_ptr(data), layout);
+  };
+  Tensor rdV = partition_fragment_C(mma_dv, Shape<Int<Config::kKeys>, Int<Config::kHeadDimV>>{});
+  PairedSteps<Config> at{arguments, shared};
+  PairedDQ<Config> dq;
+  Tensor rdQ = partition_fragment_C(dq.mma, Shape<Int<Config::kQueries>, Int<Config::kColumnsDQ>>{});
+  int head_before = 0, block_before = 0;
+
+  while (true) {
+    const bool fresh = at.steps == 0;
+    if (fresh && !at.begin_tile()) break;
+    const KeyTile& tile = at.tile();
+
+    // S^T = K Q^T
+    const int stage = at.ring.stage, stage_before = stage ^ 1;
+    const uint32_t parity = at.ring.parity;
+    static_assert(Config::kStages == 2);
+    shared.step_full[0][stage].wait(parity);
+    Tensor rS = partition_fragment_C(mma_s, Shape<Int<Config::kKeys>, Int<Config::kQueries>>{});
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[at.k_ring.stage], typename Config::LayoutK{})),
+             thread_s.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQ{})), rS, false);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rS);
+
+    // P = exp(S - lse)
+    constexpr int kScores = decltype(size(rS))::value;
+    RoundedScores<Config> rP;
+    static_assert(size(rS) == size(rP));
+    const bool capped = forward.softcap != 0.f;
+    if (capped) {
+      const float inner = forward.softmax_scale / forward.softcap;
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) rS(i) = tanh_accurate(rS(i) * inner);
+    }
+    Tensor rT = make_tensor_like(rP);  // where scores are capped: 1 - tanh^2, by which dS is multiplied
+    if (capped) {
+#pragma unroll
+      for (int i = 0; i < kScores; i += 2) {
+        reinterpret_cast<uint32_t&>(rT(i)) =
+            round_pair<Element>(1.f - rS(i) * rS(i), 1.f - rS(i + 1) * rS(i + 1));
+      }
+    }
+    if (at.block < tile.blocks.first_plain || at.block >= tile.blocks.end_open) {
+      hide_queries<Config>(rS, tile, rows, at.block * Config::kQueries);
+    }
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      const float2 lse = *reinterpret_cast<const float2*>(&shared.lse_log2[stage][8 * i + rows.column]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int e = 4 * i + 2 * r;
+        reinterpret_cast<uint32_t&>(rP(e)) = round_pair<Element>(exp2_approximate(rS(e) * scale_log2 - lse.x),
+                                                                 exp2_approximate(rS(e + 1) * scale_log2 - lse.y));
+      }
+    }
+    arrive_as_warp(thread, shared.step_empty[0][stage]);
+    if (capped) {
+#pragma unroll
+      for (int i = 0; i < kScores; i += 2) {
+        auto& factor = reinterpret_cast<uint32_t&>(rT(i));
+        const float2 t = unpack_pair<Element>(factor), p = unpack_pair<Element>(reinterpret_cast<uint32_t&>(rP(i)));
+        factor = round_pair<Element>(p.x * t.x, p.y * t.y);
+      }
+      send_weights<Config>(rT, shared.p[stage], thread);
+    } else {
+      send_weights<Config>(rP, shared.p[stage], thread);
+    }
+    arrive_as_warp(thread, shared.p_full[stage]);
+
+    // dQ = dS K of the step before, dV += P^T dO
+    // NOTE: at a tile's first step there is no step before, yet dQ is multiplied, from whatever lies there, and forgotten: a
+    // product that depends on a branch makes the compiler wait for each.
+    if (!fresh) shared.ds_full[stage_before].wait(stage == 0 ? parity ^ 1 : parity);
+    dq.multiply(rdQ, at, kWarpgroup, stage_before);
+    shared.step_full[1][stage].wait(parity);
+    multiply(mma_dv, rP, thread_dv.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDOt{})), rdV,
+             !fresh);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(rdQ);
+    if (!fresh) dq.add(rdQ, at, kWarpgroup, thread, head_before, block_before);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdV);
+    arrive_as_warp(thread, shared.step_empty[1][stage]);
+    head_before = at.head;
+    block_before = at.block;
+    at.next_block();
+
+    if (--at.steps == 0) {
+      shared.ds_full[stage].wait(parity);
+      dq.multiply(rdQ, at, kWarpgroup, stage);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rdQ);
+      arrive_as_warp(thread, shared.k_empty[at.k_ring.stage]);
+      dq.add(rdQ, at, kWarpgroup, thread, head_before, block_before);
+      OutputRow row[2];
+      place_keys<Config>(row, tile, forward, rows.row);
+      write_keys<Element>(rdV, 1.f, params.dv, params.dv_dtype, params.accumulate, row, 0, forward.head_dim_v);
+      at.end_tile();
+    }
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void consume_weight_gradients(const BackwardArguments& arguments,
+                                                         BackwardShared<Config>& storage) {
+  using Element = typename Config::Element;
+  constexpr int kWarpgroup = 1;
+  auto& shared = pinned(storage);
+  const BackwardParams& params = arguments.params;
+  const ForwardParams& forward = params.forward;
+  const int thread = pinned(static_cast<int>(threadIdx.x % 128));
+  const ThreadRows rows{thread / 32 * 16 + thread % 32 / 4, thread % 4 * 2};
+
+  typename Config::MmaS mma_s;
+  typename Config::MmaDK mma_dk;
+  const auto thread_s = mma_s.get_slice(0);
+  const auto thread_dk = mma_dk.get_slice(0);
+  const auto as = [](Element* data, auto layout) __attribute__((always_inline)) {
+    return make_tensor(make_smem_ptr(data), layout);
+  };
+  Tensor rdK = partition_fragment_C(mma_dk, Shape<Int<Config::kKeys>, Int<Config::kHeadDim>>{});
+  PairedSteps<Config> at{arguments, shared};
+  Ring<Config::kStagesV> v_ring;
+  PairedDQ<Config> dq;
+  Tensor rdQ = partition_fragment_C(dq.mma, Shape<Int<Config::kQueries>, Int<Config::kColumnsDQ>>{});
+
+  while (true) {
+    const bool fresh = at.steps == 0;
+    if (fresh) {
+      if (!at.begin_tile()) break;
+      shared.v_full[v_ring.stage].wait(v_ring.parity);
+    }
+    const KeyTile& tile = at.tile();
+
+    // dP^T = V dO^T
+    const int stage = at.ring.stage;
+    const uint32_t parity = at.ring.parity;
+    shared.step_full[1][stage].wait(parity);
+    Tensor rdP = partition_fragment_C(mma_s, Shape<Int<Config::kKeys>, Int<Config::kQueries>>{});
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[v_ring.stage], typename Config::LayoutV{})),
+             thread_s.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDO{})), rdP, false);
+    RoundedScores<Config> rP;
+    shared.p_full[stage].wait(parity);
+    receive_weights<Config>(rP, shared.p[stage], thread);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdP);
+    --at.steps;
+    if (at.steps == 0) arrive_as_warp(thread, shared.v_empty[v_ring.stage]);
+
+    // dS = P (dP - delta)
+    constexpr int kScores = decltype(size(rdP))::value;
+    RoundedScores<Config> rdS;
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * i + rows.column]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int e = 4 * i + 2 * r;
+        const float2 weights = unpack_pair<Element>(reinterpret_cast<const uint32_t&>(rP(e)));
+        reinterpret_cast<uint32_t&>(rdS(e)) =
+            round_pair<Element>(weights.x * (rdP(e) - delta.x), weights.y * (rdP(e + 1) - delta.y));
+      }
+    }
+    arrive_as_warp(thread, shared.step_empty[1][stage]);
+    // NOTE: the first warpgroup's dQ of two steps ago is done, since that step's P is older than this one's.
+    store_weights<Config>(rdS, shared.ds[stage], 0, thread);
+    cutlass::arch::fence_view_async_shared();
+    arrive_as_warp(thread, shared.ds_full[stage]);
+
+    // dQ = dS K, dK += dS^T Q
+    shared.step_full[0][stage].wait(parity);
+    shared.ds_full[stage].wait(parity);
+    dq.multiply(rdQ, at, kWarpgroup, stage);
+    multiply(mma_dk, rdS, thread_dk.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQt{})), rdK, !fresh);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(rdQ);
+    if (at.steps == 0) arrive_as_warp(thread, shared.k_empty[at.k_ring.stage]);
+    dq.add(rdQ, at, kWarpgroup, thread, at.head, at.block);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdK);
+    arrive_as_warp(thread, shared.step_empty[0][stage]);
+    at.next_block();
+
+    if (at.steps == 0) {
+      OutputRow row[2];
+      place_keys<Config>(row, tile, forward, rows.row);
+      write_keys<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, params.accumulate, row, 0,
+                          forward.head_dim);
+      at.end_tile();
+      v_ring.advance();
+    }
+  }
+}
+
+}  // namespace fa3
