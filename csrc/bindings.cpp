@@ -628,9 +628,7 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   params.dout_stride = mapped_strides(kOp, "dout", dout_view);
   std::optional<Tensor> dq_sum, scratch;
   if (!accumulate) {
-    std::vector<int64_t> shape = shapes.out;
-    shape.back() = kernel.head_dim;
-    dq_sum = empty(call.device, shape, ScalarType::Float);
+    dq_sum = empty(call.device, {fa3::elements_of_sum(call.params, kernel.head_dim)}, ScalarType::Float);
     params.dq_sum = static_cast<float*>(dq_sum->mutable_data_ptr());
   }
   const cudaStream_t stream = prepare_launch(call, true, scratch);

@@ -96,7 +96,7 @@ struct BackwardParams {
   void* dq;
   void* dk;
   void* dv;
-  float* dq_sum;       // scratch memory of (batch, heads, seqlen_q, the row's head_dim), unless accumulate is set
+  float* dq_sum;       // scratch memory of elements_of_sum(forward, the row's head_dim), unless accumulate is set
   Strides dout_stride;
   DType dq_dtype;      // the inputs' or fp32
   DType dk_dtype;

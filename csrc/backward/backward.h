@@ -7,6 +7,15 @@
 
 namespace fa3 {
 
+// Rows of a tile of BackwardParams::dq_sum.
+constexpr int kSumTileRows = 16;
+
+// Elements of BackwardParams::dq_sum: of every sequence, whole tiles.
+inline int64_t elements_of_sum(const ForwardParams& forward, int head_dim) {
+  const int64_t rows = (int64_t{forward.seqlen_q} + kSumTileRows - 1) / kSumTileRows * kSumTileRows;
+  return int64_t{forward.batch} * forward.heads * rows * head_dim;
+}
+
 // Gradients of `params`, of which no extent is 0: every row of dq, dk and dv, or, where params.accumulate is set, what the
 // ranges add to them. cudaErrorInvalidValue: a tensor that the copy engine cannot address (see ForwardParams).
 template <DType kDType, int kHeadDim, int kHeadDimV>

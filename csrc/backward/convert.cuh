@@ -64,12 +64,6 @@ __global__ void __launch_bounds__(kConvertThreads)
   }
 }
 
-// Elements of dq_sum, in whole tiles.
-inline int64_t elements_of_sum(const ForwardParams& forward, int head_dim) {
-  const int64_t rows = (int64_t{forward.seqlen_q} + kSumTileRows - 1) / kSumTileRows * kSumTileRows;
-  return int64_t{forward.batch} * forward.heads * rows * head_dim;
-}
-
 template <class Output, int kHeadDim, SumOrder kOrder>
 cudaError_t convert_dq(const BackwardParams& params, cudaStream_t stream) {
   const ForwardParams& forward = params.forward;

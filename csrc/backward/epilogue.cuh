@@ -107,10 +107,9 @@ __device__ __forceinline__ void add_panels(const CUtensorMap& map, const float* 
 __host__ __device__ constexpr int dq_sum_column(int column) {
   return column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
 }
-// Of dense ones it has tiles of 16 queries, of a head after the other, in which lie the blocks of 8 columns as the lanes of
+// Of dense ones it has tiles of kSumTileRows queries, of a head after the other, in which lie the blocks of 8 columns as the lanes of
 // a warp hold them, 4 elements each: the 512 bytes that an instruction adds are neighbours, which the L2 cache takes
 // a fifth faster.
-constexpr int kSumTileRows = 16;
 
 __device__ __forceinline__ void add_global(float* to, float a, float b) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(a), "f"(b) : "memory");

@@ -39,9 +39,9 @@ struct alignas(1024) BackwardShared {
   alignas(1024) typename Config::Element q[Config::kStages][Config::kQueries * Config::kHeadDim];
   alignas(1024) typename Config::Element dout[Config::kStages][Config::kQueries * Config::kHeadDimV];
   alignas(1024) typename Config::Element ds[Config::kStages][Config::kElementsDS];
-  // P on its way from one warpgroup to the other, where keys are shared.
-  alignas(Config::kSharesKeys ? 1024 : 16) typename Config::Element p[Config::kStages][Config::kElementsP];
   alignas(Config::kBulkDQ ? 1024 : 16) float dq[Config::kElementsDQ];  // panels
+  // P on its way from one warpgroup to the other, where keys are shared.
+  alignas(16) typename Config::Element p[Config::kStages][Config::kElementsP];
   alignas(16) float lse_log2[Config::kStages][Config::kQueries];  // +inf for rows whose weights are 0
   alignas(16) float delta[Config::kStages][Config::kQueries];
 
