@@ -70,6 +70,11 @@ struct BackwardConfig {
   static constexpr bool kLagsDQ = true;
   static_assert(kSharesKeys || (kBulkDQ && kStagesK == 2));
 
+  // Whether tiles can take turns at dQ (turns.cuh); and whether they then walk as is best for that.
+  static constexpr bool kTakesTurns = kBulkDQ;
+  static constexpr bool kWalksBackwards = !kSharesKeys;
+  static_assert(kTakesTurns == takes_turns(kHeadDim));
+
   // Whether the scores of a step are under way while dQ of the step before is; for head_dim 256 registers are short.
   static constexpr bool kEarlyScores = kHeadDim <= 192;
   // Whether P is rounded, and multiplied, before dP is there; where registers are short, both wait for dP.

@@ -17,6 +17,7 @@ struct BackwardArguments {
   BackwardParams params;
   ForwardParams transposed;  // params.forward with queries and keys in each other's place: what tiles are drawn from
   TileCounter* counter;
+  int group;            // query heads of a KV head
   int units_per_group;  // KV heads that are walked together (dense)
 };
 
@@ -44,6 +45,7 @@ struct alignas(1024) BackwardShared {
   alignas(Config::kSharesKeys ? 1024 : 16) typename Config::Element p[Config::kStagesP][Config::kElementsP];
   alignas(16) float lse_log2[Config::kStages][Config::kQueries];  // +inf for rows whose weights are 0
   alignas(16) float delta[Config::kStages][Config::kQueries];
+  int block[Config::kStages];  // of queries
 
   LoadBarrier k_full[Config::kStagesK];
   LoadBarrier v_full[Config::kStagesV];
