@@ -58,13 +58,16 @@ inline ForwardParams transpose(const ForwardParams& params) {
 // KV heads of a dense batch that are walked together; each meets `queries` rows of queries, in `tiles` tiles.
 // Those of a masked batch differ in length, and the longest of a group come first: the more tiles it has, the closer
 // together do the processors finish, and of few KV heads enough tiles run at a time to share their queries in the L2 cache.
-// So do those that take turns, for which the fewer tiles of a KV head run at a time, the fewer wait for each other.
 inline int kv_heads_per_group(const ForwardParams& transposed, bool takes_turns, int64_t queries, int64_t tiles) {
-  constexpr int64_t kBalancedTiles = 1024, kFewHeads = 16;
+  constexpr int64_t kBalancedTiles = 1024, kFewHeads = 16, kTurnTiles = 264;
   const int heads = units_per_group(transposed, 1, queries, tiles);
-  const bool alike = transposed.window_left == kNoBound && transposed.window_right == kNoBound;
-  if (alike && !takes_turns) return heads;
-  const int64_t balanced = std::min((kBalancedTiles + tiles - 1) / tiles, kFewHeads);
+  int64_t balanced = std::min((kBalancedTiles + tiles - 1) / tiles, kFewHeads);
+  if (takes_turns) {
+    // The fewer tiles of a KV head run at a time, the fewer wait for each other.
+    balanced = std::max((kTurnTiles + tiles - 1) / tiles, kFewHeads);
+  } else if (transposed.window_left == kNoBound && transposed.window_right == kNoBound) {
+    return heads;
+  }
   return static_cast<int>(std::min<int64_t>(std::max<int64_t>(heads, balanced),
                                             int64_t{transposed.kv_heads} * transposed.batch));
 }

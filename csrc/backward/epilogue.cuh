@@ -78,8 +78,8 @@ __device__ __forceinline__ void store_permuted_queries(const Gradient& rdQ, floa
   }
 }
 
-// Adds panels of shared memory to dq or dq_sum: rows from `row` on of a range of `length` that starts at `base`, of which
-// none past the end. By one thread.
+// Adds panels of shared memory to dq or dq_sum, as a group that may be empty: rows from `row` on of a range of `length` that
+// starts at `base`, of which none past the end. By one thread.
 template <class Config>
 __device__ __forceinline__ void add_panels(const CUtensorMap& map, const float* first_panel, int first_column,
                                            int last_column, int base, int length, int row, int head, int batch,
@@ -88,9 +88,9 @@ __device__ __forceinline__ void add_panels(const CUtensorMap& map, const float* 
   if (packed) {
     // As in load_rows.
     const int inside = min(length - row, 64);
-    if (inside <= 0) return;
     inside_at = 64 - inside;
     outer = base + row + inside;
+    if (inside <= 0) last_column = first_column;
   }
 #pragma unroll 1
   for (int column = first_column; column < last_column; column += Config::kColumnsPanelDQ) {

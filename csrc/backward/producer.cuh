@@ -47,7 +47,12 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
   TileCounter& counter = *arguments.counter;
   // Each block's first tile is known without asking, unless tiles take turns (turns.cuh).
   const int known = arguments.params.turns == nullptr ? gridDim.x : 0;
-  const auto draw = [&] { return known + atomicAdd(&counter.drawn, 1); };
+  uint32_t loaded_parity = 1;
+  const auto draw = [&] {
+    // Those that take turns are best begun in the order in which they are drawn: none is drawn long before.
+    if (arguments.params.turns != nullptr) shared.tile_loaded.wait(loaded_parity);
+    return known + atomicAdd(&counter.drawn, 1);
+  };
 #pragma unroll 1
   for (int index = known > 0 ? blockIdx.x : draw(); index < tiles; index = draw()) {
     const int group = index / (units_per_group * per_unit);
@@ -75,6 +80,7 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
     shared.tile[ring.stage] = {false, batch, unit - batch * params.kv_heads, first_key, sequence, blocks};
     shared.tile_full[ring.stage].arrive();
     ring.advance();
+    loaded_parity ^= 1;
   }
   shared.tile_empty[ring.stage].wait(ring.parity ^ 1);
   shared.tile[ring.stage].end = true;
@@ -159,6 +165,7 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
           block * Config::kQueries, kv_head * arguments.group + head, batch, packed);
       ring.advance();
     });
+    if (arguments.params.turns != nullptr) shared.tile_loaded.arrive();
   }
 }
 
@@ -237,9 +244,9 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
       if (takes_turns) {
         const QueryTurn turn = turn_at<Config>(arguments.params, sequence, batch, first_head + head, first_key, block);
         // Asked for the first time while the additions before are on their way.
-        const bool come = has_come(turn);
+        const bool has_come = last.count != nullptr && counted(turn) >= turn.before;
         end_last_turn();
-        if (!come) wait_for(turn);
+        if (!has_come) wait_for(turn);
         fence_additions();
         last = turn;
       }
@@ -251,9 +258,16 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
         add_panels<Config>(arguments.dq, panels, column + skipped, column + Config::kColumnsDQ, sequence.k_base,
                            sequence.k_len, block * Config::kQueries + (Config::kSplitsColumns ? 0 : warpgroup * 64),
                            first_head + head, batch, packed);
+        if (takes_turns && warpgroup == 0) {
+          // It gets its panels back while the other's are still on their way: this thread is slower than without turns.
+          tma_store_wait<0>();
+          shared.dq_empty[0].arrive();
+        }
       }
-      tma_store_wait<Config::kConsumers - 1>();
-      shared.dq_empty[0].arrive();
+      if (!takes_turns) {
+        tma_store_wait<Config::kConsumers - 1>();
+        shared.dq_empty[0].arrive();
+      }
       tma_store_wait<0>();
       shared.dq_empty[1].arrive();
       parity ^= 1;

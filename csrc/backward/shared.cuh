@@ -61,6 +61,7 @@ struct alignas(1024) BackwardShared {
   KeyTile tile[kKeyTileSlots];
   HandOver tile_full[kKeyTileSlots];
   HandOver tile_empty[kKeyTileSlots];
+  Barrier tile_loaded;  // the loads of the last tile that was drawn have been started
 
   // Where dQ lags, one barrier says that all is there that a step needs, Q, dO, lse and delta, and one that its stage is
   // free; step_done, that both warpgroups have finished a step: its dS is there, and the one before is no longer read.
@@ -91,6 +92,7 @@ __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
     shared.dout_empty[stage].init(kConsumerWarps);
     shared.rows_empty[stage].init(kConsumerWarps);
   }
+  shared.tile_loaded.init(1);
   for (int slot = 0; slot < kKeyTileSlots; ++slot) {
     shared.tile_full[slot].init(1);
     // All who read a tile: consumers, the thread that loads, the warp that brings lse and delta, and, where dQ lags, the

@@ -7,15 +7,17 @@
 // Why nobody waits for ever. Say that the tiles of a launch are numbered as they are drawn. A tile waits for tiles of its own
 // sequence and KV head with smaller keys. These have smaller numbers: dense tiles are drawn in the order of their keys, and
 // the schedule lists those of a range so (ForwardParams::ascending). Numbers are given to blocks that run, by a counter, and a
-// block finishes its tiles in the order of their numbers: what it does for a tile waits for nothing that comes with a later
-// one but for its being drawn, and drawing waits for nothing but for earlier tiles to be finished. So of the tiles that are
-// not finished, the one with the smallest number has nobody to wait for, whatever the number of blocks that run at a time.
+// block finishes its tiles in the order of their numbers. (It finishes one while it loads the next; but it draws and loads
+// that without waiting for a turn.) So of the tiles that are not finished, the one with the smallest number has nobody to
+// wait for, whatever the number of blocks that run at a time.
 // (Were the first numbers given by blockIdx instead, one might belong to a block that has no processor yet.)
 //
 // Why few wait at all. Tiles that run side by side have neighbouring keys, and under a mask the later of two sees less of the
 // first queries. So they walk from the last block of queries to the first: where all begin together, at the last block, each
 // is one addition behind its predecessor, and those that begin elsewhere come after it by as many steps as their keys are
-// apart. Of query heads that share their keys each block serves one after the other, to keep that distance.
+// apart. Of query heads that share their keys each block serves one after the other, to keep that distance. Under a causal
+// mask the tiles that run side by side end in the reverse order, and their successors begin in the order in which they are
+// drawn, so those are drawn no earlier than they are needed.
 #pragma once
 
 #include "backward/shared.cuh"
@@ -40,19 +42,24 @@ __device__ __forceinline__ QueryTurn turn_at(const BackwardParams& params, const
   return {params.turns + row + sequence.k_base + first_query, first_key / Config::kKeys - first_tile};
 }
 
-// Whether the turn has come. If so, what the tiles before have added is there for what this thread does next.
-__device__ __forceinline__ bool has_come(const QueryTurn& turn) {
+// The additions that have been made, as far as is known.
+__device__ __forceinline__ int counted(const QueryTurn& turn) {
   int count;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(turn.count) : "memory");
-  return count >= turn.before;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(turn.count) : "memory");
+  return count;
 }
+// Waits until the turn has come: what the tiles before have added is there for what this thread does next.
 __device__ __forceinline__ void wait_for(const QueryTurn& turn) {
-  while (!has_come(turn)) __nanosleep(32);
+  int count;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(turn.count) : "memory");
+  } while (count < turn.before);
 }
 
-// Counts an addition that this thread has made, or, behind a barrier, its warpgroup.
+// Counts an addition that this thread has made, or, behind a barrier, its warpgroup. A turn of which counted() has said
+// before that it has come, has come behind this, as if wait_for had seen it.
 __device__ __forceinline__ void end_turn(const QueryTurn& turn) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn.count) : "memory");
+  asm volatile("fence.acq_rel.gpu;\n\tred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(turn.count) : "memory");
 }
 
 // NOTE: bulk additions go by the asynchronous proxy, counts by the generic one, and acquire and release order only what goes
