@@ -584,7 +584,8 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   const fa3::DType dtype = *dtype_of(call.dtype);
   const BackwardKernel kernel = find_backward(dtype, call.params.head_dim, call.params.head_dim_v);
   const BackwardLauncher launch = existing(kOp, kernel.launch, call);
-  FA3_CHECK(!deterministic, "backward: this library has no deterministic kernel");
+  FA3_CHECK(!deterministic || fa3::takes_turns(kernel.head_dim), "backward: this library has no deterministic kernel for "
+            "head dims ", call.params.head_dim, " and ", call.params.head_dim_v, "; deterministic=False runs the ordinary one");
   const Shapes shapes = result_shapes(call);
   const auto has = [&](const View& tensor, const std::vector<int64_t>& shape, ScalarType wanted) {
     return std::equal(tensor.sizes, tensor.sizes + tensor.dims, shape.begin(), shape.end()) && tensor.dtype == wanted &&
@@ -626,10 +627,14 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   }
   params.dout = dout_view.data;
   params.dout_stride = mapped_strides(kOp, "dout", dout_view);
-  std::optional<Tensor> dq_sum, scratch;
+  std::optional<Tensor> dq_sum, turns, scratch;
   if (!accumulate) {
     dq_sum = empty(call.device, {fa3::elements_of_sum(call.params, kernel.head_dim)}, ScalarType::Float);
     params.dq_sum = static_cast<float*>(dq_sum->mutable_data_ptr());
+  }
+  if (deterministic) {
+    turns = empty(call.device, shapes.lse, ScalarType::Int);
+    params.turns = static_cast<int32_t*>(turns->mutable_data_ptr());
   }
   const cudaStream_t stream = prepare_launch(call, true, scratch);
   params.forward = call.params;

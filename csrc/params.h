@@ -85,6 +85,7 @@ struct ForwardParams {
   DType out_dtype;        // the inputs' or fp32
   int32_t sm_margin;      // SMs left to other kernels
   bool transposed;        // queries and keys are in each other's place: offsets count backwards
+  bool ascending;         // the tiles of a range are drawn in ascending order
 };
 
 // Gradients of an attention: delta = rowsum(dout * out) - dlse, and what the forward took and gave (its out, out_acc and
@@ -102,6 +103,7 @@ struct BackwardParams {
   DType dk_dtype;
   DType dv_dtype;
   bool accumulate;     // dq, dk, dv are fp32 and added to; the ranges' keys are disjoint
+  int32_t* turns;      // gradients that are bitwise equal from run to run: scratch memory, shaped as lse; or nullptr
 };
 
 constexpr int32_t kMaxSequence = 1 << 30;

@@ -55,6 +55,7 @@ _VARIANT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32:
 # Operators with an `<op>_sm90` implementation in the compiled library, and the family of rows in csrc/instances.def
 # that says which dtypes and head dims it has.
 COMPILED = {"forward": "forward", "forward_into": "forward", "delta": "delta", "backward": "backward"}
+MOST_DETERMINISTIC = 192  # the largest head dim of deterministic gradients: takes_turns of csrc/backward/backward.h
 VECTOR = 8  # the compiled attention takes head dims that are multiples of it: 16 bytes of bf16 or fp16
 
 
@@ -173,6 +174,8 @@ def backward(
         dout: (B, Sq, Hq, Dv) or (Tq, Hq, Dv); lse: the final one; delta: from `delta`.
         dq, dk, dv: shapes of q, k, v. accumulate=True: fp32 (fp64 for fp64 inputs), added to in place, and the ranges
             of keys of one call are disjoint. accumulate=False: any float dtype, overwritten; rows in no range get 0.
+        deterministic: bitwise equal gradients from run to run. Ranges that accumulate may share queries: the compiled
+            kernel then takes them one after the other, a launch each.
         others: as in `forward`.
 
     Raises:
@@ -418,8 +421,8 @@ def _request(op: str, args: tuple[Any, ...]) -> _Request:
             needs.append(f"a state whose head dims are not multiples of {VECTOR}")
     elif op == "backward":
         call = dict(zip(SCHEMA_ARGS[op], args))
-        if call.get("deterministic"):
-            needs.append("deterministic gradients")
+        if call.get("deterministic") and max(request.head_dims) > MOST_DETERMINISTIC:
+            needs.append(f"deterministic gradients of head dims above {MOST_DETERMINISTIC}")
         if odd and call.get("accumulate"):
             needs.append(f"a state whose head dims are not multiples of {VECTOR}")
     return request._replace(needs=tuple(needs))

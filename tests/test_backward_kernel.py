@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fa3_dist import _build, ops
+from fa3_dist import _build, flash_attn_func, ops
 from tests import oracle
 from tests.accuracy import Problem, assert_solves, flatten, flatten_lse
 from tests.hopper import DTYPES, MASKS, ONLY_THE_COMPILED_KERNEL, column, pack
@@ -42,10 +42,11 @@ def rows_of(q, k, v, dout, dlse=None, **mask) -> tuple[Tensor, Tensor]:
     return lse.float().to(q.device).contiguous(), delta.float().contiguous()
 
 
-def gradients(q, k, v, dout, dlse=None, dtype=None, **mask) -> list[Tensor]:
+def gradients(q, k, v, dout, dlse=None, dtype=None, deterministic=False, **mask) -> list[Tensor]:
     """dq, dk, dv of a dense problem, written over NaN."""
     grads = [torch.full_like(x, torch.nan, dtype=dtype or x.dtype) for x in (q, k, v)]
-    ops.backward(dout, q, k, v, *rows_of(q, k, v, dout, dlse, **mask), *grads, **mask)
+    rows = rows_of(q, k, v, dout, dlse, **mask)
+    ops.backward(dout, q, k, v, *rows, *grads, deterministic=deterministic, **mask)
     return grads
 
 
@@ -147,12 +148,15 @@ def test_gradients_with_strides_of_their_own():
 # ---- packed ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("gap", [0, 5])
-def test_packed_mixture(heads, head_dim, mask, gap):
+def test_packed_mixture(heads, head_dim, mask, gap, deterministic):
     """Empty, one-token, short and long documents; what lies between them is NaN and must not be seen."""
+    if deterministic and head_dim > ops.MOST_DETERMINISTIC:
+        pytest.skip("no deterministic kernel")
     lengths_q, lengths_k = [0, 1, 17, 5, 700, 130, 64, 1, 300, 128], [3, 1, 17, 0, 700, 100, 64, 1, 450, 128]
     (q_start, total_q), (k_start, total_k) = pack(lengths_q, gap), pack(lengths_k, gap)
     q, _, _, dout = (x[0] for x in problem_tensors(9, total_q, 1, *heads, head_dim, batch=1))
@@ -172,6 +176,7 @@ def test_packed_mixture(heads, head_dim, mask, gap):
     ranges = [[x[i] for i in order] for x in (q_start, lengths_q, k_start, lengths_k)]
     ops.backward(
         dout, q, k, v, lse, delta, *grads, **dict(zip(ops.RANGES, map(column, ranges))), **MASKS[mask],
+        deterministic=deterministic,
     )  # fmt: skip
     for grad, inside in zip(grads, (inside_q, inside_k, inside_k)):
         assert not grad[~inside].any(), "rows in no range have gradients 0"
@@ -181,23 +186,28 @@ def test_packed_mixture(heads, head_dim, mask, gap):
     assert_solves(problem, oracle.Grads(None, None, *grads, None))
 
 
-def test_ranges_that_lie_are_cut_to_the_tensors():
-    """Nobody reads starts and lengths on the host: whatever they say, no access leaves the tensors."""
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+def test_ranges_that_lie_are_cut_to_the_tensors(deterministic):
+    """Nobody reads starts and lengths on the host: whatever they say, no access leaves the tensors, no tile waits."""
     q, k, v, dout = (x[0] for x in problem_tensors(11, 500, 400, 4, 2, 64, batch=1))
     wild = column([-5, 450, 2**31 - 1, -(2**31), 100])
     lengths = column([100, 2**31 - 1, 7, 2**31 - 1, -3])
     rows = torch.zeros(2, 4, 500, device="cuda")
     grads = [torch.empty_like(x) for x in (q, k, v)]
     ops.backward(
-        dout, q, k, v, *rows, *grads, q_start=wild, q_len=lengths, k_start=wild, k_len=lengths, window_right=0
-    )
+        dout, q, k, v, *rows, *grads, q_start=wild, q_len=lengths, k_start=wild, k_len=lengths, window_right=0,
+        deterministic=deterministic,
+    )  # fmt: skip
     torch.cuda.synchronize()
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_visits_in_parts_are_the_whole(mask, head_dim):
+def test_visits_in_parts_are_the_whole(mask, head_dim, deterministic):
     """What a ring does: keys in three launches, two ranges of queries each, all added up in place."""
+    if deterministic and head_dim > ops.MOST_DETERMINISTIC:
+        pytest.skip("no deterministic kernel")
     q, k, v, dout = (x[0] for x in problem_tensors(12, 700, 1000, 4, 2, head_dim, batch=1))
     shift = 300  # bottom-right alignment
     whole = {"offset": shift, **MASKS[mask]}
@@ -208,7 +218,7 @@ def test_visits_in_parts_are_the_whole(mask, head_dim):
             ops.backward(
                 dout, q, k, v, lse, delta, *sums, q_start=column([first]), q_len=column([queries]),
                 k_start=column([start]), k_len=column([length]), offsets=column([first + shift - start]),
-                accumulate=True, **MASKS[mask],
+                accumulate=True, deterministic=deterministic, **MASKS[mask],
             )  # fmt: skip
     judge([x[None] for x in sums], *(x[None] for x in (q, k, v, dout)), **whole)
 
@@ -227,8 +237,142 @@ def test_gradients_of_keys_are_bitwise_equal_from_run_to_run():
         assert torch.equal(grads[1], first[1]) and torch.equal(grads[2], first[2])
 
 
+DETERMINISTIC = [row for row in VARIANTS if int(row[1]) <= ops.MOST_DETERMINISTIC]
+DOCUMENTS = [0, 1, 17, 128, 3000, 64, 0, 5, 777, 1, 129, 5000, 300]
+# Lengths of queries and of keys, heads, KV heads, and the mask. Where many tiles meet a block of queries, the order of
+# additions shows: without turns almost every launch differs at these lengths.
+REPEATED = {
+    "full": (4096, 4096, 4, 4, {}),
+    "causal": (4096, 4096, 4, 4, {"window_right": 0}),
+    "causal, GQA": (4096, 4096, 8, 2, {"window_right": 0}),
+    "full, MQA": (2048, 3000, 8, 1, {}),
+    "window": (4100, 4100, 4, 4, {"window_left": 700, "window_right": 0}),
+    "local": (3000, 5000, 4, 2, {"window_left": 300, "window_right": 200, "offset": 900}),
+    "few queries": (500, 6000, 4, 4, {"window_right": 0}),
+    "few keys": (6000, 500, 4, 4, {"window_right": 0}),
+    "one head": (16384, 16384, 1, 1, {}),
+}
+
+
+def assert_every_run_is_equal(dout, q, k, v, accumulate=False, **call) -> None:
+    """Twelve launches that get different numbers of SMs, half of them beside other work.
+
+    What lse and delta hold does not matter: nothing has to be right here.
+    """
+    heads_first = q.movedim(-2, -3)[..., 0]
+    rows = [(0.1 * torch.randn_like(heads_first.float()) + mean).contiguous() for mean in (9.0, 0.0)]
+    before = [torch.randn_like(x, dtype=torch.float32) for x in (q, k, v)]
+    other, work = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    first = None
+    for i in range(12):
+        grads = [x.clone() if accumulate else torch.full_like(x, torch.nan, dtype=q.dtype) for x in before]
+        torch.cuda.synchronize()
+        if i % 2:
+            with torch.cuda.stream(other):
+                for _ in range(4):
+                    work @ work
+        ops.backward(
+            dout, q, k, v, *rows, *grads, accumulate=accumulate, deterministic=True,
+            sm_margin=(0, 0, 5, 61, 0, 120)[i % 6], **call,
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        first = first or grads
+        for name, wanted, got in zip(("dq", "dk", "dv"), first, grads):
+            assert wanted.isfinite().all() and torch.equal(wanted, got), f"{name} of launch {i} is another than before"
+
+
+@pytest.mark.parametrize("case", REPEATED)
+@pytest.mark.parametrize("variant", DETERMINISTIC, ids="_".join)
+def test_deterministic_gradients_are_bitwise_equal(variant, case):
+    dtype, head_dim, head_dim_v = variant
+    seqlen_q, seqlen_k, heads, kv_heads, mask = REPEATED[case]
+    q, k, v, dout = problem_tensors(
+        20, seqlen_q, seqlen_k, heads, kv_heads, int(head_dim), int(head_dim_v), DTYPES[dtype], batch=1
+    )
+    assert_every_run_is_equal(dout, q, k, v, **mask)
+    assert_every_run_is_equal(dout, q, k, v, **mask, accumulate=True)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("variant", DETERMINISTIC, ids="_".join)
+def test_deterministic_gradients_of_documents_are_bitwise_equal(variant, mask):
+    dtype, head_dim, head_dim_v = variant
+    start, total = pack(DOCUMENTS)
+    q, k, v, dout = (
+        x[0] for x in problem_tensors(21, total, total, 4, 2, int(head_dim), int(head_dim_v), DTYPES[dtype], batch=1)
+    )
+    order = random.Random(1).sample(range(len(start)), len(start))
+    starts, lengths = (column([x[i] for i in order]) for x in (start, DOCUMENTS))
+    for accumulate in (False, True):
+        assert_every_run_is_equal(
+            dout, q, k, v, accumulate, q_start=starts, q_len=lengths, k_start=starts, k_len=lengths, **MASKS[mask]
+        )
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_deterministic_sums_of_ranges_that_share_queries(head_dim):
+    """As a ring's visits do: three ranges of keys, whose queries overlap without beginning at the same ones."""
+    q, k, v, dout = (x[0] for x in problem_tensors(22, 3000, 4000, 4, 2, head_dim, batch=1))
+    assert_every_run_is_equal(
+        dout, q, k, v, accumulate=True, q_start=column([0, 0, 500]), q_len=column([3000, 2000, 2500]),
+        k_start=column([0, 2000, 3000]), k_len=column([2000, 1000, 1000]), offsets=column([1000, -1000, -1500]),
+        window_right=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("lengths", [(113, 203), (1024, 1023), (300, 2500)], ids=lambda x: f"{x[0]}x{x[1]}")
+@pytest.mark.parametrize("variant", DETERMINISTIC, ids="_".join)
+def test_deterministic_gradients_are_right(variant, lengths, mask):
+    dtype, head_dim, head_dim_v = variant
+    heads = random.Random(str((variant, lengths, mask))).choice([(2, 2), (4, 2), (3, 1)])
+    tensors = problem_tensors(23, *lengths, *heads, int(head_dim), int(head_dim_v), DTYPES[dtype])
+    judge(gradients(*tensors, **MASKS[mask], deterministic=True), *tensors, **MASKS[mask])
+
+
+def test_deterministic_gradients_of_graphs_and_of_many_streams():
+    """Two launches that share the SMs: a block of one must never wait for a block that the other keeps out."""
+    q, k, v, dout = tensors = problem_tensors(24, 4096, 4096, 8, 8, 128, batch=1)
+    rows = rows_of(*(x[:, :, :1] for x in tensors))
+    rows = [x.expand(1, 8, 4096).contiguous() for x in rows]
+
+    def run():
+        grads = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+        ops.backward(dout, q, k, v, *rows, *grads, deterministic=True)
+        return grads
+
+    wanted = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        got = []
+        graph.replay()
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                got.append(run())
+        torch.cuda.synchronize()
+        for grads in (*got, captured):
+            assert all(torch.equal(one, other) for one, other in zip(grads, wanted))
+
+
+def test_torch_asks_for_deterministic_gradients():
+    q, k, v, dout = problem_tensors(25, 4096, 4096, 4, 4, 64, batch=1)
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(10):
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            results.append(torch.autograd.grad(flash_attn_func(*leaves), leaves, dout))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0]))
+
+
 def test_deterministic_gradients_are_never_quietly_refused(monkeypatch):
-    q, k, v, dout = tensors = problem_tensors(14, 200, 300, 2, 2, 64)
+    q, k, v, dout = tensors = problem_tensors(14, 200, 300, 2, 2, 256)
     grads = [torch.empty_like(x) for x in (q, k, v)]
     rows = rows_of(*tensors)
     with pytest.raises(RuntimeError, match="deterministic"):

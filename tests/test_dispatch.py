@@ -27,6 +27,7 @@ VARIANTS = [
     "delta_fp32",
 ]  # fmt: skip
 README = Path(__file__).resolve().parent.parent / "README.md"
+BACKWARD = README.parent / "csrc" / "backward" / "backward.h"
 
 
 class Library:
@@ -135,7 +136,7 @@ def request(op, dtypes, head_dims=(), needs=()):
         (request("backward", (BF16,), (64, 64)), True),
         (request("backward", (BF16,), (128, 128)), False),
         (request("backward", (FP32,), (64, 64)), False),
-        (request("backward", (BF16,), (64, 64), ("deterministic gradients",)), False),
+        (request("backward", (BF16,), (64, 64), ("something",)), False),
     ],
     ids=str,
 )
@@ -185,7 +186,12 @@ def test_requests_name_what_no_kernel_has():
         assert not ops._request("forward_into", (q, q, v, None, None, out, *ranges)).needs
     backward = {name: None for name in ops.SCHEMA_ARGS["backward"]} | {"q": q, "k": q, "v": q}
     assert not ops._request("backward", tuple(backward.values())).needs
-    assert "deterministic" in str(ops._request("backward", tuple((backward | {"deterministic": True}).values())))
+    assert not ops._request("backward", tuple((backward | {"deterministic": True}).values())).needs
+    wide = {name: torch.empty(5, 2, 200, dtype=BF16) for name in "qk"}
+    assert not ops._request("backward", tuple((backward | wide).values())).needs
+    assert "with deterministic gradients of head dims above 192" in str(
+        ops._request("backward", tuple((backward | wide | {"deterministic": True}).values()))
+    )
     odd = {name: torch.empty(5, 2, 33, dtype=BF16) for name in "qkv"}
     assert not ops._request("backward", tuple((backward | odd).values())).needs
     assert ops._request("backward", tuple((backward | odd | {"accumulate": True}).values())).needs
@@ -194,6 +200,14 @@ def test_requests_name_what_no_kernel_has():
     assert "with a state whose head dims are not multiples of 8" in str(
         ops._request("forward_into", (q, q, narrow, None, None, None, *ranges))
     )
+
+
+def test_deterministic_gradients_are_asked_of_kernels_that_give_them():
+    (most,) = re.findall(r"bool takes_turns\(.*\) \{ return head_dim <= (\d+); \}", BACKWARD.read_text())
+    assert ops.MOST_DETERMINISTIC == int(most)
+    # The row that a call runs on is the smallest that holds its head dims: none of these may need a larger one.
+    rows = {tuple(map(int, row.traits[1:])) for row in _build.instances() if row.family == "backward"}
+    assert (ops.MOST_DETERMINISTIC, ops.MOST_DETERMINISTIC) in rows
 
 
 @pytest.mark.parametrize("built", [True, False], ids=["", "no library"])
@@ -238,6 +252,26 @@ def test_other_head_dims_are_padded_inside_the_operator(head_dims, packed, out_d
     assert out.dtype == expected_out.dtype and out.is_contiguous()
     torch.testing.assert_close(out, expected_out, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("how", ["argument", "torch.use_deterministic_algorithms"])
+def test_deterministic_gradients_come_from_the_library(how, deterministic, library, monkeypatch):
+    """From an argument of the interface, or from torch's setting, down to the compiled kernel."""
+    seen = []
+    monkeypatch.setattr(ops, "_backward_sm90", lambda *args: seen.append(dict(zip(ops.SCHEMA_ARGS["backward"], args))))
+    monkeypatch.setattr(ops, "backward", lambda *args, accumulate=False, offset=None, **call: ops._run_on_cuda(
+        "backward", *args, *({"accumulate": accumulate, "offset": offset, **call}[name]
+                             for name in ops.SCHEMA_ARGS["backward"][len(args):])))  # fmt: skip
+    q, k, v, dout = random_qkv("cpu", BF16, head_dim=64)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    torch.use_deterministic_algorithms(deterministic and how != "argument")
+    try:
+        out = flash_attn_func(*leaves, deterministic=deterministic and how == "argument")
+        torch.autograd.grad(out, leaves, dout)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [call["deterministic"] for call in seen] == [deterministic]
 
 
 def test_right_head_dims_are_not_copied(library):

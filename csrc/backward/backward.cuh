@@ -60,11 +60,17 @@ inline ForwardParams transpose(const ForwardParams& params) {
 // KV heads of a dense batch that are walked together; each meets `queries` rows of queries, in `tiles` tiles.
 // Those of a masked batch differ in length, and the longest of a group come first: the more tiles it has, the closer
 // together do the processors finish, and of few KV heads enough tiles run at a time to share their queries in the L2 cache.
-inline int kv_heads_per_group(const ForwardParams& transposed, int64_t queries, int64_t tiles) {
-  constexpr int64_t kBalancedTiles = 1024, kFewHeads = 16;
+inline int kv_heads_per_group(const ForwardParams& transposed, bool takes_turns, int64_t queries, int64_t tiles) {
+  constexpr int64_t kBalancedTiles = 1024, kTurnTiles = 264;
+  const int64_t kFewHeads = std::min(16, 2048 / transposed.head_dim);
   const int heads = units_per_group(transposed, 1, queries, tiles);
-  if (transposed.window_left == kNoBound && transposed.window_right == kNoBound) return heads;
-  const int64_t balanced = std::min((kBalancedTiles + tiles - 1) / tiles, kFewHeads);
+  int64_t balanced = std::min((kBalancedTiles + tiles - 1) / tiles, kFewHeads);
+  if (takes_turns) {
+    // The fewer tiles of a KV head run at a time, the fewer wait for each other.
+    balanced = std::max((kTurnTiles + tiles - 1) / tiles, kFewHeads);
+  } else if (transposed.window_left == kNoBound && transposed.window_right == kNoBound) {
+    return heads;
+  }
   return static_cast<int>(std::min<int64_t>(std::max<int64_t>(heads, balanced),
                                             int64_t{transposed.kv_heads} * transposed.batch));
 }
@@ -107,18 +113,21 @@ inline bool make_sum_map(CUtensorMap& map, const BackwardParams& params, bool pa
   return make_tensor_map<4>(map, DType::fp32, data - 64 * token, extents, strides, box);
 }
 
-template <DType kDType, int kHeadDim, int kHeadDimV>
-cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
-  using Config = BackwardConfig<kDType, kHeadDim, kHeadDimV>;
+template <class Config>
+cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   using Element = typename Config::Element;
+  constexpr DType kDType = Config::kDType;
+  constexpr int kHeadDim = Config::kHeadDim;
   const ForwardParams& forward = params.forward;
   const bool packed = forward.q_start != nullptr;
   BackwardArguments arguments{};
   arguments.params = params;
+  arguments.group = forward.heads / forward.kv_heads;
   arguments.transposed = transpose(forward);
-  arguments.units_per_group =
-      kv_heads_per_group(arguments.transposed, int64_t{forward.seqlen_q} * (forward.heads / forward.kv_heads),
-                         (forward.seqlen_k + Config::kKeys - 1) / Config::kKeys);
+  arguments.transposed.ascending = params.turns != nullptr;
+  arguments.units_per_group = kv_heads_per_group(arguments.transposed, params.turns != nullptr,
+                                                 int64_t{forward.seqlen_q} * arguments.group,
+                                                 (forward.seqlen_k + Config::kKeys - 1) / Config::kKeys);
   arguments.counter = packed ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
                              : reinterpret_cast<TileCounter*>(forward.tile_counter);
   const bool mapped =
@@ -149,6 +158,7 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   const auto clear = [&](void* to, int64_t elements, DType dtype) {
     if (error == cudaSuccess) error = cudaMemsetAsync(to, 0, elements * (dtype == DType::fp32 ? 4 : 2), stream);
   };
+  if (params.turns != nullptr) clear(params.turns, int64_t{forward.batch} * forward.seqlen_q * forward.heads, DType::fp32);  // as wide
   if (!params.accumulate) {
     clear(params.dq_sum, elements_of_sum(forward, kHeadDim), DType::fp32);
     if (!sees_every_key(forward)) {
@@ -175,6 +185,26 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
     return packed ? convert(std::integral_constant<SumOrder, SumOrder::kPermuted>{})
                   : convert(std::integral_constant<SumOrder, SumOrder::kTiles>{});
   }
+}
+
+template <DType kDType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
+  using Config = BackwardConfig<kDType, kHeadDim, kHeadDimV>;
+  const ForwardParams& forward = params.forward;
+  const bool packed = forward.q_start != nullptr;
+  if (params.turns == nullptr || !params.accumulate || !packed) return launch_ranges<Config>(params, stream);
+  // Ranges that accumulate may share queries, and turns are taken inside a range: one launch after the other.
+  for (int range = 0; range < forward.ranges; ++range) {
+    BackwardParams alone = params;
+    for (const int32_t** column : {&alone.forward.q_start, &alone.forward.q_len, &alone.forward.k_start,
+                                   &alone.forward.k_len, &alone.forward.offsets}) {
+      if (*column != nullptr) *column += range;
+    }
+    alone.forward.ranges = 1;
+    const cudaError_t error = launch_ranges<Config>(alone, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace fa3

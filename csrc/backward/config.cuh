@@ -65,6 +65,11 @@ struct BackwardConfig {
 
   static_assert(kSharesKeys || (kBulkDQ && kStagesK == 2));
 
+  // Whether tiles can take turns at dQ (turns.cuh); and whether they then walk as is best for that.
+  static constexpr bool kTakesTurns = kBulkDQ;
+  static constexpr bool kWalksBackwards = !kSharesKeys;
+  static_assert(kTakesTurns == takes_turns(kHeadDim));
+
   // What a step needs comes at once, or, where one warpgroup begins with Q and the other with dO, as Q with lse and dO
   // with delta.
   static constexpr int kLoads = kSharesKeys ? 2 : 1;

@@ -121,8 +121,8 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
   static_assert(Config::kStages == 2);
   int step = 0;
   uint32_t parity = 0;  // of the step
-  // Of the tile: how many steps are to come, its blocks, the first token of its queries; and the step's block.
-  int steps = 0, first_block = 0, end_block = 0, first_plain = 0, end_open = 0, first_token = 0, block = 0;
+  // Of the tile: how many steps are to come, which blocks hide nothing, the first token of its queries.
+  int steps = 0, first_plain = 0, end_open = 0, first_token = 0;
   int k_before = 0, token_before = 0;  // of the step before: stage of its keys, and its first_token
 
   const auto multiply_dq = [&](auto& rdQ, int ds_stage) __attribute__((always_inline)) {
@@ -149,13 +149,10 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     if (fresh) {
       shared.tile_full[tile_ring.stage].wait(tile_ring.parity);
       if (tile.end) break;
-      first_block = tile.blocks.first;
-      end_block = tile.blocks.end;
       first_plain = tile.blocks.first_plain;
       end_open = tile.blocks.end_open;
       first_token = tile.sequence.k_base;
-      steps = group * (end_block - first_block);
-      block = first_block;
+      steps = group * (tile.blocks.end - tile.blocks.first);
       shared.k_full[k_ring.stage].wait(k_ring.parity);
     }
     if (step == 0 && warpgroup == 1) cutlass::arch::NamedBarrier::sync(256, 1);
@@ -194,6 +191,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
         rdP(i) = (rdP(i) - delta) * (1.f - rS(i) * rS(i)) + delta;
       }
     }
+    const int block = shared.block[stage];
     if (block < first_plain || block >= end_open) hide_queries<Config>(rS, tile, rows, block * Config::kQueries);
     Tensor rP = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kQueries / 16>>>{});
     static_assert(size(rS) == size(rP));
@@ -264,7 +262,6 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     if (fresh && step > 0) arrive_as_warp(thread, shared.k_empty[k_before]);
     k_before = k_ring.stage;
     token_before = first_token;
-    if (++block == end_block) block = first_block;
 
     if (steps == 0) {
       OutputRow row[2];

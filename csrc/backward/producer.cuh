@@ -5,8 +5,26 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "backward/epilogue.cuh"
+#include "backward/turns.cuh"
 
 namespace fa3 {
+
+// Calls visit(query head of the KV head, block of queries) for the steps of a tile that sees the blocks [first, end), in
+// their order: head after head, or, where tiles take turns, as turns.cuh says.
+template <class Config, class Visit>
+__device__ __forceinline__ void for_each_step(const BackwardArguments& arguments, int first, int end, Visit visit) {
+  const bool backwards = Config::kWalksBackwards && arguments.params.turns != nullptr;
+  int head = 0, block = backwards ? end - 1 : first;
+#pragma unroll 1
+  while (backwards ? block >= first : head < arguments.group) {
+    visit(head, block);
+    if (backwards) {
+      if (++head == arguments.group) head = 0, --block;
+    } else {
+      if (++block == end) block = first, ++head;
+    }
+  }
+}
 
 // ---- tiles -----------------------------------------------------------------------------------------------------------
 
@@ -27,8 +45,16 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
   const int tiles = per_unit * units;
   Ring<kKeyTileSlots> ring;
   TileCounter& counter = *arguments.counter;
+  // Each block's first tile is known without asking, unless tiles take turns (turns.cuh).
+  const int known = arguments.params.turns == nullptr ? gridDim.x : 0;
+  uint32_t loaded_parity = 1;
+  const auto draw = [&] {
+    // Those that take turns are best begun in the order in which they are drawn: none is drawn long before.
+    if (arguments.params.turns != nullptr) shared.tile_loaded.wait(loaded_parity);
+    return known + atomicAdd(&counter.drawn, 1);
+  };
 #pragma unroll 1
-  for (int index = blockIdx.x; index < tiles; index = gridDim.x + atomicAdd(&counter.drawn, 1)) {
+  for (int index = known > 0 ? blockIdx.x : draw(); index < tiles; index = draw()) {
     const int group = index / (units_per_group * per_unit);
     const int in_group = index - group * units_per_group * per_unit;
     const int units_here = min(units_per_group, units - group * units_per_group);
@@ -54,6 +80,7 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
     shared.tile[ring.stage] = {false, batch, unit - batch * params.kv_heads, first_key, sequence, blocks};
     shared.tile_full[ring.stage].arrive();
     ring.advance();
+    loaded_parity ^= 1;
   }
   shared.tile_empty[ring.stage].wait(ring.parity ^ 1);
   shared.tile[ring.stage].end = true;
@@ -88,7 +115,6 @@ __device__ __forceinline__ void load_rows(const CUtensorMap& map, LoadBarrier& b
 template <class Config>
 __device__ __forceinline__ void load_key_tiles(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
   const bool packed = arguments.transposed.q_start != nullptr;
-  const int group = arguments.params.forward.heads / arguments.params.forward.kv_heads;
   Ring<Config::kStagesK> k_ring;
   Ring<Config::kStagesV> v_ring;
   Ring<Config::kStages> ring;
@@ -109,36 +135,33 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
                                                                first_key, kv_head, batch, packed);
     k_ring.advance();
     bool values_wait = true;  // V comes after the first Q: that is the order in which they are needed
-#pragma unroll 1
-    for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-#pragma unroll 1
-      for (int block = first_block; block < end_block; ++block) {
-        LoadBarrier& q_full = shared.step_full[0][ring.stage];
-        LoadBarrier& dout_full = shared.step_full[Config::kLoads - 1][ring.stage];
-        shared.step_empty[0][ring.stage].wait(ring.parity ^ 1);
-        q_full.arrive_and_expect_tx(Config::kBytesQ + (Config::kLoads == 1 ? Config::kBytesDO : 0));
-        load_rows<Config::kQueries, Config::kHeadDim, Config::kPanel>(
-            arguments.q, q_full, shared.q[ring.stage], sequence.k_base, sequence.k_len,
-            block * Config::kQueries, head, batch, packed);
-        if (values_wait) {
-          shared.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
-          shared.v_full[v_ring.stage].arrive_and_expect_tx(Config::kBytesV);
-          load_rows<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(
-              arguments.v, shared.v_full[v_ring.stage], shared.v[v_ring.stage], sequence.q_base, sequence.q_len,
-              first_key, kv_head, batch, packed);
-          v_ring.advance();
-          values_wait = false;
-        }
-        if constexpr (Config::kLoads == 2) {
-          shared.step_empty[1][ring.stage].wait(ring.parity ^ 1);
-          dout_full.arrive_and_expect_tx(Config::kBytesDO);
-        }
-        load_rows<Config::kQueries, Config::kHeadDimV, Config::kPanelV>(
-            arguments.dout, dout_full, shared.dout[ring.stage], sequence.k_base, sequence.k_len,
-            block * Config::kQueries, head, batch, packed);
-        ring.advance();
+    for_each_step<Config>(arguments, first_block, end_block, [&](int head, int block) {
+      LoadBarrier& q_full = shared.step_full[0][ring.stage];
+      LoadBarrier& dout_full = shared.step_full[Config::kLoads - 1][ring.stage];
+      shared.step_empty[0][ring.stage].wait(ring.parity ^ 1);
+      q_full.arrive_and_expect_tx(Config::kBytesQ + (Config::kLoads == 1 ? Config::kBytesDO : 0));
+      load_rows<Config::kQueries, Config::kHeadDim, Config::kPanel>(
+          arguments.q, q_full, shared.q[ring.stage], sequence.k_base, sequence.k_len,
+          block * Config::kQueries, kv_head * arguments.group + head, batch, packed);
+      if (values_wait) {
+        shared.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
+        shared.v_full[v_ring.stage].arrive_and_expect_tx(Config::kBytesV);
+        load_rows<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(
+            arguments.v, shared.v_full[v_ring.stage], shared.v[v_ring.stage], sequence.q_base, sequence.q_len,
+            first_key, kv_head, batch, packed);
+        v_ring.advance();
+        values_wait = false;
       }
-    }
+      if constexpr (Config::kLoads == 2) {
+        shared.step_empty[1][ring.stage].wait(ring.parity ^ 1);
+        dout_full.arrive_and_expect_tx(Config::kBytesDO);
+      }
+      load_rows<Config::kQueries, Config::kHeadDimV, Config::kPanelV>(
+          arguments.dout, dout_full, shared.dout[ring.stage], sequence.k_base, sequence.k_len,
+          block * Config::kQueries, kv_head * arguments.group + head, batch, packed);
+      ring.advance();
+    });
+    if (arguments.params.turns != nullptr) shared.tile_loaded.arrive();
   }
 }
 
@@ -149,7 +172,6 @@ __device__ __forceinline__ void load_row_values(const BackwardArguments& argumen
   constexpr float kLog2E = 1.4426950408889634f;
   const ForwardParams& params = arguments.params.forward;
   const int lane = threadIdx.x % 32;
-  const int group = params.heads / params.kv_heads;
   Ring<Config::kStages> ring;
   Ring<kKeyTileSlots> tile_ring;
   while (true) {
@@ -158,44 +180,42 @@ __device__ __forceinline__ void load_row_values(const BackwardArguments& argumen
     if (tile.end) break;
     const int rows = tile.sequence.k_len;
     const int kv_head = tile.kv_head;
-    const int64_t first_head = int64_t{tile.batch} * params.heads + kv_head * group;
+    const int64_t first_head = int64_t{tile.batch} * params.heads + kv_head * arguments.group;
     const int64_t base = first_head * params.seqlen_q + tile.sequence.k_base;
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
     shared.tile_empty[tile_ring.stage].arrive();
     tile_ring.advance();
-#pragma unroll 1
-    for (int head = 0; head < group; ++head) {
-      const float* const lse = params.lse + base + int64_t{head} * params.seqlen_q;
-      const float* const delta = arguments.params.delta + base + int64_t{head} * params.seqlen_q;
-#pragma unroll 1
-      for (int block = first_block; block < end_block; ++block) {
-        shared.step_empty[0][ring.stage].wait(ring.parity ^ 1);
-        float row_delta[Config::kQueries / 32];
+    for_each_step<Config>(arguments, first_block, end_block, [&](int head, int block) {
+      const int64_t first_row = base + int64_t{head} * params.seqlen_q;
+      const float* const lse = params.lse + first_row;
+      const float* const delta = arguments.params.delta + first_row;
+      shared.step_empty[0][ring.stage].wait(ring.parity ^ 1);
+      if (lane == 0) shared.block[ring.stage] = block;
+      float row_delta[Config::kQueries / 32];
 #pragma unroll
-        for (int i = 0; i < Config::kQueries; i += 32) {
-          const int row = block * Config::kQueries + i + lane;
-          float row_lse = -INFINITY;
-          row_delta[i / 32] = 0.f;
-          if (row < rows) {
-            row_lse = lse[row];
-            row_delta[i / 32] = delta[row];
-          }
-          const bool unseen = row_lse == -INFINITY;
-          shared.lse_log2[ring.stage][i + lane] = unseen ? INFINITY : row_lse * kLog2E;
-          if (unseen) row_delta[i / 32] = 0.f;
+      for (int i = 0; i < Config::kQueries; i += 32) {
+        const int row = block * Config::kQueries + i + lane;
+        float row_lse = -INFINITY;
+        row_delta[i / 32] = 0.f;
+        if (row < rows) {
+          row_lse = lse[row];
+          row_delta[i / 32] = delta[row];
         }
-        if constexpr (Config::kLoads == 2) {
-          asm volatile("" ::: "memory");
-          shared.step_full[0][ring.stage].arrive();
-          shared.step_empty[1][ring.stage].wait(ring.parity ^ 1);
-        }
-#pragma unroll
-        for (int i = 0; i < Config::kQueries; i += 32) shared.delta[ring.stage][i + lane] = row_delta[i / 32];
-        asm volatile("" ::: "memory");
-        shared.step_full[Config::kLoads - 1][ring.stage].arrive();
-        ring.advance();
+        const bool unseen = row_lse == -INFINITY;
+        shared.lse_log2[ring.stage][i + lane] = unseen ? INFINITY : row_lse * kLog2E;
+        if (unseen) row_delta[i / 32] = 0.f;
       }
-    }
+      if constexpr (Config::kLoads == 2) {
+        asm volatile("" ::: "memory");
+        shared.step_full[0][ring.stage].arrive();
+        shared.step_empty[1][ring.stage].wait(ring.parity ^ 1);
+      }
+#pragma unroll
+      for (int i = 0; i < Config::kQueries; i += 32) shared.delta[ring.stage][i + lane] = row_delta[i / 32];
+      asm volatile("" ::: "memory");
+      shared.step_full[Config::kLoads - 1][ring.stage].arrive();
+      ring.advance();
+    });
   }
 }
 
@@ -203,38 +223,57 @@ __device__ __forceinline__ void load_row_values(const BackwardArguments& argumen
 template <class Config>
 __device__ __forceinline__ void add_query_blocks(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
   const bool packed = arguments.transposed.q_start != nullptr;
-  const int group = arguments.params.forward.heads / arguments.params.forward.kv_heads;
+  const bool takes_turns = arguments.params.turns != nullptr;
   Ring<kKeyTileSlots> tile_ring;
   uint32_t parity = 0;
   while (true) {
     shared.tile_full[tile_ring.stage].wait(tile_ring.parity);
     const KeyTile& tile = shared.tile[tile_ring.stage];
     if (tile.end) break;
-    const int base = tile.sequence.k_base, length = tile.sequence.k_len;
-    const int batch = tile.batch, kv_head = tile.kv_head;
+    const Sequence sequence = tile.sequence;
+    const int batch = tile.batch, first_head = tile.kv_head * arguments.group, first_key = tile.first_key;
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
     shared.tile_empty[tile_ring.stage].arrive();
     tile_ring.advance();
-#pragma unroll 1
-    for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-#pragma unroll 1
-      for (int block = first_block; block < end_block; ++block) {
+    QueryTurn last{};  // whose additions are on their way
+    const auto end_last_turn = [&] {
+      if (last.count == nullptr) return;
+      wait_for_additions();
+      end_turn(last);
+    };
+    for_each_step<Config>(arguments, first_block, end_block, [&](int head, int block) {
+      if (takes_turns) {
+        const QueryTurn turn = turn_at<Config>(arguments.params, sequence, batch, first_head + head, first_key, block);
+        // Asked for the first time while the additions before are on their way.
+        const bool has_come = last.count != nullptr && counted(turn) >= turn.before;
+        end_last_turn();
+        if (!has_come) wait_for(turn);
+        fence_additions();
+        last = turn;
+      }
 #pragma unroll
-        for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
-          shared.dq_full[warpgroup].wait(parity);
-          const int skipped = skipped_dq<Config>(warpgroup), column = first_column_dq<Config>(warpgroup);
-          const float* const panels = panels_of(shared, warpgroup) + skipped * 64;
-          add_panels<Config>(arguments.dq, panels, column + skipped, column + Config::kColumnsDQ, base, length,
-                             block * Config::kQueries + (Config::kSplitsColumns ? 0 : warpgroup * 64), head, batch,
-                             packed);
+      for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
+        shared.dq_full[warpgroup].wait(parity);
+        const int skipped = skipped_dq<Config>(warpgroup), column = first_column_dq<Config>(warpgroup);
+        const float* const panels = panels_of(shared, warpgroup) + skipped * 64;
+        add_panels<Config>(arguments.dq, panels, column + skipped, column + Config::kColumnsDQ, sequence.k_base,
+                           sequence.k_len, block * Config::kQueries + (Config::kSplitsColumns ? 0 : warpgroup * 64),
+                           first_head + head, batch, packed);
+        if (takes_turns && warpgroup == 0) {
+          // It gets its panels back while the other's are still on their way: this thread is slower than without turns.
+          tma_store_wait<0>();
+          shared.dq_empty[0].arrive();
         }
+      }
+      if (!takes_turns) {
         tma_store_wait<Config::kConsumers - 1>();
         shared.dq_empty[0].arrive();
-        tma_store_wait<0>();
-        shared.dq_empty[1].arrive();
-        parity ^= 1;
       }
-    }
+      tma_store_wait<0>();
+      shared.dq_empty[1].arrive();
+      parity ^= 1;
+    });
+    end_last_turn();
   }
 }
 

@@ -17,6 +17,7 @@ struct BackwardArguments {
   BackwardParams params;
   ForwardParams transposed;  // params.forward with queries and keys in each other's place: what tiles are drawn from
   TileCounter* counter;
+  int group;            // query heads of a KV head
   int units_per_group;  // KV heads that are walked together (dense)
 };
 
@@ -44,6 +45,7 @@ struct alignas(1024) BackwardShared {
   alignas(16) typename Config::Element p[Config::kStages][Config::kElementsP];
   alignas(16) float lse_log2[Config::kStages][Config::kQueries];  // +inf for rows whose weights are 0
   alignas(16) float delta[Config::kStages][Config::kQueries];
+  int block[Config::kStages];  // of queries
 
   LoadBarrier k_full[Config::kStagesK];
   LoadBarrier v_full[Config::kStagesV];
@@ -56,6 +58,7 @@ struct alignas(1024) BackwardShared {
   KeyTile tile[kKeyTileSlots];
   HandOver tile_full[kKeyTileSlots];
   HandOver tile_empty[kKeyTileSlots];
+  Barrier tile_loaded;  // the loads of the last tile that was drawn have been started
 
   // Warpgroups with keys of their own: both have finished a step, so its dS is there, and the one before no longer read.
   Barrier step_done;
@@ -87,6 +90,7 @@ __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
     shared.ds_full[stage].init(4);
   }
   shared.step_done.init(kConsumerWarps);
+  shared.tile_loaded.init(1);
   for (int slot = 0; slot < kKeyTileSlots; ++slot) {
     shared.tile_full[slot].init(1);
     // All who read a tile: consumers, the thread that loads, the warp that brings lse and delta, and the thread that adds

@@ -1,5 +1,6 @@
 // Lists the tiles of packed ranges on the device, where their lengths are: those with the most keys first, so that the
-// last ones to be drawn are short. Short ranges that follow each other in memory share tiles.
+// last ones to be drawn are short. Short ranges that follow each other in memory share tiles. The tiles of a range are in
+// ascending order where that is asked for (ForwardParams::ascending).
 #pragma once
 
 #include "forward/forward.h"
@@ -97,7 +98,18 @@ __device__ __forceinline__ TileRecord tile_record(const ScheduleShared& shared, 
   return {{from.q_base, rows, from.k_base, keys, first_key, end_key - rows, 0}, 0, chunk + first};
 }
 
-// Calls visit(record, blocks of keys) for every tile, each on one thread.
+// A number of blocks of keys that a tile does not exceed, nor any later tile of the same range: what tiles that are to be in
+// ascending order are listed by.
+__device__ __forceinline__ int most_blocks_from(const ScheduleArguments& arguments, const TileRecord& record) {
+  const Sequence& sequence = record.sequence;
+  const int first = max(0, record.first_query + sequence.first_diagonal) / arguments.keys;
+  const int64_t width = int64_t{sequence.last_diagonal} - sequence.first_diagonal + arguments.queries - 1;
+  return static_cast<int>(min(int64_t{max(0, ceil_div(sequence.k_len, arguments.keys) - first)},
+                              width / arguments.keys + 2));
+}
+
+// Calls visit(record, blocks of keys) for every tile, each on one thread; if they are to be in ascending order, for those of
+// a range on the same thread, one after the other.
 template <class Visit>
 __device__ __forceinline__ void for_each_tile(const ScheduleArguments& arguments, ScheduleShared& shared, Visit visit) {
   const ForwardParams& params = arguments.params;
@@ -113,6 +125,13 @@ __device__ __forceinline__ void for_each_tile(const ScheduleArguments& arguments
     if (own < ranges && shared.begins[own]) {
       const Sequence& last = shared.range[shared.next[0][own] - 1];
       tiles = ceil_div(last.q_base + last.q_len - sequence.q_base, arguments.queries);
+    }
+    if (params.ascending) {
+      for (int tile = 0; tile < tiles; ++tile) {
+        const TileRecord record = tile_record(shared, chunk, own, tile * arguments.queries);
+        visit(record, most_blocks_from(arguments, record));
+      }
+      continue;
     }
     shared.ends[own] = block_scan(tiles, shared.scan, total);
     __syncthreads();

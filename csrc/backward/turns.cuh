@@ -1,0 +1,77 @@
+// Deterministic gradients: the tiles that add to a block of dQ take turns, so that its sum is made in the same order in
+// every run. (dK and dV need none of this: one block sums them up in registers, step after step.)
+//
+// The order is that of the keys. A (batch, head, block of queries) has a counter of the additions that have been made to
+// it, 0 at first. A tile waits until those of all tiles before it that see the block are counted, adds, and counts itself.
+//
+// Why nobody waits for ever. Say that the tiles of a launch are numbered as they are drawn. A tile waits for tiles of its own
+// sequence and KV head with smaller keys. These have smaller numbers: dense tiles are drawn in the order of their keys, and
+// the schedule lists those of a range so (ForwardParams::ascending). Numbers are given to blocks that run, by a counter, and a
+// block finishes its tiles in the order of their numbers. (It finishes one while it loads the next; but it draws and loads
+// that without waiting for a turn.) So of the tiles that are not finished, the one with the smallest number has nobody to
+// wait for, whatever the number of blocks that run at a time.
+// (Were the first numbers given by blockIdx instead, one might belong to a block that has no processor yet.)
+//
+// Why few wait at all. Tiles that run side by side have neighbouring keys, and under a mask the later of two sees less of the
+// first queries. So they walk from the last block of queries to the first: where all begin together, at the last block, each
+// is one addition behind its predecessor, and those that begin elsewhere come after it by as many steps as their keys are
+// apart. Of query heads that share their keys each block serves one after the other, to keep that distance. Under a causal
+// mask the tiles that run side by side end in the reverse order, and their successors begin in the order in which they are
+// drawn, so those are drawn no earlier than they are needed.
+#pragma once
+
+#include "backward/shared.cuh"
+
+namespace fa3 {
+
+// What the additions of a tile to a block of dQ wait for.
+struct QueryTurn {
+  int* count;  // of the additions made to the block
+  int before;  // how many of them come before this tile's
+};
+
+// `sequence`: transposed, as tiles have it. Ranges of queries that overlap would share counters; they then count more, so
+// that some wait for less, but none for ever.
+template <class Config>
+__device__ __forceinline__ QueryTurn turn_at(const BackwardParams& params, const Sequence& sequence, int batch, int head,
+                                        int first_key, int block) {
+  const int first_query = block * Config::kQueries;
+  // The first tile whose last key is seen by one of these queries, or by a later one: so all from it to this one see them.
+  const int first_tile = max(first_query - sequence.last_diagonal, 0) / Config::kKeys;
+  const int64_t row = (int64_t{batch} * params.forward.heads + head) * params.forward.seqlen_q;
+  return {params.turns + row + sequence.k_base + first_query, first_key / Config::kKeys - first_tile};
+}
+
+// The additions that have been made, as far as is known.
+__device__ __forceinline__ int counted(const QueryTurn& turn) {
+  int count;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(turn.count) : "memory");
+  return count;
+}
+// Waits until the turn has come: what the tiles before have added is there for what this thread does next.
+__device__ __forceinline__ void wait_for(const QueryTurn& turn) {
+  int count;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(turn.count) : "memory");
+  } while (count < turn.before);
+}
+
+// Counts an addition that this thread has made, or, behind a barrier, its warpgroup. A turn of which counted() has said
+// before that it has come, has come behind this, as if wait_for had seen it.
+__device__ __forceinline__ void end_turn(const QueryTurn& turn) {
+  asm volatile("fence.acq_rel.gpu;\n\tred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(turn.count) : "memory");
+}
+
+// NOTE: bulk additions go by the asynchronous proxy, counts by the generic one, and acquire and release order only what goes
+// by one (PTX ISA, "Proxies" and "Async proxy"): a fence between proxies stands before the additions of a turn that has
+// come, and between additions that have been made and their count.
+__device__ __forceinline__ void fence_additions() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// Waits until this thread's bulk additions have been made and are visible to it. (That shared memory has been read, which is
+// all that cp.async.bulk.wait_group.read waits for, says nothing of the sums.)
+__device__ __forceinline__ void wait_for_additions() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  fence_additions();
+}
+
+}  // namespace fa3
