@@ -70,8 +70,12 @@ struct ForwardConfig {
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kHeadDim > 128 ? 240 : 232;
   static_assert(kLaunchRegisters - kProducerRegisters >= kConsumers * (kConsumerRegisters - kLaunchRegisters));
 
-  // Descriptors of products in uniform registers: so far where an H200 has timed them (benchmarks/LOG.md, 32).
+  // Descriptors of products in uniform registers, and an output that leaves through shared memory of its own: so far where
+  // an H200 has timed them (benchmarks/LOG.md, 32 and 33).
   static constexpr bool kUniformDescriptors = kHeadDim == 128 && kHeadDimV == 128;
+  static constexpr int kBytesO = kQueries * kHeadDimV * sizeof(Element);
+  static constexpr bool kStagesOutput = kUniformDescriptors && kConsumers > 1 &&
+                                        kStagesQ * kBytesQ + kStages * (kBytesK + kBytesV) + kBytesO <= 224 * 1024;
 
   // Registers of a consumer's output, scores and weights. Two copies of the weights let a block's be rounded while the
   // product before still reads the other's; where that does not fit, rounding waits for the product.

@@ -245,7 +245,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     } else if (tile.only_warp == kAllWarps || tile.only_warp == warp) {
       TileRow rows[2];
       rows_of_thread(rows);
-      write_tile<Config>(params, tile, rows, softmax, rO);
+      write_tile<Config>(arguments, shared, tile, rows, softmax, rO);
     }
     shared.tile_empty[of_slot].arrive();
   };
@@ -382,6 +382,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       while (block >= first_plain) plain_step(rP, rP, false_type{});
     }
   }
+  if constexpr (Config::kStagesOutput) tma_store_wait<0>();  // by every thread, since any may have stored
   write_uncovered_rows<Config>(arguments);
 }
 

@@ -1,6 +1,7 @@
 // From a tile's unnormalised output and its softmax to what memory gets: out and lse, or the merged running state.
 #pragma once
 
+#include <cute/arch/copy_sm90_tma.hpp>
 #include <cutlass/numeric_conversion.h>
 
 #include "forward/shared.cuh"
@@ -8,6 +9,7 @@
 
 namespace fa3 {
 
+constexpr int kWarpRows = 16;  // of a tile
 constexpr float kLn2 = 0.6931471805599453f;
 
 // A row of a tile in memory.
@@ -77,6 +79,48 @@ __device__ __forceinline__ void store_rounded(const Output& rO, void* out, const
   }
 }
 
+// Stores a warp's rows of 16-bit elements, which are of one head, as boxes, a panel each. The copy engine takes them from
+// shared memory while the warp goes on.
+template <class Config, class Output>
+__device__ __forceinline__ void store_boxes(const ForwardArguments& arguments, ForwardShared<Config>& shared,
+                                            const Tile& tile, const Output& rO) {
+  constexpr int kRowBytes = 2 * Config::kPanelV, kPanelBytes = kWarpRows * kRowBytes, kChunks = kRowBytes / 16;
+  const int lane = threadIdx.x % 32, row = lane % kWarpRows, first_row = (threadIdx.x / 32 - 4) * kWarpRows;
+  auto* const boxes = shared.out + first_row * Config::kHeadDimV;
+  if (lane == 0) tma_store_wait<0>();  // until the tile before has been read
+  __syncwarp();
+  // 16 bytes of a row each, swizzled as the map says.
+  const int swizzle = kChunks == 8 ? row % 8 : row / 2 % 4;
+  const uint32_t first = cast_smem_ptr_to_uint(boxes) + row * kRowBytes + (lane / 16 ^ swizzle) * 16;
+#pragma unroll
+  for (int i = 0; i < decltype(size(rO))::value / 8; ++i) {
+    uint32_t pair[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      pair[j] = round_pair<typename Config::Element>(rO(8 * i + 2 * j), rO(8 * i + 2 * j + 1));
+    }
+    const uint32_t at = (first ^ (2 * i % kChunks * 16)) + 2 * i / kChunks * kPanelBytes;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(pair[0]), "r"(pair[1]),
+                 "r"(pair[2]), "r"(pair[3])
+                 : "memory");
+  }
+  tma_store_fence();
+  __syncwarp();
+  if (lane == 0) {
+    // The box is moved down the map's rows until those past the tile's last one lie outside of it.
+    const int inside = min(tile.last_row + 1 - first_row, kWarpRows);
+    const int token = tile.batch * arguments.params.seqlen_q + tile.record.sequence.q_base + tile.record.first_query;
+    if (inside > 0) {
+#pragma unroll
+      for (int column = 0; column < Config::kHeadDimV; column += Config::kPanelV) {
+        SM90_TMA_STORE_4D::copy(&arguments.out, boxes + kWarpRows * column, column, tile.first_head, kWarpRows - inside,
+                                token + first_row + inside);
+      }
+      tma_store_arrive();
+    }
+  }
+}
+
 // Stores rows in fp32: a quad writes 32 bytes of a row at a time.
 template <class Output>
 __device__ __forceinline__ void store_float(const Output& rO, float* out, const OutputRow (&rows)[2], int head_dim) {
@@ -96,8 +140,10 @@ __device__ __forceinline__ void store_float(const Output& rO, float* out, const 
 
 // out = O / sum, lse = log(2^reference sum); where the tile continues, both merged with the state by their lse's.
 template <class Config, class Output>
-__device__ __forceinline__ void write_tile(const ForwardParams& params, const Tile& tile, const TileRow (&rows)[2],
-                                           const OnlineSoftmax& softmax, Output& rO) {
+__device__ __forceinline__ void write_tile(const ForwardArguments& arguments, ForwardShared<Config>& shared,
+                                           const Tile& tile, const TileRow (&rows)[2], const OnlineSoftmax& softmax,
+                                           Output& rO) {
+  const ForwardParams& params = arguments.params;
   const bool merges = continues(params, tile);
   const OutputRow row[2] = {output_row(params, tile, rows[0]), output_row(params, tile, rows[1])};
   float lse[2], factor[2];
@@ -147,6 +193,9 @@ __device__ __forceinline__ void write_tile(const ForwardParams& params, const Ti
   } else if (params.out_dtype == DType::fp32) {
     store_float(rO, static_cast<float*>(params.out), row, params.head_dim_v);
   } else {
+    if constexpr (Config::kStagesOutput) {
+      if (arguments.stores_boxes) return store_boxes<Config>(arguments, shared, tile, rO);
+    }
     store_rounded<typename Config::Element>(rO, params.out, row, params.head_dim_v);
   }
 }

@@ -73,6 +73,20 @@ inline bool make_key_map(CUtensorMap& map, DType dtype, const void* data, const 
   return make_tensor_map<4>(map, dtype, start, extents, strides, box);
 }
 
+// Describes out as store_boxes wants it: (head_dim, heads, rows of a warp, tokens), where the last two both step by a token,
+// as in make_key_map. False if it is none of 16-bit elements.
+template <class Config>
+bool make_output_map(CUtensorMap& map, const ForwardParams& params) {
+  const int64_t tokens = int64_t{params.batch} * params.seqlen_q;
+  if (params.out == nullptr || params.out_dtype == DType::fp32 || tokens >= INT32_MAX) return false;
+  const int64_t row = params.head_dim_v, token = params.heads * row;
+  const auto* start = static_cast<const char*>(params.out) - kWarpRows * token * 2;
+  const int64_t extents[4] = {row, params.heads, kWarpRows, tokens + 1};
+  const int64_t strides[3] = {row, token, token};
+  const int box[4] = {Config::kPanelV, 1, kWarpRows, 1};
+  return make_tensor_map<4>(map, Config::kDType, start, extents, strides, box);
+}
+
 // Lets a kernel have `bytes` of dynamic shared memory on the current device; remembers that it did.
 template <auto kKernel>
 cudaError_t allow_shared_memory(int device, int bytes) {
@@ -111,6 +125,9 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
       make_key_map(arguments.v, kDType, params.v, params.v_stride, packed, params, params.head_dim_v, Config::kKeys,
                    Config::kPanelV);
   if (!mapped) return cudaErrorInvalidValue;
+  if constexpr (Config::kStagesOutput) {
+    arguments.stores_boxes = arguments.heads_in_tile == 1 && make_output_map<Config>(arguments.out, params);
+  }
 
   // NOTE: of packed ranges this is an upper bound, since each may end in a tile of its own.
   const int64_t tiles = ((int64_t{params.seqlen_q} + arguments.queries - 1) / arguments.queries + params.ranges) *

@@ -19,6 +19,8 @@ struct ForwardArguments {
   int queries;          // of a sequence in a tile: rows / heads_in_tile
   int units;            // heads / heads_in_tile
   int units_per_group;  // units that are walked together (dense)
+  bool stores_boxes;    // `out` describes the output
+  CUtensorMap out;      // (head_dim, heads, 16 rows, tokens), stored in boxes of a panel of a warp's rows: see store_boxes
 };
 
 // A tile on its way from the thread that draws it to the one that loads it and to the consumers, which keep it until they
@@ -101,6 +103,9 @@ struct alignas(1024) ForwardShared {
   Repeat repeat[kManyRepeats + 4 * Config::kConsumers * (kTileSlots + 1)];
   HandOver drained;
   Barrier nearly_loaded;
+
+  alignas(Config::kStagesOutput ? 1024 : 2)
+      typename Config::Element out[Config::kStagesOutput ? Config::kQueries * Config::kHeadDimV : 1];
 };
 
 template <class Config>
