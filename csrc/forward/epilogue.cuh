@@ -9,7 +9,6 @@
 
 namespace fa3 {
 
-constexpr int kWarpRows = 16;  // of a tile
 constexpr float kLn2 = 0.6931471805599453f;
 
 // A row of a tile in memory.
@@ -20,7 +19,7 @@ struct OutputRow {
 };
 
 __device__ __forceinline__ OutputRow output_row(const ForwardParams& params, const Tile& tile, TileRow row) {
-  return {row.query <= tile.last_row, tile.out_row + int64_t{row.query} * params.heads + row.head,
+  return {row.query <= tile.mask.last_row, tile.out_row + int64_t{row.query} * params.heads + row.head,
           tile.lse_row + int64_t{row.head} * params.seqlen_q + row.query};
 }
 
@@ -79,14 +78,14 @@ __device__ __forceinline__ void store_rounded(const Output& rO, void* out, const
   }
 }
 
-// Stores a warp's rows of 16-bit elements, which are of one head, as boxes, a panel each. The copy engine takes them from
-// shared memory while the warp goes on.
+// Stores a warp's rows of 16-bit elements as boxes, a panel each, which the copy engine takes from shared memory while the
+// warp goes on.
 template <class Config, class Output>
 __device__ __forceinline__ void store_boxes(const ForwardArguments& arguments, ForwardShared<Config>& shared,
                                             const Tile& tile, const Output& rO) {
-  constexpr int kRowBytes = 2 * Config::kPanelV, kPanelBytes = kWarpRows * kRowBytes, kChunks = kRowBytes / 16;
-  const int lane = threadIdx.x % 32, row = lane % kWarpRows, first_row = (threadIdx.x / 32 - 4) * kWarpRows;
-  auto* const boxes = shared.out + first_row * Config::kHeadDimV;
+  constexpr int kRowBytes = 2 * Config::kPanelV, kPanelBytes = 16 * kRowBytes, kChunks = kRowBytes / 16;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4, row = lane % 16;
+  auto* const boxes = shared.out + warp * 16 * Config::kHeadDimV;
   if (lane == 0) tma_store_wait<0>();  // until the tile before has been read
   __syncwarp();
   // 16 bytes of a row each, swizzled as the map says.
@@ -107,14 +106,14 @@ __device__ __forceinline__ void store_boxes(const ForwardArguments& arguments, F
   tma_store_fence();
   __syncwarp();
   if (lane == 0) {
-    // The box is moved down the map's rows until those past the tile's last one lie outside of it.
-    const int inside = min(tile.last_row + 1 - first_row, kWarpRows);
-    const int token = tile.batch * arguments.params.seqlen_q + tile.record.sequence.q_base + tile.record.first_query;
+    const TileRow begin = shared.row[16 * warp];
+    // The box is moved down the map's queries until those past the tile's last one lie outside of it.
+    const int inside = min(tile.mask.last_row + 1 - begin.query, arguments.box_queries);
     if (inside > 0) {
 #pragma unroll
       for (int column = 0; column < Config::kHeadDimV; column += Config::kPanelV) {
-        SM90_TMA_STORE_4D::copy(&arguments.out, boxes + kWarpRows * column, column, tile.first_head, kWarpRows - inside,
-                                token + first_row + inside);
+        SM90_TMA_STORE_4D::copy(&arguments.out, boxes + 16 * column, column, tile.first_head + begin.head,
+                                arguments.box_queries - inside, tile.token + begin.query + inside);
       }
       tma_store_arrive();
     }
@@ -144,14 +143,18 @@ __device__ __forceinline__ void write_tile(const ForwardArguments& arguments, Fo
                                            const Tile& tile, const TileRow (&rows)[2], const OnlineSoftmax& softmax,
                                            Output& rO) {
   const ForwardParams& params = arguments.params;
-  const bool merges = continues(params, tile);
+  bool merges = false, ends = true;
+  if (params.out_acc != nullptr) {
+    merges = continues(params, tile);
+    ends = finishes(params, tile);
+  }
   const OutputRow row[2] = {output_row(params, tile, rows[0]), output_row(params, tile, rows[1])};
   float lse[2], factor[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(softmax.sum[r]);
-    lse[r] = sum == 0.f ? -INFINITY : (softmax.reference[r] + __log2f(sum)) * kLn2;
-    factor[r] = sum == 0.f ? 0.f : __fdividef(1.f, sum);
+    lse[r] = (softmax.reference[r] + log2_approximate(sum)) * kLn2;  // -inf if no key was seen
+    factor[r] = sum == 0.f ? 0.f : inverse_approximate(sum);
   }
   float kept[2] = {0.f, 0.f};
   if (merges) {
@@ -188,13 +191,13 @@ __device__ __forceinline__ void write_tile(const ForwardArguments& arguments, Fo
       }
     }
   }
-  if (!finishes(params, tile)) {
+  if (!ends) {
     store_float(rO, params.out_acc, row, params.head_dim_v);
   } else if (params.out_dtype == DType::fp32) {
     store_float(rO, static_cast<float*>(params.out), row, params.head_dim_v);
   } else {
     if constexpr (Config::kStagesOutput) {
-      if (arguments.stores_boxes) return store_boxes<Config>(arguments, shared, tile, rO);
+      if (arguments.box_queries != 0) return store_boxes<Config>(arguments, shared, tile, rO);
     }
     store_rounded<typename Config::Element>(rO, params.out, row, params.head_dim_v);
   }
