@@ -28,6 +28,15 @@ constexpr TileShape forward_tile(int head_dim, int head_dim_v, Sequences sequenc
   return {128, is_short ? 64 : 80};
 }
 
+// What the ablation of benchmarks/tune.py takes away to see what it is worth: the warpgroups' turns on the tensor cores, and
+// softmax under the product of the block before.
+#ifndef FA3_FORWARD_TURNS
+#define FA3_FORWARD_TURNS true
+#endif
+#ifndef FA3_FORWARD_OVERLAP
+#define FA3_FORWARD_OVERLAP true
+#endif
+
 template <DType>
 struct MatrixElement;
 template <>
@@ -74,6 +83,9 @@ struct ForwardConfig {
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kConsumers == 1 || kHeadDim > 128 ? 24 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kHeadDim > 128 ? 240 : 232;
   static_assert(kLaunchRegisters - kProducerRegisters >= kConsumers * (kConsumerRegisters - kLaunchRegisters));
+
+  static constexpr bool kTakesTurns = kConsumers > 1 && FA3_FORWARD_TURNS;
+  static constexpr bool kOverlapsSoftmax = FA3_FORWARD_OVERLAP;
 
   // Registers of a consumer's output, scores and weights. Two copies of the weights let a block's be rounded while the
   // product before still reads the other's; where that does not fit, rounding waits for the product.

@@ -35,10 +35,10 @@ struct Turn {
     if (warpgroup == Config::kConsumers - 1) pass();  // the first turn is warpgroup 0's
   }
   __device__ __forceinline__ void take() const {
-    if constexpr (Config::kConsumers > 1) cutlass::arch::NamedBarrier::sync(256, warpgroup);
+    if constexpr (Config::kTakesTurns) cutlass::arch::NamedBarrier::sync(256, warpgroup);
   }
   __device__ __forceinline__ void pass() const {
-    if constexpr (Config::kConsumers > 1) {
+    if constexpr (Config::kTakesTurns) {
       cutlass::arch::NamedBarrier::arrive(256, warpgroup + 1 == Config::kConsumers ? 0 : warpgroup + 1);
     }
   }
@@ -163,7 +163,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     multiply(mma_pv, weights, sVt(_, _, _, v_stage), rO, has_output);
     has_output = true;
     turn.pass();
-    warpgroup_wait<1>();
+    warpgroup_wait<Config::kOverlapsSoftmax ? 1 : 0>();
     warpgroup_fence_operand(rS);
     release_scores(block == first_block);
     const bool grows = softmax.step_unseen(rS, scale_log2, rescale, [&](int i) __attribute__((always_inline)) {
@@ -274,7 +274,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       multiply(mma_qk, sQ(_, _, _, q_stage), sK(_, _, _, k_stage), rS, false);
       multiply(mma_pv, rP, sVt(_, _, _, v_stage), rO, has_output);
       turn.pass();
-      warpgroup_wait<1>();
+      warpgroup_wait<Config::kOverlapsSoftmax ? 1 : 0>();
       warpgroup_fence_operand(rS);
       OnlineSoftmax next_softmax;
       if (same_tile) next_softmax = softmax;
@@ -333,7 +333,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       multiply(mma_pv, rP, sVt(_, _, _, v_stage), rO, has_output);
       has_output = true;
       turn.pass();
-      warpgroup_wait<1>();
+      warpgroup_wait<Config::kOverlapsSoftmax ? 1 : 0>();
       warpgroup_fence_operand(rS);
       release_scores(block == first_block);
       const bool grows = weigh(softmax);

@@ -137,6 +137,18 @@ __device__ __forceinline__ void store_float(const Output& rO, float* out, const 
   }
 }
 
+// Two neighbours, or zeros without a look at memory. A load of its own kind, which the compiler leaves where it is.
+__device__ __forceinline__ float2 load_if(const float* from, bool there) {
+  float2 pair;
+  asm volatile(
+      "{\n.reg .pred there;\nsetp.ne.b32 there, %3, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\n"
+      "@there ld.global.v2.f32 {%0, %1}, [%2];\n}"
+      : "=&f"(pair.x), "=&f"(pair.y)
+      : "l"(from), "r"(static_cast<int>(there))
+      : "memory");
+  return pair;
+}
+
 // out = O / sum, lse = log(2^reference sum); where the tile continues, both merged with the state by their lse's.
 template <class Config, class Output>
 __device__ __forceinline__ void write_tile(const ForwardArguments& arguments, ForwardShared<Config>& shared,
@@ -180,13 +192,22 @@ __device__ __forceinline__ void write_tile(const ForwardArguments& arguments, Fo
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float* const state = params.out_acc + row[r].at * params.head_dim_v;
+      const int columns = kept[r] != 0.f ? params.head_dim_v : 0;
+      // Asked for together: used one by one, they would be waited for one by one.
+      constexpr int kBlocks = decltype(size(rO))::value / 4, kAtOnce = Config::kHeadDimV > 128 ? 8 : kBlocks;
+      static_assert(kBlocks % kAtOnce == 0);
 #pragma unroll
-      for (int i = 0; i < decltype(size(rO))::value / 4; ++i) {
-        const int column = 8 * i + 2 * (threadIdx.x % 4);
-        if (kept[r] != 0.f && column < params.head_dim_v) {
-          const float2 before = *reinterpret_cast<const float2*>(state + column);
-          rO(4 * i + 2 * r) += kept[r] * before.x;
-          rO(4 * i + 2 * r + 1) += kept[r] * before.y;
+      for (int first = 0; first < kBlocks; first += kAtOnce) {
+        float2 before[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int column = 8 * (first + i) + 2 * (threadIdx.x % 4);
+          before[i] = load_if(state + column, column < columns);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          rO(4 * (first + i) + 2 * r) += kept[r] * before[i].x;
+          rO(4 * (first + i) + 2 * r + 1) += kept[r] * before[i].y;
         }
       }
     }
