@@ -7,7 +7,7 @@
 A candidate QUERIESxKEYS becomes a small library of its own in build/tune/, bf16, its tile shape for every mask. `run`
 takes whatever it finds there, checks each output against cuDNN's and prints the fastest for every mask and seqlen of
 the dense grid of attention.py; what it prints goes by hand into csrc/forward/config.cuh. `build --ablation` makes the
-kernel of the ablation's head_dim without its parts, in build/ablation/; attention.py times them.
+kernel of the ablation's head_dim with and without its parts, in build/ablation/; attention.py times them.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ import build_library as builder  # noqa: E402
 FOLDER = timing.ROOT / "build" / "tune"
 ABLATION_FOLDER = timing.ROOT / "build" / "ablation"
 ABLATION_TILE = 128, 128  # the library's own at that head_dim: csrc/forward/config.cuh
-# What can be taken away, by the macros of config.cuh.
-PARTS = {"turns": ("FA3_FORWARD_TURNS",), "overlap": ("FA3_FORWARD_OVERLAP",)}
-PARTS["turns_and_overlap"] = PARTS["turns"] + PARTS["overlap"]
+# What the kernel of the ablation may have, by macros of config.cuh, and the kernels with some of it.
+PARTS = {"turns": "FA3_FORWARD_TURNS", "overlap": "FA3_FORWARD_OVERLAP"}
+ABLATION = {"turns and overlap": ("turns", "overlap"), "overlap": ("overlap",), "turns": ("turns",), "neither": ()}
 REPEATS = 12
 SCRATCH_BYTES = 2**20  # zeros for what the kernel counts tiles in
 
@@ -93,12 +93,12 @@ ARGUMENTS: list[Any] = [*[ctypes.c_void_p] * 6, *[ctypes.c_int] * 5, ctypes.c_fl
 
 
 class Candidate(NamedTuple):
-    """A tile shape for one head_dim, and which of PARTS the kernel goes without."""
+    """A tile shape for one head_dim; a kernel of ABLATION, or the one that config.cuh describes."""
 
     head_dim: int
     queries: int
     keys: int
-    without: str = ""
+    ablation: str = ""
 
     @property
     def tile(self) -> str:
@@ -106,12 +106,14 @@ class Candidate(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"d{self.head_dim}_{self.tile}" + (f"_without_{self.without}" if self.without else "")
+        return f"d{self.head_dim}_{self.tile}" + (f"_{self.ablation.replace(' ', '_')}" if self.ablation else "")
 
     def unit(self) -> str:
         """The translation unit."""
-        taken = "".join(f"#define {macro} false\n" for macro in PARTS.get(self.without, ()))
-        return PREAMBLE.format(name=self.name, **self._asdict()) + taken + WRAPPER
+        has = ABLATION.get(self.ablation)
+        parts = {macro: str(part in has).lower() for part, macro in PARTS.items()} if has is not None else {}
+        macros = "".join(f"#define {macro} {value}\n" for macro, value in parts.items())
+        return PREAMBLE.format(name=self.name, **self._asdict()) + macros + WRAPPER
 
 
 def parse_candidates(head_dim: int, text: str) -> list[Candidate]:
@@ -209,8 +211,8 @@ def launch(candidate: Candidate, library: Path, case: Case, x: Inputs) -> Call:
 
 
 def ablation_candidates() -> list[Candidate]:
-    """The kernel of the ablation, each time without something."""
-    return [Candidate(ABLATION_CASE.head_dim, *ABLATION_TILE, without) for without in PARTS]
+    """The kernels of ABLATION."""
+    return [Candidate(ABLATION_CASE.head_dim, *ABLATION_TILE, ablation) for ablation in ABLATION]
 
 
 def ablation_peers(folder: Path) -> dict[str, Peer]:
@@ -223,7 +225,7 @@ def ablation_peers(folder: Path) -> dict[str, Peer]:
         return launch(candidate, facts.with_suffix(".so"), case, x)
 
     return {
-        f"without {candidate.without}".replace("_", " "): Peer(candidate.name, functools.partial(build_call, candidate))
+        candidate.ablation: Peer(candidate.name, functools.partial(build_call, candidate))
         for candidate in ablation_candidates()
     }
 

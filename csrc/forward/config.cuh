@@ -28,11 +28,15 @@ constexpr TileShape forward_tile(int head_dim, int head_dim_v, Sequences sequenc
   return {128, is_short ? 64 : 80};
 }
 
-// What the ablation of benchmarks/tune.py takes away to see what it is worth: the warpgroups' turns on the tensor cores, and
-// softmax under the product of the block before.
-#ifndef FA3_FORWARD_TURNS
-#define FA3_FORWARD_TURNS true
+// Whether the warpgroups take turns on the tensor cores: benchmarks/LOG.md, 41.
+constexpr bool takes_turns(int head_dim, Sequences sequences) {
+#ifdef FA3_FORWARD_TURNS  // by the ablation of benchmarks/tune.py
+  return FA3_FORWARD_TURNS;
 #endif
+  return head_dim != 128 || sequences == Sequences::kShort;
+}
+
+// Whether softmax runs under the product of the block before. The ablation says what that is worth.
 #ifndef FA3_FORWARD_OVERLAP
 #define FA3_FORWARD_OVERLAP true
 #endif
@@ -84,7 +88,7 @@ struct ForwardConfig {
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kHeadDim > 128 ? 240 : 232;
   static_assert(kLaunchRegisters - kProducerRegisters >= kConsumers * (kConsumerRegisters - kLaunchRegisters));
 
-  static constexpr bool kTakesTurns = kConsumers > 1 && FA3_FORWARD_TURNS;
+  static constexpr bool kTakesTurns = kConsumers > 1 && takes_turns(kHeadDim, kSequences);
   static constexpr bool kOverlapsSoftmax = FA3_FORWARD_OVERLAP;
 
   // Registers of a consumer's output, scores and weights. Two copies of the weights let a block's be rounded while the

@@ -170,7 +170,8 @@ template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
   using Long = ForwardConfig<kDType, kHeadDim, kHeadDimV, Sequences::kLong>;
   using Short = ForwardConfig<kDType, kHeadDim, kHeadDimV, Sequences::kShort>;
-  if constexpr (Long::kQueries != Short::kQueries || Long::kKeys != Short::kKeys) {
+  if constexpr (Long::kQueries != Short::kQueries || Long::kKeys != Short::kKeys ||
+                Long::kTakesTurns != Short::kTakesTurns) {
     if (sequences_of(params) == Sequences::kShort) return launch_forward_tiles<Short>(params, stream);
   }
   return launch_forward_tiles<Long>(params, stream);
