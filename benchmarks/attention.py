@@ -4,7 +4,7 @@
     backward      the same for gradients, the memory that they take, and deterministic ones beside ordinary ones
     host          microseconds that one call keeps the host busy, with and without gradients
     continuation  one step of a ring: continuing from a running (out, lse), against plain attention, against merging
-    ablation      variants of our kernel at the size of FlashAttention-3's ablation
+    ablation      our kernel with and without its parts (tune.py build --ablation), as FlashAttention-3's paper has them
 
 All peers get the same N(0, 1) tensors and take turns call by call; a peer whose output differs from ours is an error
 and no figure. TFLOP/s are 2 * visible pairs * heads * (head_dim + head_dim_v) over the time on the GPU, 2.5 times that
@@ -280,8 +280,11 @@ PAPER = {"warp-specialised": 570, "... with ping-pong": 620, "... and overlap in
 
 
 def measure_ablation(setup: Setup) -> dict[str, Any]:
-    """Variants of our kernel, each a Peer; cuDNN beside them checks their outputs."""
+    """Our kernel with and without its parts, as `tune.py build --ablation` left it; cuDNN checks the outputs."""
+    import tune  # NOTE: which imports this module
+
     variants = {name: peer for name, peer in setup.peers.items() if name in ("ours", "cudnn")}
+    variants |= tune.ablation_peers(tune.ABLATION_FOLDER)
     return {**measure_case(ABLATION_CASE, setup._replace(peers=variants)), "paper": PAPER}
 
 

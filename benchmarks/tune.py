@@ -2,10 +2,12 @@
 
     python benchmarks/tune.py build --head-dim 128 --candidates 128x128,128x160,192x128   where there is nvcc
     python benchmarks/tune.py run                                                         where there is a Hopper GPU
+    python benchmarks/tune.py build --ablation                                            where there is nvcc
 
 A candidate QUERIESxKEYS becomes a small library of its own in build/tune/, bf16, its tile shape for every mask. `run`
 takes whatever it finds there, checks each output against cuDNN's and prints the fastest for every mask and seqlen of
-the dense grid of attention.py; what it prints goes by hand into csrc/forward/config.cuh.
+the dense grid of attention.py; what it prints goes by hand into csrc/forward/config.cuh. `build --ablation` makes the
+kernel of the ablation's head_dim with and without its parts, in build/ablation/; attention.py times them.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from typing import Any, NamedTuple
 import attention
 import timing
 import torch
-from attention_cases import HEAD_DIMS, SEQLENS, Case, Inputs, dense_cases, dense_name, label
-from attention_peers import Call, Peer, choose_peers, find_peers
+from attention_cases import ABLATION_CASE, HEAD_DIMS, SEQLENS, Case, Inputs, dense_cases, dense_name, label
+from attention_peers import Call, CannotRun, Peer, choose_peers, find_peers
 from attention_report import cell_line
 
 from fa3_dist import _build
@@ -36,6 +38,11 @@ sys.path.insert(0, str(timing.ROOT / "csrc"))
 import build_library as builder  # noqa: E402
 
 FOLDER = timing.ROOT / "build" / "tune"
+ABLATION_FOLDER = timing.ROOT / "build" / "ablation"
+ABLATION_TILE = 128, 128  # the library's own at that head_dim: csrc/forward/config.cuh
+# What the kernel of the ablation may have, by macros of config.cuh, and the kernels with some of it.
+PARTS = {"turns": "FA3_FORWARD_TURNS", "overlap": "FA3_FORWARD_OVERLAP"}
+ABLATION = {"turns and overlap": ("turns", "overlap"), "overlap": ("overlap",), "turns": ("turns",), "neither": ()}
 REPEATS = 12
 SCRATCH_BYTES = 2**20  # zeros for what the kernel counts tiles in
 
@@ -86,11 +93,12 @@ ARGUMENTS: list[Any] = [*[ctypes.c_void_p] * 6, *[ctypes.c_int] * 5, ctypes.c_fl
 
 
 class Candidate(NamedTuple):
-    """A tile shape for one head_dim."""
+    """A tile shape for one head_dim; a kernel of ABLATION, or the one that config.cuh describes."""
 
     head_dim: int
     queries: int
     keys: int
+    ablation: str = ""
 
     @property
     def tile(self) -> str:
@@ -98,11 +106,14 @@ class Candidate(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"d{self.head_dim}_{self.tile}"
+        return f"d{self.head_dim}_{self.tile}" + (f"_{self.ablation.replace(' ', '_')}" if self.ablation else "")
 
     def unit(self) -> str:
         """The translation unit."""
-        return PREAMBLE.format(name=self.name, **self._asdict()) + WRAPPER
+        has = ABLATION.get(self.ablation)
+        parts = {macro: str(part in has).lower() for part, macro in PARTS.items()} if has is not None else {}
+        macros = "".join(f"#define {macro} {value}\n" for macro, value in parts.items())
+        return PREAMBLE.format(name=self.name, **self._asdict()) + macros + WRAPPER
 
 
 def parse_candidates(head_dim: int, text: str) -> list[Candidate]:
@@ -199,6 +210,26 @@ def launch(candidate: Candidate, library: Path, case: Case, x: Inputs) -> Call:
     return call
 
 
+def ablation_candidates() -> list[Candidate]:
+    """The kernels of ABLATION."""
+    return [Candidate(ABLATION_CASE.head_dim, *ABLATION_TILE, ablation) for ablation in ABLATION]
+
+
+def ablation_peers(folder: Path) -> dict[str, Peer]:
+    """What `build --ablation` left in a folder, as peers; one that is missing or not of these sources says so."""
+
+    def build_call(candidate: Candidate, case: Case, x: Inputs) -> Call:
+        facts = folder / f"{candidate.name}.json"
+        if not facts.exists() or json.loads(facts.read_text())["csrc_hash"] != _build.csrc_hash():
+            raise CannotRun("not built from these sources: python benchmarks/tune.py build --ablation")
+        return launch(candidate, facts.with_suffix(".so"), case, x)
+
+    return {
+        candidate.ablation: Peer(candidate.name, functools.partial(build_call, candidate))
+        for candidate in ablation_candidates()
+    }
+
+
 def find_built(folder: Path) -> dict[Candidate, Path]:
     """The libraries of a folder; says which are from other sources than this tree's."""
     found = {}
@@ -254,15 +285,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Which tile shape of the forward kernel is fastest.")
     steps = parser.add_subparsers(dest="step", required=True)
     building = steps.add_parser("build", help="compile candidates into build/tune/")
-    building.add_argument("--head-dim", type=int, required=True, choices=HEAD_DIMS)
-    building.add_argument("--candidates", required=True, help="tile shapes, queries x keys: 128x128,192x112")
+    building.add_argument("--head-dim", type=int, choices=HEAD_DIMS)
+    building.add_argument("--candidates", default="", help="tile shapes, queries x keys: 128x128,192x112")
+    building.add_argument("--ablation", action="store_true", help="instead of these the variants of the ablation")
     running = steps.add_parser("run", help="time all that is in build/tune/")
     running.add_argument("--cells", type=attention.name_list, default=[], help='parts of case names: "causal_16k"')
     running.add_argument("--repeats", type=int, default=REPEATS, help=f"timings of each call (default: {REPEATS})")
     running.add_argument("--output", type=Path, help="write all figures to this JSON file")
     for step in (building, running):
-        step.add_argument("--folder", type=Path, default=FOLDER, help="where the libraries lie (default: build/tune)")
-    return parser.parse_args(arguments)
+        step.add_argument("--folder", type=Path, help="where the libraries lie (default: build/tune, build/ablation)")
+    parsed = parser.parse_args(arguments)
+    ablation = parsed.step == "build" and parsed.ablation
+    if parsed.step == "build" and ablation == bool(parsed.head_dim and parsed.candidates):
+        parser.error("build: give --head-dim and --candidates, or --ablation")
+    parsed.folder = parsed.folder or (ABLATION_FOLDER if ablation else FOLDER)
+    return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -270,7 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     if parsed.step == "build":
         try:
-            failed = build(parse_candidates(parsed.head_dim, parsed.candidates), parsed.folder)
+            chosen = ablation_candidates() if parsed.ablation else parse_candidates(parsed.head_dim, parsed.candidates)
+            failed = build(chosen, parsed.folder)
         except (builder.MissingTool, ValueError) as error:
             print(error, file=sys.stderr)
             return 2

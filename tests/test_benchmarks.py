@@ -626,6 +626,7 @@ def test_every_bar_is_about_cells_of_its_suite(suite: str) -> None:
 def no_gpu_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The command line on a machine without a GPU: made-up peers and times, nothing attended to, results elsewhere."""
     monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tune, "ABLATION_FOLDER", tmp_path / "ablation")
     monkeypatch.setenv("FA3_DIST_STRICT", "0")
     monkeypatch.setattr(timing, "why_no_hopper", lambda: None)
     monkeypatch.setattr(timing, "why_no_library", lambda: None)
@@ -921,6 +922,46 @@ def test_tune_names_the_winners(
     assert table[1].split() == ["full", "128x128", "-", "-", "-", "-", "-"]
     assert tune.main(["run", "--folder", str(tmp_path / "empty")]) == 2
     assert "`tune.py build` puts candidates there" in capsys.readouterr().err
+
+
+def test_ablation_has_what_its_name_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = (tune.builder.CSRC / "forward" / "config.cuh").read_text()
+    rows, keys = tune.ABLATION_TILE
+    assert f"if (head_dim <= 128 || head_dim_v <= 128) return {{{rows}, {keys}}};" in config
+    built: list[tune.Candidate] = []
+    monkeypatch.setattr(tune, "build", lambda candidates, folder: built.extend(candidates) or [])
+    assert tune.main(["build", "--ablation"]) == 0
+    has = [
+        {line.split()[1]: line.split()[2] for line in candidate.unit().splitlines() if "define FA3_FORWARD_" in line}
+        for candidate in built
+    ]
+    turns, overlap = "FA3_FORWARD_TURNS", "FA3_FORWARD_OVERLAP"
+    assert [(macros[turns], macros[overlap]) for macros in has] == [
+        ("true", "true"), ("false", "true"), ("true", "false"), ("false", "false"),
+    ]
+    assert f"#ifdef {turns} " in config and f"return {turns};" in config and f"#ifndef {overlap}" in config
+    assert "define FA3_FORWARD_TURNS" not in tune.Candidate(128, 128, 128).unit()
+    assert len({candidate.name for candidate in built}) == 4
+    for wrong in (["build"], ["build", "--ablation", "--head-dim", "128", "--candidates", "128x128"]):
+        with pytest.raises(SystemExit):
+            tune.main(wrong)
+
+
+@pytest.mark.usefixtures("no_gpu_needed")
+def test_ablation_times_variants_of_these_sources_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "launch", lambda candidate, library, case, x: lambda: x.q)
+    folder = tmp_path / "ablation"
+    folder.mkdir()
+    both, overlap, *_ = tune.ablation_candidates()
+    for candidate, of in ((both, timing._build.csrc_hash()), (overlap, "other")):
+        (folder / f"{candidate.name}.json").write_text(json.dumps({**candidate._asdict(), "csrc_hash": of}))
+    attention.main(["--suite", "ablation"])
+    result = json.loads((tmp_path / "results" / "attention_ablation_h200.json").read_text())
+    peers = result["cells"][0]["peers"]
+    assert set(peers) == {"ours", "cudnn", *tune.ABLATION}
+    assert peers["turns and overlap"]["tflops"] and peers["ours"]["tflops"]
+    for name in ("overlap", "turns", "neither"):
+        assert peers[name]["tflops"] is None and "tune.py build --ablation" in peers[name]["reason"]
 
 
 def test_no_winner_where_nothing_ran() -> None:

@@ -28,6 +28,19 @@ constexpr TileShape forward_tile(int head_dim, int head_dim_v, Sequences sequenc
   return {128, is_short ? 64 : 80};
 }
 
+// Whether the warpgroups take turns on the tensor cores: benchmarks/LOG.md, 41.
+constexpr bool takes_turns(int head_dim, Sequences sequences) {
+#ifdef FA3_FORWARD_TURNS  // by the ablation of benchmarks/tune.py
+  return FA3_FORWARD_TURNS;
+#endif
+  return head_dim != 128 || sequences == Sequences::kShort;
+}
+
+// Whether softmax runs under the product of the block before. The ablation says what that is worth.
+#ifndef FA3_FORWARD_OVERLAP
+#define FA3_FORWARD_OVERLAP true
+#endif
+
 template <DType>
 struct MatrixElement;
 template <>
@@ -56,6 +69,11 @@ struct ForwardConfig {
   // The next tile's queries arrive under this tile's last blocks where there is room.
   static constexpr int kStagesQ = 2 * kBytesQ + kStages * (kBytesK + kBytesV) <= (kQueries == 64 ? 112 : 224) * 1024 ? 2 : 1;
 
+  // A tile's output leaves through shared memory of its own where there is room.
+  static constexpr int kBytesO = kQueries * kHeadDimV * sizeof(Element);
+  static constexpr bool kStagesOutput =
+      kStagesQ * kBytesQ + kStages * (kBytesK + kBytesV) + kBytesO <= (kQueries == 64 ? 112 : 224) * 1024;
+
   // Where the next tile's queries are there in time, its first scores are computed beside this tile's last output.
   static constexpr bool kTilesOverlap = kStagesQ == 2;
 
@@ -70,8 +88,8 @@ struct ForwardConfig {
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kHeadDim > 128 ? 240 : 232;
   static_assert(kLaunchRegisters - kProducerRegisters >= kConsumers * (kConsumerRegisters - kLaunchRegisters));
 
-  // Descriptors of products in uniform registers: so far where an H200 has timed them (benchmarks/LOG.md, 32).
-  static constexpr bool kUniformDescriptors = kHeadDim == 128 && kHeadDimV == 128;
+  static constexpr bool kTakesTurns = kConsumers > 1 && takes_turns(kHeadDim, kSequences);
+  static constexpr bool kOverlapsSoftmax = FA3_FORWARD_OVERLAP;
 
   // Registers of a consumer's output, scores and weights. Two copies of the weights let a block's be rounded while the
   // product before still reads the other's; where that does not fit, rounding waits for the product.
@@ -87,11 +105,12 @@ struct ForwardConfig {
   template <int kColumns>
   using ColumnMajorAtom = std::conditional_t<kColumns == 64, GMMA::Layout_MN_SW128_Atom<Element>,
                                              GMMA::Layout_MN_SW64_Atom<Element>>;
-  using LayoutQ = decltype(tile_to_shape(RowMajorAtom<kPanel>{}, Shape<Int<kQueries>, Int<kHeadDim>>{}));
-  using LayoutK = decltype(tile_to_shape(RowMajorAtom<kPanel>{}, Shape<Int<kKeys>, Int<kHeadDim>>{}));
+  // NOTE: Q with a stride from stage to stage even if there is one, for Ring::uniform_stage to be part of the descriptors.
+  using LayoutQ = decltype(tile_to_shape(RowMajorAtom<kPanel>{}, Shape<Int<kQueries>, Int<kHeadDim>, _2>{}));
+  using LayoutK = decltype(tile_to_shape(RowMajorAtom<kPanel>{}, Shape<Int<kKeys>, Int<kHeadDim>, Int<kStages>>{}));
   // V seen as (head_dim, keys): the second product contracts over keys.
-  using LayoutVt =
-      decltype(tile_to_shape(ColumnMajorAtom<kPanelV>{}, Shape<Int<kHeadDimV>, Int<kKeys>>{}, Step<_2, _1>{}));
+  using LayoutVt = decltype(tile_to_shape(ColumnMajorAtom<kPanelV>{},
+                                          Shape<Int<kHeadDimV>, Int<kKeys>, Int<kStages>>{}, Step<_2, _1, _3>{}));
 
   using Warpgroups = Layout<Shape<Int<kConsumers>, _1, _1>>;
   using MmaQK = decltype(make_tiled_mma(

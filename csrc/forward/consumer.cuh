@@ -35,10 +35,10 @@ struct Turn {
     if (warpgroup == Config::kConsumers - 1) pass();  // the first turn is warpgroup 0's
   }
   __device__ __forceinline__ void take() const {
-    if constexpr (Config::kConsumers > 1) cutlass::arch::NamedBarrier::sync(256, warpgroup);
+    if constexpr (Config::kTakesTurns) cutlass::arch::NamedBarrier::sync(256, warpgroup);
   }
   __device__ __forceinline__ void pass() const {
-    if constexpr (Config::kConsumers > 1) {
+    if constexpr (Config::kTakesTurns) {
       cutlass::arch::NamedBarrier::arrive(256, warpgroup + 1 == Config::kConsumers ? 0 : warpgroup + 1);
     }
   }
@@ -53,7 +53,7 @@ __device__ __forceinline__ uint32_t low_bits(int count) {
 
 // How many of a thread's columns 0, 1, 8, 9, 16, 17, ... come before `column`.
 __device__ __forceinline__ int columns_before(int column) {
-  return column <= 0 ? 0 : column / 8 * 2 + min(column % 8, 2);
+  return (column >> 3) * 2 + min(column & 7, 2);  // below 1 where column is
 }
 
 // Hides the scores that the mask or the end of the keys hide, for a thread whose columns begin at first_key. Rows past the
@@ -62,15 +62,25 @@ template <class Config, class Scores>
 __device__ __forceinline__ void hide(Scores& scores, const Tile& tile, const KeyBounds8 (&bounds)[Config::kQueries],
                                      const TileRow (&rows)[2], int first_key) {
   constexpr int kColumns = Config::kKeys / 4;  // a thread's
+  const TileMask mask = tile.mask;
+  int first[2], end[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int query = min(int{rows[r].query}, tile.last_row);
-    int first = query + tile.first_diagonal, end = min(query + tile.last_diagonal + 1, tile.record.sequence.k_len);
-    if (tile.is_shared) {
-      first = bounds[query].first;
-      end = bounds[query].end;
+    const int query = min(int{rows[r].query}, mask.last_row);
+    first[r] = query + mask.first_diagonal;
+    end[r] = min(query + mask.end_diagonal, mask.end_key);
+  }
+  if (tile.is_shared) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const KeyBounds8 keys = bounds[min(int{rows[r].query}, mask.last_row)];
+      first[r] = keys.first;
+      end[r] = keys.end;
     }
-    const int hidden = columns_before(first - first_key), seen = columns_before(end - first_key);
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int hidden = columns_before(first[r] - first_key), seen = columns_before(end[r] - first_key);
 #pragma unroll
     for (int word = 0; word < kColumns; word += 32) {
       const uint32_t visible = low_bits(seen - word) & ~low_bits(hidden - word);
@@ -94,53 +104,19 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     rows[0] = shared.row[row];
     rows[1] = shared.row[row + 8];
   };
-  const int warpgroup = Config::kUniformDescriptors ? cutlass::canonical_warp_group_idx() - 1 : thread / 128;
+  const int warpgroup = cutlass::canonical_warp_group_idx() - 1;
   const Turn<Config> turn(warpgroup);
   constexpr float kLog2E = 1.4426950408889634f;
   const float scale_log2 = (params.softcap == 0.f ? params.softmax_scale : params.softcap) * kLog2E;
 
   typename Config::MmaQK mma_qk;
   typename Config::MmaPV mma_pv;
-  // Products ask for their warpgroup's rows only, not for the thread's.
-  const int slice = Config::kUniformDescriptors ? 128 * warpgroup : thread;
-  const auto thread_qk = mma_qk.get_slice(slice);
-  const auto thread_pv = mma_pv.get_slice(slice);
-  // Asked for before a step waits, so that the shuffle's latency is hidden.
-  const auto stage_of = [&](const auto& ring) __attribute__((always_inline)) {
-    if constexpr (Config::kUniformDescriptors) return ring.uniform_stage();
-    else return ring.stage;
-  };
-  // A stage's tile, as descriptors.
-  const auto all_stages = [](auto* first, auto layout, auto stages) __attribute__((always_inline)) {
-    return make_tensor(make_smem_ptr(first), tile_to_shape(layout, append(shape(layout), stages)));
-  };
-  auto sQ = [&](int stage) {
-    using Layout = typename Config::LayoutQ;
-    if constexpr (Config::kUniformDescriptors) {
-      return thread_qk.partition_fragment_A(all_stages(shared.q[0], Layout{}, Int<Config::kStagesQ>{}))(_, _, _, stage);
-    } else {
-      // NOTE: opaque, since else the compiler keeps every descriptor of Q in registers, and there are none to spare.
-      int opaque = thread;
-      asm volatile("" : "+r"(opaque));
-      return mma_qk.get_slice(opaque).partition_fragment_A(make_tensor(make_smem_ptr(shared.q[stage]), Layout{}));
-    }
-  };
-  auto sK = [&](int stage) {
-    using Layout = typename Config::LayoutK;
-    if constexpr (Config::kUniformDescriptors) {
-      return thread_qk.partition_fragment_B(all_stages(shared.k[0], Layout{}, Int<Config::kStages>{}))(_, _, _, stage);
-    } else {
-      return thread_qk.partition_fragment_B(make_tensor(make_smem_ptr(shared.k[stage]), Layout{}));
-    }
-  };
-  auto sVt = [&](int stage) {
-    using Layout = typename Config::LayoutVt;
-    if constexpr (Config::kUniformDescriptors) {
-      return thread_pv.partition_fragment_B(all_stages(shared.v[0], Layout{}, Int<Config::kStages>{}))(_, _, _, stage);
-    } else {
-      return thread_pv.partition_fragment_B(make_tensor(make_smem_ptr(shared.v[stage]), Layout{}));
-    }
-  };
+  const auto thread_qk = mma_qk.get_slice(128 * warpgroup);
+  const auto thread_pv = mma_pv.get_slice(128 * warpgroup);
+  // Descriptors of all stages.
+  const Tensor sQ = thread_qk.partition_fragment_A(make_tensor(make_smem_ptr(shared.q[0]), typename Config::LayoutQ{}));
+  const Tensor sK = thread_qk.partition_fragment_B(make_tensor(make_smem_ptr(shared.k[0]), typename Config::LayoutK{}));
+  const Tensor sVt = thread_pv.partition_fragment_B(make_tensor(make_smem_ptr(shared.v[0]), typename Config::LayoutVt{}));
   Tensor rS = partition_fragment_C(mma_qk, Shape<Int<Config::kQueries>, Int<Config::kKeys>>{});
   Tensor rO = partition_fragment_C(mma_pv, Shape<Int<Config::kQueries>, Int<Config::kHeadDimV>>{});
   // Rounded weights: those that the running product reads, and those of the block after it.
@@ -179,15 +155,15 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
   // A step between two blocks of a tile of which every query has seen a key and none of whose scores is hidden. `weights`
   // are those of the block before; the block's own go to `next_weights`: early, beside the softmax, or once P V is done.
   const auto plain_step = [&](auto& weights, auto& next_weights, auto early) __attribute__((always_inline)) {
-    const int q_stage = stage_of(q_ring), k_stage = stage_of(k_ring), v_stage = stage_of(v_ring);
+    const int q_stage = q_ring.uniform_stage(), k_stage = k_ring.uniform_stage(), v_stage = v_ring.uniform_stage();
     shared.k_full[k_ring.stage].wait(k_ring.parity);
     shared.v_full[v_ring.stage].wait(v_ring.parity);
     turn.take();
-    multiply(mma_qk, sQ(q_stage), sK(k_stage), rS, false);
-    multiply(mma_pv, weights, sVt(v_stage), rO, has_output);
+    multiply(mma_qk, sQ(_, _, _, q_stage), sK(_, _, _, k_stage), rS, false);
+    multiply(mma_pv, weights, sVt(_, _, _, v_stage), rO, has_output);
     has_output = true;
     turn.pass();
-    warpgroup_wait<1>();
+    warpgroup_wait<Config::kOverlapsSoftmax ? 1 : 0>();
     warpgroup_fence_operand(rS);
     release_scores(block == first_block);
     const bool grows = softmax.step_unseen(rS, scale_log2, rescale, [&](int i) __attribute__((always_inline)) {
@@ -245,7 +221,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     } else if (tile.only_warp == kAllWarps || tile.only_warp == warp) {
       TileRow rows[2];
       rows_of_thread(rows);
-      write_tile<Config>(params, tile, rows, softmax, rO);
+      write_tile<Config>(arguments, shared, tile, rows, softmax, rO);
     }
     shared.tile_empty[of_slot].arrive();
   };
@@ -289,16 +265,16 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
           continue;
         }
       }
-      const int q_stage = stage_of(q_ring), k_stage = stage_of(k_ring), v_stage = stage_of(v_ring);
+      const int q_stage = q_ring.uniform_stage(), k_stage = k_ring.uniform_stage(), v_stage = v_ring.uniform_stage();
       if (more) shared.k_full[k_ring.stage].wait(k_ring.parity);
       if (running) shared.v_full[v_ring.stage].wait(v_ring.parity);
       // NOTE: at the start there is no P V, and at the end no Q K^T, yet both are multiplied, from whatever lies there, and
       // forgotten: a product that depends on a branch makes the compiler wait for each.
       turn.take();
-      multiply(mma_qk, sQ(q_stage), sK(k_stage), rS, false);
-      multiply(mma_pv, rP, sVt(v_stage), rO, has_output);
+      multiply(mma_qk, sQ(_, _, _, q_stage), sK(_, _, _, k_stage), rS, false);
+      multiply(mma_pv, rP, sVt(_, _, _, v_stage), rO, has_output);
       turn.pass();
-      warpgroup_wait<1>();
+      warpgroup_wait<Config::kOverlapsSoftmax ? 1 : 0>();
       warpgroup_fence_operand(rS);
       OnlineSoftmax next_softmax;
       if (same_tile) next_softmax = softmax;
@@ -322,10 +298,10 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     } else if (block < first_block) {
       // A tile's last product and the next one's first scores, each for itself.
       if (running) {
-        const int v_stage = stage_of(v_ring);
+        const int v_stage = v_ring.uniform_stage();
         shared.v_full[v_ring.stage].wait(v_ring.parity);
         turn.take();
-        multiply(mma_pv, rP, sVt(v_stage), rO, has_output);
+        multiply(mma_pv, rP, sVt(_, _, _, v_stage), rO, has_output);
         turn.pass();
         finish_output();
         write_output(slot);
@@ -334,10 +310,10 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       const Next next = next_tile();
       if (next == Next::kEnd) break;
       if (next == Next::kNothing) continue;
-      const int q_stage = stage_of(q_ring), k_stage = stage_of(k_ring);
+      const int q_stage = q_ring.uniform_stage(), k_stage = k_ring.uniform_stage();
       shared.k_full[k_ring.stage].wait(k_ring.parity);
       turn.take();
-      multiply(mma_qk, sQ(q_stage), sK(k_stage), rS, false);
+      multiply(mma_qk, sQ(_, _, _, q_stage), sK(_, _, _, k_stage), rS, false);
       turn.pass();
       warpgroup_wait<0>();
       warpgroup_fence_operand(rS);
@@ -349,15 +325,15 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       has_output = false;
       --block;
     } else {
-      const int q_stage = stage_of(q_ring), k_stage = stage_of(k_ring), v_stage = stage_of(v_ring);
+      const int q_stage = q_ring.uniform_stage(), k_stage = k_ring.uniform_stage(), v_stage = v_ring.uniform_stage();
       shared.k_full[k_ring.stage].wait(k_ring.parity);
       shared.v_full[v_ring.stage].wait(v_ring.parity);
       turn.take();
-      multiply(mma_qk, sQ(q_stage), sK(k_stage), rS, false);
-      multiply(mma_pv, rP, sVt(v_stage), rO, has_output);
+      multiply(mma_qk, sQ(_, _, _, q_stage), sK(_, _, _, k_stage), rS, false);
+      multiply(mma_pv, rP, sVt(_, _, _, v_stage), rO, has_output);
       has_output = true;
       turn.pass();
-      warpgroup_wait<1>();
+      warpgroup_wait<Config::kOverlapsSoftmax ? 1 : 0>();
       warpgroup_fence_operand(rS);
       release_scores(block == first_block);
       const bool grows = weigh(softmax);
@@ -382,6 +358,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       while (block >= first_plain) plain_step(rP, rP, false_type{});
     }
   }
+  if constexpr (Config::kStagesOutput) tma_store_wait<0>();  // by every thread, since any may have stored
   write_uncovered_rows<Config>(arguments);
 }
 

@@ -1,6 +1,7 @@
 // From a tile's unnormalised output and its softmax to what memory gets: out and lse, or the merged running state.
 #pragma once
 
+#include <cute/arch/copy_sm90_tma.hpp>
 #include <cutlass/numeric_conversion.h>
 
 #include "forward/shared.cuh"
@@ -18,7 +19,7 @@ struct OutputRow {
 };
 
 __device__ __forceinline__ OutputRow output_row(const ForwardParams& params, const Tile& tile, TileRow row) {
-  return {row.query <= tile.last_row, tile.out_row + int64_t{row.query} * params.heads + row.head,
+  return {row.query <= tile.mask.last_row, tile.out_row + int64_t{row.query} * params.heads + row.head,
           tile.lse_row + int64_t{row.head} * params.seqlen_q + row.query};
 }
 
@@ -77,6 +78,48 @@ __device__ __forceinline__ void store_rounded(const Output& rO, void* out, const
   }
 }
 
+// Stores a warp's rows of 16-bit elements as boxes, a panel each, which the copy engine takes from shared memory while the
+// warp goes on.
+template <class Config, class Output>
+__device__ __forceinline__ void store_boxes(const ForwardArguments& arguments, ForwardShared<Config>& shared,
+                                            const Tile& tile, const Output& rO) {
+  constexpr int kRowBytes = 2 * Config::kPanelV, kPanelBytes = 16 * kRowBytes, kChunks = kRowBytes / 16;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4, row = lane % 16;
+  auto* const boxes = shared.out + warp * 16 * Config::kHeadDimV;
+  if (lane == 0) tma_store_wait<0>();  // until the tile before has been read
+  __syncwarp();
+  // 16 bytes of a row each, swizzled as the map says.
+  const int swizzle = kChunks == 8 ? row % 8 : row / 2 % 4;
+  const uint32_t first = cast_smem_ptr_to_uint(boxes) + row * kRowBytes + (lane / 16 ^ swizzle) * 16;
+#pragma unroll
+  for (int i = 0; i < decltype(size(rO))::value / 8; ++i) {
+    uint32_t pair[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      pair[j] = round_pair<typename Config::Element>(rO(8 * i + 2 * j), rO(8 * i + 2 * j + 1));
+    }
+    const uint32_t at = (first ^ (2 * i % kChunks * 16)) + 2 * i / kChunks * kPanelBytes;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(pair[0]), "r"(pair[1]),
+                 "r"(pair[2]), "r"(pair[3])
+                 : "memory");
+  }
+  tma_store_fence();
+  __syncwarp();
+  if (lane == 0) {
+    const TileRow begin = shared.row[16 * warp];
+    // The box is moved down the map's queries until those past the tile's last one lie outside of it.
+    const int inside = min(tile.mask.last_row + 1 - begin.query, arguments.box_queries);
+    if (inside > 0) {
+#pragma unroll
+      for (int column = 0; column < Config::kHeadDimV; column += Config::kPanelV) {
+        SM90_TMA_STORE_4D::copy(&arguments.out, boxes + 16 * column, column, tile.first_head + begin.head,
+                                arguments.box_queries - inside, tile.token + begin.query + inside);
+      }
+      tma_store_arrive();
+    }
+  }
+}
+
 // Stores rows in fp32: a quad writes 32 bytes of a row at a time.
 template <class Output>
 __device__ __forceinline__ void store_float(const Output& rO, float* out, const OutputRow (&rows)[2], int head_dim) {
@@ -94,18 +137,36 @@ __device__ __forceinline__ void store_float(const Output& rO, float* out, const 
   }
 }
 
+// Two neighbours, or zeros without a look at memory. A load of its own kind, which the compiler leaves where it is.
+__device__ __forceinline__ float2 load_if(const float* from, bool there) {
+  float2 pair;
+  asm volatile(
+      "{\n.reg .pred there;\nsetp.ne.b32 there, %3, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\n"
+      "@there ld.global.v2.f32 {%0, %1}, [%2];\n}"
+      : "=&f"(pair.x), "=&f"(pair.y)
+      : "l"(from), "r"(static_cast<int>(there))
+      : "memory");
+  return pair;
+}
+
 // out = O / sum, lse = log(2^reference sum); where the tile continues, both merged with the state by their lse's.
 template <class Config, class Output>
-__device__ __forceinline__ void write_tile(const ForwardParams& params, const Tile& tile, const TileRow (&rows)[2],
-                                           const OnlineSoftmax& softmax, Output& rO) {
-  const bool merges = continues(params, tile);
+__device__ __forceinline__ void write_tile(const ForwardArguments& arguments, ForwardShared<Config>& shared,
+                                           const Tile& tile, const TileRow (&rows)[2], const OnlineSoftmax& softmax,
+                                           Output& rO) {
+  const ForwardParams& params = arguments.params;
+  bool merges = false, ends = true;
+  if (params.out_acc != nullptr) {
+    merges = continues(params, tile);
+    ends = finishes(params, tile);
+  }
   const OutputRow row[2] = {output_row(params, tile, rows[0]), output_row(params, tile, rows[1])};
   float lse[2], factor[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(softmax.sum[r]);
-    lse[r] = sum == 0.f ? -INFINITY : (softmax.reference[r] + __log2f(sum)) * kLn2;
-    factor[r] = sum == 0.f ? 0.f : __fdividef(1.f, sum);
+    lse[r] = (softmax.reference[r] + log2_approximate(sum)) * kLn2;  // -inf if no key was seen
+    factor[r] = sum == 0.f ? 0.f : inverse_approximate(sum);
   }
   float kept[2] = {0.f, 0.f};
   if (merges) {
@@ -131,22 +192,34 @@ __device__ __forceinline__ void write_tile(const ForwardParams& params, const Ti
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float* const state = params.out_acc + row[r].at * params.head_dim_v;
+      const int columns = kept[r] != 0.f ? params.head_dim_v : 0;
+      // Asked for together: used one by one, they would be waited for one by one.
+      constexpr int kBlocks = decltype(size(rO))::value / 4, kAtOnce = Config::kHeadDimV > 128 ? 8 : kBlocks;
+      static_assert(kBlocks % kAtOnce == 0);
 #pragma unroll
-      for (int i = 0; i < decltype(size(rO))::value / 4; ++i) {
-        const int column = 8 * i + 2 * (threadIdx.x % 4);
-        if (kept[r] != 0.f && column < params.head_dim_v) {
-          const float2 before = *reinterpret_cast<const float2*>(state + column);
-          rO(4 * i + 2 * r) += kept[r] * before.x;
-          rO(4 * i + 2 * r + 1) += kept[r] * before.y;
+      for (int first = 0; first < kBlocks; first += kAtOnce) {
+        float2 before[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int column = 8 * (first + i) + 2 * (threadIdx.x % 4);
+          before[i] = load_if(state + column, column < columns);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          rO(4 * (first + i) + 2 * r) += kept[r] * before[i].x;
+          rO(4 * (first + i) + 2 * r + 1) += kept[r] * before[i].y;
         }
       }
     }
   }
-  if (!finishes(params, tile)) {
+  if (!ends) {
     store_float(rO, params.out_acc, row, params.head_dim_v);
   } else if (params.out_dtype == DType::fp32) {
     store_float(rO, static_cast<float*>(params.out), row, params.head_dim_v);
   } else {
+    if constexpr (Config::kStagesOutput) {
+      if (arguments.box_queries != 0) return store_boxes<Config>(arguments, shared, tile, rO);
+    }
     store_rounded<typename Config::Element>(rO, params.out, row, params.head_dim_v);
   }
 }

@@ -26,13 +26,20 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerProcessor)
   auto& shared = *reinterpret_cast<ForwardShared<Config>*>(storage);
   if (static_cast<uint32_t>(__cvta_generic_to_shared(storage)) % 1024 != 0) __trap();
   if (threadIdx.x == 0) init_shared(shared, arguments.params.out_acc != nullptr);
-  for (int row = threadIdx.x; row < Config::kQueries; row += Config::kThreads) {
+  if (threadIdx.x == 32) {
+    prefetch_tma_descriptor(&arguments.q);
+    prefetch_tma_descriptor(&arguments.k);
+    prefetch_tma_descriptor(&arguments.v);
+    if (arguments.box_queries != 0) prefetch_tma_descriptor(&arguments.out);
+  }
+  if (const int row = threadIdx.x - 128; row >= 0 && row < Config::kQueries) {
     const int query = row / arguments.heads_in_tile;
     shared.row[row] = {static_cast<int16_t>(query < arguments.queries ? query : kNoQuery),
                        static_cast<int16_t>(row - query * arguments.heads_in_tile)};
   }
   if (arguments.queries * arguments.heads_in_tile < Config::kQueries) {
     // Rows of a tile that no load fills hold zeros: scores of what an earlier kernel left there may overflow.
+#pragma unroll 1
     for (unsigned i = threadIdx.x; i < sizeof(shared.q) / 16; i += Config::kThreads) {
       reinterpret_cast<uint4*>(shared.q)[i] = make_uint4(0, 0, 0, 0);
     }
@@ -73,6 +80,23 @@ inline bool make_key_map(CUtensorMap& map, DType dtype, const void* data, const 
   return make_tensor_map<4>(map, dtype, start, extents, strides, box);
 }
 
+// Describes out as store_boxes wants it: (head_dim, heads, queries of a warp, tokens), where the last two both step by a
+// token, as in make_key_map. Returns the queries of a warp, 0 if its rows are no box.
+template <class Config>
+int make_output_map(CUtensorMap& map, const ForwardParams& params, int heads_in_tile) {
+  if (params.out == nullptr || params.out_dtype == DType::fp32) return 0;
+  if (16 % heads_in_tile != 0 && heads_in_tile % 16 != 0) return 0;
+  const int64_t tokens = int64_t{params.batch} * params.seqlen_q;
+  if (tokens >= INT32_MAX) return 0;
+  const int heads = std::min(heads_in_tile, 16), queries = 16 / heads;
+  const int64_t row = params.head_dim_v, token = params.heads * row;
+  const auto* start = static_cast<const char*>(params.out) - queries * token * 2;
+  const int64_t extents[4] = {row, params.heads, queries, tokens + 1};
+  const int64_t strides[3] = {row, token, token};
+  const int box[4] = {Config::kPanelV, heads, queries, 1};
+  return make_tensor_map<4>(map, Config::kDType, start, extents, strides, box) ? queries : 0;
+}
+
 // Lets a kernel have `bytes` of dynamic shared memory on the current device; remembers that it did.
 template <auto kKernel>
 cudaError_t allow_shared_memory(int device, int bytes) {
@@ -111,6 +135,9 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
       make_key_map(arguments.v, kDType, params.v, params.v_stride, packed, params, params.head_dim_v, Config::kKeys,
                    Config::kPanelV);
   if (!mapped) return cudaErrorInvalidValue;
+  if (Config::kStagesOutput) {
+    arguments.box_queries = make_output_map<Config>(arguments.out, params, arguments.heads_in_tile);
+  }
 
   // NOTE: of packed ranges this is an upper bound, since each may end in a tile of its own.
   const int64_t tiles = ((int64_t{params.seqlen_q} + arguments.queries - 1) / arguments.queries + params.ranges) *
@@ -143,7 +170,8 @@ template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
   using Long = ForwardConfig<kDType, kHeadDim, kHeadDimV, Sequences::kLong>;
   using Short = ForwardConfig<kDType, kHeadDim, kHeadDimV, Sequences::kShort>;
-  if constexpr (Long::kQueries != Short::kQueries || Long::kKeys != Short::kKeys) {
+  if constexpr (Long::kQueries != Short::kQueries || Long::kKeys != Short::kKeys ||
+                Long::kTakesTurns != Short::kTakesTurns) {
     if (sequences_of(params) == Sequences::kShort) return launch_forward_tiles<Short>(params, stream);
   }
   return launch_forward_tiles<Long>(params, stream);

@@ -58,10 +58,11 @@ class TileOrder {
     tile.is_shared = record.first_range != kOneRange;
     tile.batch = batch;
     tile.first_head = (unit - batch * arguments_.units) * arguments_.heads_in_tile;
-    tile.last_row = min(arguments_.queries, sequence.q_len - record.first_query) - 1;
-    tile.first_diagonal = record.first_query + sequence.first_diagonal;
-    tile.last_diagonal = record.first_query + sequence.last_diagonal;
+    tile.mask = {min(arguments_.queries, sequence.q_len - record.first_query) - 1,
+                 record.first_query + sequence.first_diagonal, record.first_query + sequence.last_diagonal + 1,
+                 sequence.k_len};
     const int64_t token = int64_t{sequence.q_base} + record.first_query;
+    tile.token = batch * params.seqlen_q + static_cast<int>(token);
     tile.out_row = (int64_t{batch} * params.seqlen_q + token) * params.heads + tile.first_head;
     tile.lse_row = (int64_t{batch} * params.heads + tile.first_head) * params.seqlen_q + token;
     tile.blocks = visible_blocks(sequence, record.first_query, arguments_.queries, Config::kKeys);

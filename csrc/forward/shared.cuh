@@ -13,12 +13,23 @@ struct ForwardArguments {
   CUtensorMap q;  // (head_dim, heads of a KV head, seqlen, kv_heads, batch), loaded in boxes of a panel
   CUtensorMap k;  // dense: (head_dim, seqlen, heads, batch); packed: see load_block
   CUtensorMap v;
+  CUtensorMap out;  // (head_dim, heads, queries of a warp, tokens), stored in boxes of a panel of a warp's rows
   ForwardParams params;
   TileCounter* counter;
   int heads_in_tile;
   int queries;          // of a sequence in a tile: rows / heads_in_tile
   int units;            // heads / heads_in_tile
+  int box_queries;      // those of a warp; 0: a warp's rows are no box of `out`
   int units_per_group;  // units that are walked together (dense)
+};
+
+// Which keys the queries of a tile see that is not shared: query j, the last one's for those after it, sees the keys
+// [j + first_diagonal, j + end_diagonal) before end_key.
+struct alignas(16) TileMask {
+  int last_row;  // the last query; queries are counted from the tile's first one, as those of TileRow
+  int first_diagonal;
+  int end_diagonal;
+  int end_key;
 };
 
 // A tile on its way from the thread that draws it to the one that loads it and to the consumers, which keep it until they
@@ -32,11 +43,10 @@ struct Tile {
   bool is_shared;  // by ranges: which keys a query sees stands in ForwardShared::bounds
   int batch;
   int first_head;  // of queries
-  int last_row;    // the last query, counted from the tile's first one as those of TileRow
-  int first_diagonal;  // as in Sequence, for queries counted so
-  int last_diagonal;
+  TileMask mask;
   TileRecord record;
   KeyBlocks blocks;
+  int token;        // of its first query in (batch, seqlen), as `out` counts them
   int64_t out_row;  // of its first query and head in (batch, seqlen, heads)
   int64_t lse_row;  // and in (batch, heads, seqlen)
 };
@@ -83,6 +93,7 @@ struct alignas(1024) ForwardShared {
   alignas(1024) typename Config::Element q[Config::kStagesQ][Config::kQueries * Config::kHeadDim];
   alignas(1024) typename Config::Element k[Config::kStages][Config::kKeys * Config::kHeadDim];
   alignas(1024) typename Config::Element v[Config::kStages][Config::kKeys * Config::kHeadDimV];
+  alignas(1024) typename Config::Element out[Config::kStagesOutput ? Config::kQueries * Config::kHeadDimV : 1];
 
   LoadBarrier q_full[Config::kStagesQ];
   Barrier q_empty[Config::kStagesQ];
@@ -136,8 +147,12 @@ struct Ring {
 
   // The stage in a form that the compiler knows to be the same in all lanes of a warp: what is computed from it, above all
   // the descriptors of products, stays in uniform registers. Called by all lanes.
-  // NOTE: called anew for each step; else descriptors leave the loop, for registers that are not there.
-  __device__ __forceinline__ int uniform_stage() const { return __shfl_sync(0xffffffffu, stage, 0); }
+  // NOTE: called anew for each step, and opaque; else descriptors leave the loop, for registers that are not there.
+  __device__ __forceinline__ int uniform_stage() const {
+    int opaque = stage;
+    asm volatile("" : "+r"(opaque));
+    return __shfl_sync(0xffffffffu, opaque, 0);
+  }
 
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) {

@@ -19,6 +19,18 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 }
 
+// log2(x) and 1 / x of normal numbers or 0.
+__device__ __forceinline__ float log2_approximate(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float inverse_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // tanh(x), absolute error 1e-6.
 __device__ __forceinline__ float tanh_accurate(float x) {
   // NOTE: tanh.approx errs by 2^-11 of the score, which softcap multiplies.
