@@ -345,7 +345,9 @@ class Measurement:
             least = max(compute, entry["link_ms"]) if name == "ring" else compute + entry["link_ms"]
             entry["bound"] = compute / least
         if name == "ring":
-            memory = [ring_memory(self.case, self.layout, rank, self.which) for rank in range(setup.world)]
+            memory = [
+                ring_memory(self.case, self.layout, rank, self.which, setup.device.type) for rank in range(setup.world)
+            ]
             entry["expected_bytes"] = [sum(each.values()) for each in memory]
             entry["expected_bytes_of_rank_0"] = memory[0]
             if entry["peak_bytes"]:

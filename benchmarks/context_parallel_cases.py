@@ -11,7 +11,8 @@ from attention_cases import Case
 
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.all_to_all import kv_copies
-from fa3_dist.parallel.schedule import Layout, Span, Step, ring_schedule
+from fa3_dist.parallel.ring import LEAST_HALF, backward_parts
+from fa3_dist.parallel.schedule import Layout, Span, Step, ring_schedule, step_sizes
 
 PASSES = ("forward", "forward_backward")
 SUM_SIZE = 4  # bytes of an fp32 number: sums, lse, delta
@@ -136,7 +137,7 @@ def _rows(spans: tuple[Span, ...]) -> int:
 # ---- memory of a ring ------------------------------------------------------------------------------------------------
 
 
-def ring_memory(case: Case, layout: Layout, rank: int, which: str) -> dict[str, int]:
+def ring_memory(case: Case, layout: Layout, rank: int, which: str, device_type: str) -> dict[str, int]:
     """Bytes that a ring has reason to hold at its peak, by what they are; all of them O(tokens / ranks).
 
     The messages are those of the step whose ones are largest: K/V that are read, K/V that come, and in the backward
@@ -157,13 +158,35 @@ def ring_memory(case: Case, layout: Layout, rank: int, which: str) -> dict[str, 
         return memory | {"out in fp32": sums, "messages": max(fetched)}
     memory |= {"dout": tokens * row.out, "delta": tokens * row.lse, "dq in fp32": tokens * row.dq_sum}
     memory["dk, dv in fp32"] = tokens * row.dkv_sum
-    in_steps = [
-        held + row.dkv_sum * (come[i] + max(come[i - 1] + go[i - 1], go[i])) for i, held in enumerate(fetched)
-    ]
+    in_steps = [held + each for held, each in zip(fetched, _gradients_held(case, layout, come, go, device_type))]
     results = tokens * (row.q + row.kv)
-    at_the_end = results + row.kv * come[-2] + row.dkv_sum * (come[-2] + go[-2])
-    name = "messages" if max(in_steps) >= at_the_end else "dq, dk, dv and the last messages"
+    at_the_end = results + row.kv * come[-2]
+    name = "messages" if max(in_steps) >= at_the_end else "dq, dk, dv and the last K/V"
     return memory | {name: max(*in_steps, at_the_end)}
+
+
+def _gradients_held(case: Case, layout: Layout, come: list[int], go: list[int], device_type: str) -> list[int]:
+    """Most bytes of dK/dV in each step: those of the step before until they are added, and this one's, part by part.
+
+    come, go: rows of K/V that come to this rank and leave it, in each step, with one more at either end.
+    """
+    head_bytes = (case.head_dim + case.head_dim_v) * SUM_SIZE
+    sizes = step_sizes(layout, **window(case))
+    most_rows = [0, *sizes.keys.max(axis=0).tolist()[1:]]
+    held: list[int] = []
+    before: list[int] = []
+    for step, rows in enumerate(most_rows):
+        parts = backward_parts(case.kv_heads, rows * head_bytes, LEAST_HALF[device_type])
+        now: list[int] = []
+        most = 0
+        for heads in parts:
+            most = max(most, sum(now) + sum(before) + come[step] * heads * head_bytes)
+            before = before[1:]
+            now.append((come[step] + go[step]) * heads * head_bytes)
+            most = max(most, sum(now) + sum(before))
+        held.append(most)
+        before = now
+    return held
 
 
 def describe(problem: Problem, layout: Layout) -> dict[str, Any]:

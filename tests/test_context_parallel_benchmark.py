@@ -195,7 +195,7 @@ def peaks_without_arithmetic(rank: int, world: int, problems: list[Case], folder
             for event in sorted(events, key=lambda event: event["ts"]):
                 now += event["args"]["Bytes"]
                 peak = max(peak, now)
-            found.append((peak, sum(cases.ring_memory(case, layout, rank, which).values())))
+            found.append((peak, sum(cases.ring_memory(case, layout, rank, which, "cpu").values())))
     return found
 
 
@@ -211,7 +211,7 @@ def test_memory_is_linear_in_tokens_over_ranks() -> None:
     case = cases.problems()[-1].case
     peaks = {}
     for world in (2, 4, 8):
-        memory = cases.ring_memory(case, zigzag(case.lengths, world), 0, "forward_backward")
+        memory = cases.ring_memory(case, zigzag(case.lengths, world), 0, "forward_backward", "cuda")
         peaks[world] = sum(memory.values())
         assert memory["q"] == 2**20 // world * 32 * 128 * BYTES and memory["dq in fp32"] == 2 * memory["q"]
     assert peaks[4] < 0.56 * peaks[2] and peaks[8] == peaks[4] / 2

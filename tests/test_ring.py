@@ -6,6 +6,7 @@ All cases of a world run in one set of processes (`results_of`), and each is jud
 from __future__ import annotations
 
 import hashlib
+import threading
 import weakref
 from dataclasses import replace
 from functools import cache
@@ -21,7 +22,7 @@ from fa3_dist.parallel.exchange import DistributedExchange, Exchange, run_in_pro
 from fa3_dist.parallel.ring import ring_attention
 from fa3_dist.parallel.schedule import Layout, contiguous, packed, ring_schedule, zigzag
 from tests.distributed import run_distributed
-from tests.ring_gate import NAMES, Case, judge, local_rows, make_inputs, run_case, total_error
+from tests.ring_gate import NAMES, Case, judge, local_rows, make_inputs, patched, run_case, total_error
 
 WORLDS = (2, 3, 4, 8)
 BF16 = torch.bfloat16
@@ -170,6 +171,121 @@ def test_ranks_without_tokens_send_nothing(world: int):
     for rank, result in enumerate(results_of(world)["ranks without tokens, contiguous"]):
         messages = result["forward"]["messages_sent"] + result["forward"]["messages_received"]
         assert messages == layout.tokens(rank) <= 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_gradients_of_several_heads_travel_in_halves(world: int):
+    """Two messages of dK/dV a step, each of half the key/value heads; together the bytes of one."""
+    for result in results_of(world)["2 kv heads"]:
+        gradient_bytes = result["backward"]["bytes_sent"] - result["forward"]["bytes_sent"]
+        assert result["forward"]["messages_sent"] == world - 1
+        assert result["backward"]["messages_sent"] == result["backward"]["messages_received"] == 3 * (world - 1)
+        assert gradient_bytes == result["forward"]["bytes_received"] > 0
+
+
+# ---------------------------------------------------------------------------------------- halves of the heads
+
+
+def halves_from(least_half: int):
+    """Inside, messages of half the heads are worth it from so many bytes on, whatever the device."""
+    shipped = ring.backward_parts
+    return patched(ring, "backward_parts", lambda kv_heads, head_bytes, _: shipped(kv_heads, head_bytes, least_half))
+
+
+HALVED = [
+    Case("5 kv heads", (333,), heads=10, kv_heads=5),
+    Case("packed", (37, 301, 60), layout="packed", heads=4, kv_heads=2, dtype=BF16, dlse=False),
+    Case("window", (333,), layout="contiguous", heads=6, kv_heads=3, window_left=60, softcap=3.0),
+    Case("v of other size, full", (200,), heads=4, kv_heads=4, head_dim_v=24, window_right=None),
+]
+
+
+@pytest.mark.parametrize("case", HALVED, ids=lambda case: case.name)
+def test_halves_change_no_bit(case: Case):
+    with halves_from(1 << 62):
+        whole = run_in_process(4, run_case, case)
+    halves = run_in_process(4, run_case, case)
+    assert judge(case, halves) == []
+    for one, other in zip(whole, halves, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in NAMES)
+    sent = [sum(result["backward"]["messages_sent"] for result in results) for results in (whole, halves)]
+    keys_sent = sum(result["forward"]["messages_sent"] for result in whole)
+    assert sent == [2 * keys_sent, 3 * keys_sent]
+
+
+@pytest.mark.parametrize("kv_heads, head_bytes, least, expected", [
+    (8, 100, 400, [4, 4]), (8, 99, 400, [8]), (5, 200, 400, [3, 2]), (1, 1 << 40, 0, [1]), (2, 0, 0, [1, 1]),
+])  # fmt: skip
+def test_steps_are_halved_where_messages_are_large(kv_heads: int, head_bytes: int, least: int, expected: list[int]):
+    assert ring.backward_parts(kv_heads, head_bytes, least) == expected
+
+
+def test_ranks_halve_alike_where_their_messages_differ():
+    """Causal zigzag of 2: rank 0 needs 100 rows, rank 1 needs 50; a threshold between them."""
+    case = Case("", (200,), heads=4, kv_heads=2)
+    with halves_from(75 * 32 * 4):
+        results = run_in_process(2, run_case, case)
+    assert judge(case, results) == []
+    assert [result["backward"]["messages_sent"] for result in results] == [3, 3]
+    with halves_from(101 * 32 * 4):
+        results = run_in_process(2, run_case, case)
+    assert [result["backward"]["messages_sent"] for result in results] == [2, 2]
+
+
+class Told:
+    """An exchange that notes when messages are started and waited for."""
+
+    def __init__(self, exchange: Exchange, events: list[str]):
+        self._exchange, self._events = exchange, events
+
+    def __getattr__(self, name: str):
+        return getattr(self._exchange, name)
+
+    def exchange(self, **message):
+        name = f"{message['what']} {message['step']}"
+        self._events.append(f"start {name}")
+        pending = self._exchange.exchange(**message)
+
+        class Waited:
+            def wait(_) -> None:
+                self._events.append(f"wait {name}")
+                pending.wait()
+
+        return Waited()
+
+
+def test_one_half_travels_while_the_other_computes():
+    """What rank 0 of 3 does in a backward, in its order: launches with their heads, messages with their steps."""
+    case, shipped = Case("", (900,), heads=4, kv_heads=2, window_right=None), ring.ops.backward
+    events: dict[str, list[str]] = {}
+
+    def backward(dout, *others, **options):
+        events[threading.current_thread().name].append(f"compute {dout.shape[1]}")
+        shipped(dout, *others, **options)
+
+    def run(exchange: Exchange) -> None:
+        layout, inputs = case.make_layout(3), make_inputs(case)
+        rows, mine = local_rows(layout, exchange.rank), events.setdefault(threading.current_thread().name, [])
+        leaves = [x[rows].requires_grad_() for x in inputs[:3]]
+        out, _ = ring_attention(*leaves, layout=layout, rank=exchange.rank,
+                                exchange=Told(exchange, mine))  # type: ignore[arg-type]
+        mine.clear()
+        torch.autograd.grad(out, leaves, inputs.dout[rows])
+
+    with patched(ring.ops, "backward", backward):
+        run_in_process(3, run)
+    for order in events.values():
+        assert order == [
+            "start K/V 1", "compute 4",
+            "wait K/V 1", "start K/V 2",
+            "compute 2", "start dK/dV 1",
+            "compute 2", "start dK/dV 1",  # the first half of step 1 travels meanwhile
+            "wait K/V 2",
+            "compute 2", "wait dK/dV 1", "start dK/dV 2",
+            "compute 2", "wait dK/dV 1", "start dK/dV 2",
+            "compute 4",  # the rest of the local step: the last half travels meanwhile
+            "wait dK/dV 2", "wait dK/dV 2",
+        ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------- independence and repetition
