@@ -162,13 +162,15 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, de
             tensors = heads.of(*tensors)
         with computing(exchange.observer, "backward", step):
             for launch in launches:
-                ops.backward(*tensors, dk, dv, **launch, **options, accumulate=True, sm_margin=sm_margin)
+                ops.backward(  # type: ignore[misc]
+                    *tensors, dk, dv, **launch, **options, accumulate=True, sm_margin=sm_margin
+                )
 
     if plan.remote:
         kv = torch.cat((k, v), dim=-1)
         arriving = _fetch(kv, plan.remote[0].step, exchange)
         add_gradients(0, plan.opening, k, v, dkv, exchange.sm_margin)
-    returning: list[_Arrival] = []
+    returning: list[_Returning] = []
     for step, following in zip_longest(plan.remote, plan.remote[1:]):
         k_s, v_s = arriving.wait().split((D, E), dim=-1)
         if following is not None:
@@ -220,7 +222,7 @@ class _Heads(NamedTuple):
     readers: int  # query heads of a key/value head
 
     def of(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
-           dq: Tensor) -> tuple[Tensor, ...]:
+           dq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Views of the backward's arguments: (rows, heads, ...), lse and delta (heads, rows)."""
         start, count = self.kv_start * self.readers, self.kv_count * self.readers
         dout, q, dq = (x.narrow(1, start, count) for x in (dout, q, dq))
