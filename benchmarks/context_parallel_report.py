@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,6 +164,23 @@ def step_lines(cell: dict[str, Any]) -> list[str]:
     return lines
 
 
+def margin_lines(cells: list[dict[str, Any]]) -> list[str]:
+    """For each margin of SMs beside the first one: time of the ring over that with the first, in every pass."""
+    ratios: dict[str, dict[str, float]] = {}
+    for cell in cells:
+        for which, measured in cell["passes"].items():
+            entries = measured["entries"]
+            for name, entry in entries.items():
+                if name.startswith("ring_margin_") and entry.get("ms") and entries.get("ring", {}).get("ms"):
+                    ratio = entry["ms"]["median"] / entries["ring"]["ms"]["median"]
+                    ratios.setdefault(name, {})[f"{cell['name']} {PASSES[which]}"] = ratio
+    return [
+        f"{name} over ring: {statistics.geometric_mean(each.values()):.4f} ("
+        + ", ".join(f"{where} {ratio:.3f}" for where, ratio in each.items()) + ")"
+        for name, each in ratios.items()
+    ]  # fmt: skip
+
+
 def print_summary(result: dict[str, Any]) -> None:
     """The bars for people, at the end of a run."""
     width = max(len(line["what"]) for line in result["summary"])
@@ -172,7 +190,7 @@ def print_summary(result: dict[str, Any]) -> None:
         value = "-" if line["value"] is None else f"{line['value']:.4g}"
         print(f"{line['what']:<{width}} {value:>8} {line['bar']:>8.4g} {verdict}  {line['note']}")
     bandwidth = ", ".join(f"{rate / 1e9:.3g} GB/s in groups of {ranks}" for ranks, rate in result["bandwidth"].items())
-    print(f"links: {bandwidth}")
+    print(f"links: {bandwidth}", *margin_lines(result["cells"]), sep="\n")
     if result["gemm"]:
         gemm = result["gemm"]["tflops"]
         print(f"GEMM of 8192^3 on the slowest GPU: {gemm['median']:.0f} TFLOP/s")

@@ -69,10 +69,31 @@ def test_choice_of_problems_and_peers() -> None:
     assert [problem.name for problem in chosen] == ["packed_web_64k", "gqa_1m"]
     with pytest.raises(ValueError, match="no case contains '64m': they are mha_8k, gqa_8k"):
         context_parallel.choose_problems(found, ["64m"])
-    assert context_parallel.choose_peers([]) == list(context_parallel.PEERS)
-    assert context_parallel.choose_peers(["torch_flash", "ring"]) == ["alone", "ring", "torch_flash"]
-    with pytest.raises(ValueError, match="unknown peer 'rings'"):
-        context_parallel.choose_peers(["rings"])
+    ours, torchs = ["alone", "ring", "all_to_all"], list(context_parallel.TORCH)
+    assert context_parallel.choose_peers([], [0]) == [*ours, *torchs]
+    assert context_parallel.choose_peers([], [0, 4, 8]) == [*ours, "ring_margin_4", "ring_margin_8", *torchs]
+    chosen = context_parallel.choose_peers(["torch_flash", "ring_margin_4", "ring"], [0, 4, 8])
+    assert chosen == ["alone", "ring", "ring_margin_4", "torch_flash"]
+    with pytest.raises(ValueError, match="unknown peer 'ring_margin_3'"):
+        context_parallel.choose_peers(["ring_margin_3"], [0, 4])
+
+
+@pytest.mark.parametrize("given", ["4,4", "-1", "0,a", ""])
+def test_bad_margins_are_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        context_parallel.parse_arguments(["--sm-margins", given])
+    assert "--sm-margins" in capsys.readouterr().err
+
+
+def test_margins_are_compared_with_the_first_one() -> None:
+    def cell(name: str, first: float, second: float) -> dict[str, Any]:
+        entries = {"ring": {"ms": {"median": first}}, "ring_margin_4": {"ms": {"median": second}},
+                   "ring_margin_8": {"ms": None, "reason": "differs"}}  # fmt: skip
+        return {"name": name, "passes": {"forward": {"entries": entries}}}
+
+    assert report.margin_lines([cell("a", 2.0, 1.0), cell("b", 1.0, 2.0)]) == [
+        "ring_margin_4 over ring: 1.0000 (a forward 0.500, b forward 2.000)"
+    ]
 
 
 def test_flop() -> None:
@@ -341,7 +362,7 @@ def test_relative_differences() -> None:
 
 def measure_with_faults(rank: int, world: int) -> list[dict[str, Any]]:
     """A case whose all-to-all is wrong on rank 1, then one that rank 1 cannot compute alone."""
-    setup = context_parallel.make_setup(torch.device("cpu"), repeats=2, sm_margin=0)
+    setup = context_parallel.make_setup(torch.device("cpu"), repeats=2, margins=[0])
     problem = cases.Problem(small((96,)), passes=("forward_backward",))
     real_call, real_alone = context_parallel.our_call, context_parallel.alone_call
 
@@ -397,7 +418,8 @@ def run_as_torchrun_does(rank: int, world: int, port: str, flags: list[str]) -> 
 def test_two_ranks_write_figures_and_timelines(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     output = tmp_path / "cp.json"
-    flags = ["--scale", "128", "--cells", "gqa_8k", "--repeats", "2", "--steps", "--output", str(output)]
+    flags = ["--scale", "128", "--cells", "gqa_8k", "--repeats", "2", "--steps", "--sm-margins", "0,3",
+             "--output", str(output)]
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = str(found.getsockname()[1])
@@ -412,11 +434,12 @@ def test_two_ranks_write_figures_and_timelines(tmp_path: Path) -> None:
     layout, case = zigzag((64,), 2), cases.problems(scale=128)[1].case
     for which, measured in cell["passes"].items():
         entries = measured["entries"]
-        assert list(entries) == list(context_parallel.PEERS)
+        assert list(entries) == ["alone", "ring", "all_to_all", "ring_margin_3", *context_parallel.TORCH]
         alone = entries["alone"]["ms"]["median"]
         assert measured["flop"] == cases.flop(case, which)
         assert entries["alone"]["tflops"]["median"] == pytest.approx(measured["flop"] / alone / 1e9)
-        for name, count in (("ring", counted_ring), ("all_to_all", counted_all_to_all)):
+        counts = {"ring": counted_ring, "ring_margin_3": counted_ring, "all_to_all": counted_all_to_all}
+        for name, count in counts.items():
             entry = entries[name]
             moved = count(case, layout, which)
             assert entry["bytes_sent"] == entry["must_send"] == [each.sent for each in moved]
@@ -425,7 +448,7 @@ def test_two_ranks_write_figures_and_timelines(tmp_path: Path) -> None:
             assert entry["link_ms"] == pytest.approx(
                 1e3 * max(max(each) for each in moved) / result["bandwidth"]["2"]
             )
-            hidden = max(alone / 2, entry["link_ms"]) if name == "ring" else alone / 2 + entry["link_ms"]
+            hidden = alone / 2 + entry["link_ms"] if name == "all_to_all" else max(alone / 2, entry["link_ms"])
             assert entry["bound"] == pytest.approx(alone / 2 / hidden) and 0 < entry["bound"] <= 1
             assert 0 <= entry["exposed_ms"] < entry["traced_ms"] and entry["compute_imbalance"] >= 0
             assert entry["peak_bytes"] is None and entry["difference"] < 8e-3
@@ -434,11 +457,11 @@ def test_two_ranks_write_figures_and_timelines(tmp_path: Path) -> None:
         steps = entries["ring"]["steps"]
         kinds = [(step["kind"], step["what"], step["step"]) for step in steps if step["rank"] == 1]
         forward = [("communication", "K/V", 1), ("compute", "forward", 0), ("compute", "forward", 1)]
-        backward = [("communication", "K/V", 1), ("compute", "backward", 0), ("compute", "backward", 1),
-                    ("communication", "dK/dV", 1), ("compute", "backward", 0)]
+        half = [("compute", "backward", 1), ("communication", "dK/dV", 1)]
+        backward = [("communication", "K/V", 1), ("compute", "backward", 0), *half, *half, ("compute", "backward", 0)]
         assert kinds == forward + (backward if which == "forward_backward" else [])
     for text in ("gqa_8k: 64 tokens on 2 ranks, 32:8 heads of 128", "torch's context_parallel is for CUDA",
-                 "forward + backward, rank 1, step 1: dK/dV", "not judged"):
+                 "forward + backward, rank 1, step 1: dK/dV", "not judged", "ring_margin_3 over ring: "):
         assert text in said, text
     picture = output.with_suffix(".png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 import weakref
@@ -226,14 +227,15 @@ class DistributedExchange:
         device: where messages live; None: the current CUDA device if the group has NCCL, else the CPU.
         timeout: seconds until a message is overdue; None: the group's own timeout (under NCCL a tenth less, so that
             this error, which names the peer, comes before the group's own).
-        sm_margin: SMs that attention kernels leave to the transfers (CUDA).
+        sm_margin: SMs that attention kernels leave to the transfers (CUDA); None: FA3_DIST_SM_MARGIN of the
+            environment, or 0. `make context` times some margins.
     Raises:
-        ValueError: this process is not in the group, or the timeout is not positive.
+        ValueError: this process is not in the group, the timeout is not positive, or the margin is no number of SMs.
         RingError: a peer did not answer.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, device: torch.device | None = None,
-                 timeout: float | timedelta | None = None, sm_margin: int = 0):
+                 timeout: float | timedelta | None = None, sm_margin: int | None = None):
         self.group: dist.ProcessGroup = _world_group() if group is None else group
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
@@ -242,7 +244,9 @@ class DistributedExchange:
         self.timeout = _seconds(timeout) if timeout is not None else _group_timeout(self.group, self.device)
         if self.timeout <= 0:
             raise ValueError(f"timeout: expected a positive number of seconds, got {self.timeout:g}")
-        self.sm_margin = sm_margin
+        self.sm_margin = _default_sm_margin() if sm_margin is None else sm_margin
+        if self.sm_margin < 0:
+            raise ValueError(f"sm_margin is {self.sm_margin}: expected a number of SMs, 0 or more")
         self.stats = Traffic()
         self.observer: Observer | None = None
         self._stream: Any = None
@@ -468,6 +472,13 @@ def _default_device(group: Any) -> torch.device:
     if torch.cuda.is_available() and "nccl" in dist.get_backend_config(group):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _default_sm_margin() -> int:
+    given = os.environ.get("FA3_DIST_SM_MARGIN", "0")
+    if not given.isdecimal():
+        raise ValueError(f"FA3_DIST_SM_MARGIN is {given!r}: expected a number of SMs, 0 or more")
+    return int(given)
 
 
 def _seconds(timeout: float | timedelta) -> float:
