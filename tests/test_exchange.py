@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fa3_dist.parallel.exchange import (
     DistributedExchange,
@@ -20,6 +21,7 @@ from fa3_dist.parallel.exchange import (
     RingError,
     Traffic,
     Watchdog,
+    _tolerate_captures,
     run_in_process,
 )
 from tests.distributed import run_distributed, run_processes
@@ -422,6 +424,44 @@ def test_in_process_inherits_grad_mode():
 def test_in_process_world_must_be_positive():
     with pytest.raises(ValueError, match="world: expected a positive number of ranks, got 0"):
         run_in_process(0, lambda exchange: None)
+
+
+# ----------------------------------------------------------------------------------------------- graphs
+
+
+def captured_with_a_watchdog(prepare) -> tuple[Tensor, int]:
+    """What a graph of ten additions gives, captured while a watchdog looks at an event, and how often that looked."""
+    looks = []
+
+    class Slow:
+        event = torch.cuda.Event()
+
+        def done(self) -> bool:
+            looks.append(self.event.query())
+            return len(looks) > 20
+
+        def overdue(self, seconds: float) -> RingError:
+            raise AssertionError("it has a minute")
+
+    watchdog, x, graph = Watchdog(60.0, lambda: None, 0.002, prepare), torch.zeros(8, device="cuda"), None
+    Slow.event.record()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            watchdog.watch(Slow())
+            for _ in range(10):
+                x += 1
+                time.sleep(0.01)
+        graph.replay()
+    finally:
+        watchdog.stop()
+    return x.cpu(), len(looks)
+
+
+@pytest.mark.gpu
+def test_watchdog_does_not_spoil_the_capture_of_a_graph():
+    x, looks = captured_with_a_watchdog(_tolerate_captures)
+    assert x.tolist() == [10.0] * 8 and looks > 5
 
 
 # --------------------------------------------------------------------------------------------------------- NCCL

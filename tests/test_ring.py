@@ -115,11 +115,59 @@ def nccl_worker(rank: int, world: int) -> list[dict]:
     return [run_case(exchange, case, device="cuda") for case in GPU_CASES]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in GPU_CASES if case.kv_heads > 1], ids=lambda case: case.name)
+def test_gate_of_eight_ranks_on_one_gpu_in_halves(case: Case):
+    with halves_from(0):
+        assert judge(case, run_in_process(8, run_case, case, False, "cuda")) == []
+
+
 @pytest.mark.multi_gpu
 def test_gate_over_nccl():
     by_rank = run_distributed(torch.cuda.device_count(), nccl_worker, backend="nccl", timeout=300.0)
     for i, case in enumerate(GPU_CASES):
         assert judge(case, [results[i] for results in by_rank]) == [], case.name
+
+
+def captured_worker(rank: int, world: int) -> list[float]:
+    """A forward and backward as a CUDA graph: largest differences between its replays and the same calls, by tensor."""
+    exchange, case = DistributedExchange(), Case("", (2048,), heads=8, kv_heads=4, head_dim=64, head_dim_v=64,
+                                                 dtype=BF16, dlse=False)  # fmt: skip
+    layout = case.make_layout(world)
+    rows = local_rows(layout, rank)
+    q, k, v, dout = (x[rows].cuda() for x in make_inputs(case)[:4])
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def step() -> tuple[Tensor, ...]:
+        out, lse = ring_attention(*leaves, layout=layout, rank=rank, exchange=exchange, window_right=0)
+        return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    with halves_from(0):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        differences = []
+        for _ in range(3):
+            with torch.no_grad():
+                for x in (*leaves, dout):
+                    x.copy_(torch.randn_like(x))
+            graph.replay()
+            expected = step()
+            torch.cuda.synchronize()
+            differences.append([float((a - b).float().norm() / b.float().norm()) for a, b in zip(captured, expected)])
+    return [max(each) for each in zip(*differences)]
+
+
+@pytest.mark.multi_gpu
+def test_a_step_over_nccl_can_be_captured():
+    world = torch.cuda.device_count()
+    for found in run_distributed(world, captured_worker, backend="nccl", timeout=120.0):
+        assert len(found) == 5 and max(found) < 1e-3, found
 
 
 # ------------------------------------------------------------------------------------------------- messages

@@ -17,6 +17,7 @@ dead or stuck becomes a `RingError` that names this rank, the step, what was awa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import threading
@@ -217,7 +218,8 @@ class DistributedExchange:
     On the CPU (gloo) `wait` blocks until both directions are through, at most `timeout`. On CUDA (NCCL) messages
     travel on a stream of their own; `wait` makes the current stream wait and returns at once, and a watchdog thread
     looks after the transfers under way: if one is overdue it logs the error, aborts the group so that nothing hangs in
-    it, and the error is raised by the next call of `exchange` or `wait`.
+    it, and the error is raised by the next call of `exchange` or `wait`. Transfers may be captured in a CUDA graph,
+    once a step like it has run; nobody looks after those of a replay but NCCL's own watchdog.
 
     All connections between ranks are made here, one shift after the other on every rank, and not in the first step that
     needs them. So all ranks of the group construct it together.
@@ -253,7 +255,9 @@ class DistributedExchange:
         self._watchdog: Watchdog | None = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
-            self._watchdog = Watchdog(self.timeout, self.group._get_backend(self.device).abort)
+            self._watchdog = Watchdog(
+                self.timeout, self.group._get_backend(self.device).abort, prepare=_tolerate_captures
+            )
             weakref.finalize(self, self._watchdog.stop)
         self._connect()
 
@@ -408,10 +412,12 @@ class Watchdog:
         timeout: seconds from the start of a transfer until it is overdue.
         abort: called once, on the watchdog's thread.
         interval: seconds between two looks while transfers are under way; the thread sleeps while there are none.
+        prepare: what the thread does first; None: nothing.
     """
 
-    def __init__(self, timeout: float, abort: Callable[[], None], interval: float = 0.05):
-        self._timeout, self._abort, self._interval = timeout, abort, interval
+    def __init__(self, timeout: float, abort: Callable[[], None], interval: float = 0.05,
+                 prepare: Callable[[], None] | None = None):
+        self._timeout, self._abort, self._interval, self._prepare = timeout, abort, interval, prepare
         self._pending: list[tuple[float, Watched]] = []
         self._changed = threading.Condition()
         self._stopped = False
@@ -442,6 +448,8 @@ class Watchdog:
             self._thread.join(timeout=5)
 
     def _run(self) -> None:
+        if self._prepare is not None:
+            self._prepare()
         while self._wait_for_work():
             deadline, transfer = self._pending[0]
             if transfer.done():
@@ -459,6 +467,22 @@ class Watchdog:
         with self._changed:
             self._changed.wait_for(lambda: self._pending or self._stopped)
             return not self._stopped
+
+
+RELAXED_CAPTURE = 2  # cudaStreamCaptureModeRelaxed
+
+
+def _tolerate_captures() -> None:
+    """Lets this thread look at CUDA events while another one captures a graph, which that would otherwise spoil."""
+    assert torch.version.cuda is not None
+    try:
+        runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")  # the one that torch has loaded
+        status = runtime.cudaThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(RELAXED_CAPTURE)))
+    except (OSError, AttributeError) as error:
+        status = error
+    if status != 0:
+        logger.warning("a CUDA graph captured while messages are under way may fail: the watchdog's thread cannot be "
+                       "told to keep out of captures (%s)", status)
 
 
 def _world_group() -> dist.ProcessGroup:

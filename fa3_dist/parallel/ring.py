@@ -35,6 +35,7 @@ from functools import lru_cache
 from itertools import accumulate, zip_longest
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,7 @@ from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.exchange import Exchange, Pending
 from fa3_dist.parallel.observe import computing
 from fa3_dist.parallel.schedule import Layout, Span, Step, Visit, ring_schedule, step_sizes
+from fa3_dist.parallel.sharding import upload
 
 
 def ring_attention(
@@ -379,7 +381,7 @@ def _upload(steps: Sequence[Launches], names: tuple[str, ...], device: torch.dev
     """Launches as tables, all in one tensor; launches without visits are left out."""
     visits = [visit for launches in steps for launch in launches for visit in launch]
     rows = [(*visit[:5], ops.FIRST * visit.first | ops.LAST * visit.last)[: len(names)] for visit in visits]
-    table = torch.tensor(rows, dtype=torch.int32).reshape(-1, len(names)).T.contiguous().to(device)
+    table = upload(np.ascontiguousarray(np.array(rows, dtype=np.int32).reshape(-1, len(names)).T), device)
     end, result = 0, []
     for launches in steps:
         tables = []
