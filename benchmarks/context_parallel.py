@@ -14,6 +14,17 @@ Further calls, not timed, record on every rank when attention computes and when 
 that the links allow by themselves: the bytes that the busiest rank must move take so long at the measured bandwidth,
 and the ring can hide all of them behind attention, the all-to-all none.
 
+What is run, with two GPUs in about two minutes:
+
+    make context                                               all cases but the million tokens; keeps its figures
+    make context ARGS="--cells gqa_1m --peers ring"            1 M tokens: that they fit, and the peak of memory
+    make context ARGS="--cells gqa_1m --peers ring --scale 4"  the same on 256 k, with the results checked
+    TORCH_NCCL_HIGH_PRIORITY=1 make context ARGS="--cells 8k,32k --peers ring,ring_margin_4,ring_margin_8"
+                                                               messages before attention where both wait for SMs
+
+The ring with each margin of SMs stands beside the ring in the tables, and a line at the end compares them. The mode that
+mode="auto" would take is held against the faster one of both in every case.
+
 On CPUs (gloo) it runs at small sizes, `--scale 256`, to try it out: such figures are not judged. The exit status is 1
 if a bar is missed or an output is wrong.
 """
@@ -61,7 +72,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.attention import SDPBackend
 
-from fa3_dist.parallel import ContextParallel, imbalance
+from fa3_dist.parallel import ContextParallel, Layout, imbalance, plan
 from fa3_dist.parallel.context import LocalBatch
 from fa3_dist.parallel.exchange import DistributedExchange
 from fa3_dist.parallel.observe import (
@@ -276,6 +287,9 @@ class Measurement:
 
     def _check_alone(self, call: Call, local: Inputs) -> Results | None:
         """This rank's rows of what it computes alone; None where that cannot be."""
+        if not self.problem.alone:
+            self.refuse("alone", "left out: it would take minutes")
+            return None
         found = self._first("alone", lambda: call, local)
         if found is None:
             return None
@@ -502,8 +516,14 @@ def measure(problem: Problem, setup: Setup, peers: Sequence[str]) -> dict[str, A
     layout = measurement.layout
     return {
         **describe(problem, layout), "area_imbalance": imbalance(layout, **window(problem.case)) - 1,
-        "passes": passes, "errors": errors,
+        "chosen": chosen_mode(problem.case, layout, setup), "passes": passes, "errors": errors,
     }
+
+
+def chosen_mode(case: Case, layout: Layout, setup: Setup) -> str:
+    """The mode that mode="auto" takes."""
+    call = plan.Call(case.heads, case.kv_heads, case.head_dim, case.head_dim_v, case.dtype, **window(case))
+    return plan.choose(layout, call, setup.links, setup.device.type).mode
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ class Problem(NamedTuple):
 
     case: Case
     passes: tuple[str, ...] = PASSES
-    repeats: int | None = None  # timings of each call; None: as many as are asked for
+    repeats: int | None = None  # timings of each call, at most; None: as many as are asked for
     by_request: bool = False  # runs only if --cells names it
+    alone: bool = True  # beside one rank alone, whose results and time the others are compared with
 
     @property
     def name(self) -> str:
@@ -39,13 +40,15 @@ def problems(scale: int = 1) -> list[Problem]:
     found = []
     for seqlen in (8 * k, 32 * k, 128 * k):
         for name, heads, kv_heads in (("mha", 16, 16), ("gqa", 32, 8)):
-            found.append(Problem(_dense(f"{name}_{seqlen // k}k", seqlen, heads, kv_heads)))
+            repeats = 5 if seqlen == 128 * k else None  # half a second a call, or a whole one
+            found.append(Problem(_dense(f"{name}_{seqlen // k}k", seqlen, heads, kv_heads), repeats=repeats))
     batches = json.loads(attention_cases.DOCUMENTS.read_text())["batches"]
     for name in ("web_64k", "code_64k"):
         case = Case(f"packed_{name}", tuple(batches[name]), 16, 16, 128, 128, causal=True, packed=True)
         found.append(Problem(case))
     million = _dense("gqa_1m", 1024 * k, 32, 8)
-    found.append(Problem(million, passes=("forward_backward",), repeats=2, by_request=True))
+    # One GPU would take a minute a call. Its ring is compared with nothing: at --scale 4 it is.
+    found.append(Problem(million, passes=("forward_backward",), repeats=1, by_request=True, alone=scale > 1))
     return [problem._replace(case=_scaled(problem.case, scale)) for problem in found]
 
 

@@ -76,6 +76,24 @@ def memory(name: str) -> Bar:
     return Bar(f"peak memory off the expected one, {name}", figure, 0.10, "at most")
 
 
+def choice(name: str) -> Bar:
+    """Time of the mode that "auto" takes over that of the faster one, forward and backward."""
+
+    def figure(cells: Cells) -> Figure:
+        if name not in cells or "chosen" not in cells[name] or "forward_backward" not in cells[name]["passes"]:
+            return NOT_MEASURED
+        entries = cells[name]["passes"]["forward_backward"]["entries"]
+        times = {mode: entries[mode]["ms"]["median"] for mode in MODES if entries.get(mode, {}).get("ms")}
+        if len(times) < len(MODES) or cells[name]["chosen"] not in times:
+            return NOT_MEASURED
+        fastest = min(times, key=lambda mode: times[mode])
+        chosen = cells[name]["chosen"]
+        note = chosen if chosen == fastest else f"{chosen} is chosen, {fastest} is faster"
+        return Figure(times[chosen] / times[fastest], note)
+
+    return Bar(f"mode chosen over the faster one, {name}", figure, 1.15, "at most")
+
+
 LONG, PACKED = ("mha_32k", "gqa_32k", "mha_128k", "gqa_128k"), ("packed_web_64k", "packed_code_64k")
 LEAST_EFFICIENCY = {
     "gqa_8k": 0.80, "mha_32k": 0.95, "gqa_32k": 0.95, "mha_128k": 0.98, "gqa_128k": 0.98, **dict.fromkeys(PACKED, 0.90),
@@ -85,6 +103,8 @@ BARS = [
     *(exposed_share(name, which) for name in LONG for which in PASSES),
     *(area_imbalance(name) for name in PACKED),
     *(compute_imbalance(name, which) for name in PACKED for which in PASSES),
+    *(choice(name) for name in LEAST_EFFICIENCY),
+    choice("mha_8k"),
     memory("gqa_1m"),
 ]
 

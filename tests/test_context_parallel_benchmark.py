@@ -58,6 +58,8 @@ def test_problems() -> None:
                 assert case.causal and case.head_dim == case.head_dim_v == 128 and case.packed == (kind == "packed")
     asked = [problem for problem in found.values() if problem.by_request]
     assert [problem.name for problem in asked] == ["gqa_1m"] and asked[0].passes == ("forward_backward",)
+    assert not asked[0].alone and cases.problems(scale=4)[-1].alone
+    assert [problem.name for problem in found.values() if problem.repeats] == ["mha_128k", "gqa_128k", "gqa_1m"]
     scaled = {problem.name: problem.case for problem in cases.problems(scale=64)}
     assert scaled["mha_32k"].lengths == (512,) and min(scaled["packed_web_64k"].lengths) == 1
 
@@ -385,12 +387,13 @@ def measure_with_faults(rank: int, world: int) -> list[dict[str, Any]]:
     )
     cells.append(context_parallel.measure(problem, setup, ["alone", "ring"]))
     assert all(mode.exchange.observer is None for mode in setup.modes.values())
+    cells.append(context_parallel.measure(problem._replace(alone=False), setup, ["alone", "ring"]))
     return cells
 
 
 def test_wrong_results_and_missing_ones_on_one_rank() -> None:
     of_ranks = run_distributed(2, measure_with_faults, timeout=60)
-    wrong, missing = of_ranks[0]
+    wrong, missing, left_out = of_ranks[0]
     entries = wrong["passes"]["forward_backward"]["entries"]
     assert entries["all_to_all"]["ms"] is None and len(wrong["errors"]) == 1
     assert wrong["errors"][0].startswith("forward_backward, all_to_all differs by 2.0e-02 in dk on rank 1, relative L2")
@@ -400,6 +403,9 @@ def test_wrong_results_and_missing_ones_on_one_rank() -> None:
     assert entries["alone"] == {"ms": None, "tflops": None, "reason": "rank 1: CUDA out of memory"}
     assert entries["ring"]["ms"] and "efficiency" not in entries["ring"] and "bound" not in entries["ring"]
     assert any("unchecked: one rank alone" in line for line in report.cell_lines(missing))
+    entries = left_out["passes"]["forward_backward"]["entries"]
+    assert entries["alone"]["reason"] == "left out: it would take minutes" and entries["ring"]["ms"]
+    assert "unchecked" in entries["ring"] and not left_out["errors"]
 
 
 # ---- a whole run -----------------------------------------------------------------------------------------------------
@@ -430,7 +436,7 @@ def test_two_ranks_write_figures_and_timelines(tmp_path: Path) -> None:
     assert (result["ranks"], result["scale"], result["judged"], result["valid"]) == (2, 128, False, None)
     (cell,) = result["cells"]
     assert cell["name"] == "gqa_8k" and cell["tokens_of_ranks"] == [32, 32] and not cell["errors"]
-    assert cell["area_imbalance"] == pytest.approx(0, abs=1e-9)
+    assert cell["area_imbalance"] == pytest.approx(0, abs=1e-9) and cell["chosen"] in ("ring", "all_to_all")
     layout, case = zigzag((64,), 2), cases.problems(scale=128)[1].case
     for which, measured in cell["passes"].items():
         entries = measured["entries"]
@@ -502,10 +508,14 @@ def test_two_gpus(tmp_path: Path) -> None:
 def made_up_cells(**figures: float) -> dict[str, Any]:
     """Every case with the same figures, those of the ring."""
     entry = {"efficiency": 0.99, "exposed_share": 0.01, "compute_imbalance": 0.02, "memory_off": 0.05, **figures}
+    entry["ms"] = {"median": 1.0}
     return {
         problem.name: {
-            "name": problem.name, "area_imbalance": figures.get("area_imbalance", 0.01), "errors": [],
-            "passes": {which: {"entries": {"ring": dict(entry)}} for which in problem.passes},
+            "name": problem.name, "area_imbalance": figures.get("area_imbalance", 0.01), "errors": [], "chosen": "ring",
+            "passes": {
+                which: {"entries": {"ring": dict(entry), "all_to_all": {"ms": {"median": 2.0}}}}
+                for which in problem.passes
+            },
         }
         for problem in cases.problems()
     }
@@ -516,7 +526,7 @@ def verdicts(cells: dict[str, Any], judged: bool = True) -> dict[str, bool | Non
 
 
 def test_bars() -> None:
-    assert set(verdicts(made_up_cells()).values()) == {True} and len(report.BARS) == 14 + 8 + 2 + 4 + 1
+    assert set(verdicts(made_up_cells()).values()) == {True} and len(report.BARS) == 14 + 8 + 2 + 4 + 8 + 1
     levels = {bar.what: (bar.bar, bar.sense) for bar in report.BARS}
     for what, bar in (
         ("efficiency of the ring, gqa_8k forward", (0.80, "at least")),
@@ -528,6 +538,7 @@ def test_bars() -> None:
         ("imbalance of mask area, packed_web_64k", (0.03, "at most")),
         ("imbalance of attention time, packed_code_64k forward", (0.03, "at most")),
         ("peak memory off the expected one, gqa_1m", (0.10, "at most")),
+        ("mode chosen over the faster one, mha_8k", (1.15, "at most")),
     ):
         assert levels[what] == bar
 
@@ -547,6 +558,20 @@ def test_missed_bars(figure: str, value: float, word: str, count: int) -> None:
     summary = report.summarise(made_up_cells(**{figure: value}), True)
     complaints = report.complain({"cells": [], "summary": summary, "valid": True})
     assert len(complaints) == count and all(f"{value:.4g}, the bar is at " in complaint for complaint in complaints)
+
+
+def test_a_mode_that_is_chosen_and_slow() -> None:
+    cells = made_up_cells()
+    times = cells["mha_8k"]["passes"]["forward_backward"]["entries"]["all_to_all"]["ms"]
+    what = "mode chosen over the faster one, mha_8k"
+    for median, passed, note in ((0.88, True, "ring is chosen, all_to_all is faster"), (0.86, False, "ring is chosen"),
+                                 (1.1, True, "ring")):  # fmt: skip
+        times["median"] = median
+        (line,) = [line for line in report.summarise(cells, True) if line["what"] == what]
+        assert line["value"] == pytest.approx(max(1.0, 1 / median)) and line["passed"] is passed
+        assert line["note"].startswith(note)
+    cells["mha_8k"]["chosen"] = "ring 2 x all_to_all 2"
+    assert verdicts(cells)[what] is None
 
 
 def test_what_is_not_judged() -> None:
