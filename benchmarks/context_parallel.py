@@ -22,8 +22,8 @@ What is run, with two GPUs in about two minutes:
     TORCH_NCCL_HIGH_PRIORITY=1 make context ARGS="--cells 8k,32k --peers ring,ring_margin_4,ring_margin_8"
                                                                messages before attention where both wait for SMs
 
-The ring with each margin of SMs stands beside the ring in the tables, and a line at the end compares them. The mode that
-mode="auto" would take is held against the faster one of both in every case.
+The ring with each margin of SMs stands beside the ring in the tables, and a line at the end compares them. The mode
+that mode="auto" would take is held against the faster one of both in every case.
 
 On CPUs (gloo) it runs at small sizes, `--scale 256`, to try it out: such figures are not judged. The exit status is 1
 if a bar is missed or an output is wrong.
