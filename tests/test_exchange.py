@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import signal
 import threading
 import time
 from typing import Any
@@ -486,9 +487,11 @@ def test_nccl():
     assert run_distributed(world, nccl_worker, backend="nccl") == [expected] * world
 
 
-def nccl_silent_peer(rank: int, world: int) -> tuple:
+def nccl_lost_peer(rank: int, world: int, is_killed: bool) -> tuple:
     exchange = DistributedExchange(timeout=3.0)
     if rank == 0:
+        if is_killed:
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(20.0)
         return ()
     started = time.monotonic()
@@ -502,8 +505,9 @@ def nccl_silent_peer(rank: int, world: int) -> tuple:
 
 
 @pytest.mark.multi_gpu
-def test_nccl_silent_peer_is_named_and_the_host_does_not_wait():
-    outcome = run_processes(2, nccl_silent_peer, backend="nccl", without=[0], timeout=60.0)[1]
+@pytest.mark.parametrize("is_killed", [False, True], ids=["silent", "killed"])
+def test_nccl_names_a_lost_peer_and_the_host_does_not_wait(is_killed: bool):
+    outcome = run_processes(2, nccl_lost_peer, is_killed, backend="nccl", without=[0], timeout=60.0)[1]
     assert outcome.error is None, outcome.error
     queued, seconds, text = outcome.result
     assert queued < 1.0 and seconds < 10.0
