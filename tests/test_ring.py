@@ -418,12 +418,13 @@ def test_activation_checkpointing_changes_no_bit():
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors that operators returned and that are still alive, and their peak."""
+    """Bytes of all tensors that operators returned and that are still alive, and their peak; views of inputs are not
+    counted."""
 
-    def __init__(self):
+    def __init__(self, *inputs: Tensor):
         super().__init__()
         self.now = self.peak = 0
-        self.known: set[int] = set()
+        self.known: set[int] = {x.untyped_storage()._cdata for x in inputs}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -449,7 +450,7 @@ def peak_bytes(exchange: Exchange, tokens: int, heads: int, kv_heads: int) -> in
     """Peak of what one rank allocates for forward and backward, its inputs not counted."""
     layout = zigzag([tokens * exchange.world], exchange.world)
     q, k, v = (torch.ones(tokens, h, 16, requires_grad=True) for h in (heads, kv_heads, kv_heads))
-    with LiveBytes() as live:
+    with LiveBytes(q, k, v) as live:
         out, lse = ring_attention(q, k, v, layout=layout, rank=exchange.rank, exchange=exchange, window_right=0)
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     return live.peak

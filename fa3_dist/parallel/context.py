@@ -45,6 +45,7 @@ from fa3_dist.parallel.all_to_all import all_to_all_attention
 from fa3_dist.parallel.exchange import DistributedExchange, Exchange, Pending, Traffic
 from fa3_dist.parallel.observe import Observer
 from fa3_dist.parallel.plan import Call, Choice, Links, choose, is_measured, links_of
+from fa3_dist.parallel.ring import LEAST_HALF
 from fa3_dist.parallel.schedule import Layout, contiguous, packed, zigzag
 
 logger = logging.getLogger("fa3_dist")
@@ -137,6 +138,7 @@ class ContextParallel:
             links = self._links or ("measured before" if is_measured(self.group) else None)
             self._compare("ContextParallel()", {
                 "layout": layout, "mode": self.mode, "heads": self._product_heads, "bandwidth": links,
+                "FA3_DIST_LEAST_HALF": LEAST_HALF[self._device_type],
             })
             if self.mode == "auto" and self._links is None:
                 self._links = links_of(exchange)

@@ -256,7 +256,7 @@ def _ring_passes(layout: Layout, call: Call, distance: int, links: Links, rates:
     owned = np.array([layout.tokens(rank) for rank in range(layout.world)]) * call.kv_heads * (D + E)
     come = sizes.keys * call.kv_heads * (D + E)  # elements of K/V; as many of dK/dV go
     home = np.take_along_axis(come, wires().destinations, axis=0)  # those that come back
-    packing = copying(owned, 2 * size)
+    packing = copying(np.minimum(owned, home[:, 1:].sum(axis=1)), 2 * size)  # of what some other rank needs
     head_bytes = sizes.keys.max(axis=0) * (D + E) * sum_size
     parts = [len(backward_parts(call.kv_heads, int(each), rates.least_half)) for each in head_bytes]
     # A remote step reads and writes the running out, and dK/dV three times with the zeros that they begin with.

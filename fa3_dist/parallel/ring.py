@@ -17,8 +17,8 @@ them is data in the schedule (`schedule.ring_schedule`), and how messages travel
                                               gradients of the earlier local keys
                                               add the last dK/dV that came back
 
-A half's dK/dV travel while the other half computes. Where launches of half the heads would be small, or there is one
-key/value head, a step is one launch (`backward_parts`).
+A half's dK/dV travel while the other half computes. That pays where links are slow: elsewhere, and where there is one
+key/value head, a step is one launch (`LEAST_HALF`).
 
 Softmax over all keys is continued from step to step in fp32 (`ops.forward_into`: running out and lse), the gradients
 accumulate in fp32, and dK/dV travel in fp32; what is returned is rounded once, at the end. Only local tensors are saved
@@ -30,6 +30,8 @@ as one (N, G, D + E) tensor, in which any range of rows is contiguous; dK and dV
 
 from __future__ import annotations
 
+import bisect
+import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate, zip_longest
@@ -127,13 +129,13 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, exchange: Exch
                 ops.forward_into(q, k, v, out_acc, lse, out, **launch, **options, sm_margin=sm_margin)
 
     if plan.remote:
-        kv = torch.cat((k, v), dim=-1)
-        arriving = _fetch(kv, plan.remote[0].step, exchange)
+        kv = _pack(k, v, plan.travelling)
+        arriving = _fetch(kv, plan.remote[0], exchange)
     attend(0, plan.local, k, v, exchange.sm_margin if plan.remote else 0)
     for step, following in zip_longest(plan.remote, plan.remote[1:]):
         k_s, v_s = arriving.wait().split((D, E), dim=-1)
         if following is not None:
-            arriving = _fetch(kv, following.step, exchange)
+            arriving = _fetch(kv, following, exchange)
         attend(step.step.shift, step.forward, k_s, v_s, 0 if following is None else exchange.sm_margin)
     return out, lse
 
@@ -169,14 +171,14 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, de
                 )
 
     if plan.remote:
-        kv = torch.cat((k, v), dim=-1)
-        arriving = _fetch(kv, plan.remote[0].step, exchange)
+        kv = _pack(k, v, plan.travelling)
+        arriving = _fetch(kv, plan.remote[0], exchange)
         add_gradients(0, plan.opening, k, v, dkv, exchange.sm_margin)
     returning: list[_Returning] = []
     for step, following in zip_longest(plan.remote, plan.remote[1:]):
         k_s, v_s = arriving.wait().split((D, E), dim=-1)
         if following is not None:
-            arriving = _fetch(kv, following.step, exchange)
+            arriving = _fetch(kv, following, exchange)
         before, returning = returning, []
         for heads in _head_parts(q.shape[1], G, step.most_rows * (D + E) * sum_dtype.itemsize, k.device):
             dkv_s = kv.new_zeros(_total(step.step.receive), heads.kv_count, D + E, dtype=sum_dtype)
@@ -197,9 +199,10 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, de
 # ---------------------------------------------------------------------------------------- halves of the heads
 
 
-# Bytes of a message of dK/dV of half the heads. With fewer, on Hopper, half the heads are fewer than two tiles of 128
-# keys an SM, and what the shorter messages win the emptier launches lose. The CPU launches nothing: always halves.
-LEAST_HALF = {"cuda": 32 << 20, "cpu": 0}
+# Bytes of a message of dK/dV of half the heads from which on a step of the backward is two launches. On an H200 two
+# take 6 to 11 % longer than one where 4 k queries or more meet 4 k keys or more (benchmarks/LOG.md), and a link within a host
+# leaves less than that to hide: there it is not done, unless the environment asks for it. CPUs launch nothing.
+LEAST_HALF = {"cuda": int(os.environ.get("FA3_DIST_LEAST_HALF", 1 << 62)), "cpu": 0}
 
 
 def backward_parts(kv_heads: int, head_bytes: int, least_half: int) -> list[int]:
@@ -263,10 +266,19 @@ class _Returning(NamedTuple):
     arrival: _Arrival
 
 
-def _fetch(kv: Tensor, step: Step, exchange: Exchange) -> _Arrival:
+def _pack(k: Tensor, v: Tensor, spans: Sequence[Span]) -> Tensor:
+    """K and V of the rows of `spans` as messages have them: (N, G, D + E)."""
+    parts = [torch.cat((k.narrow(0, *span), v.narrow(0, *span)), dim=-1) for span in spans]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else k.new_empty(0, k.shape[1], k.shape[2] + v.shape[2])
+
+
+def _fetch(kv: Tensor, remote: _RemoteStep, exchange: Exchange) -> _Arrival:
     """Starts bringing the K/V rows that this step needs, and sending the rows another rank needs in it."""
+    step = remote.step
     rows = kv.new_empty(_total(step.receive), *kv.shape[1:])
-    pending = exchange.exchange(send=_gather(kv, step.send), destination=step.destination, receive=rows,
+    pending = exchange.exchange(send=_gather(kv, remote.send), destination=step.destination, receive=rows,
                                 source=step.source, what="K/V", step=step.shift)
     return _Arrival(pending, rows, step.receive)
 
@@ -323,6 +335,7 @@ BACKWARD_COLUMNS = FORWARD_COLUMNS[:-1]
 
 class _RemoteStep(NamedTuple):
     step: Step
+    send: tuple[Span, ...]  # the rows of step.send, counted among those that travel
     most_rows: int  # that come to a rank in this step, of all ranks
     forward: tuple[Launch, ...]
     backward: tuple[Launch, ...]
@@ -333,6 +346,7 @@ class RingPlan(NamedTuple):
 
     local: tuple[Launch, ...]  # the local forward
     remote: tuple[_RemoteStep, ...]
+    travelling: tuple[Span, ...]  # local rows whose K/V some other rank needs
     opening: tuple[Launch, ...]  # the local backward in two parts: this one hides the first K/V,
     closing: tuple[Launch, ...]  # and this one the last dK/dV
     alone: Launch | None  # all there is, in both directions, where there are no messages and no running sums
@@ -351,14 +365,36 @@ def ring_plan(layout: Layout, rank: int, window_left: int | None, window_right: 
     )
     sizes = step_sizes(layout, window_left=window_left, window_right=window_right)
     most_rows = dict(zip(sizes.shifts, sizes.keys.max(axis=0).tolist(), strict=True))
+    travelling = _union(span for step in steps for span in step.send)
     remote = tuple(
-        _RemoteStep(step, most_rows.get(step.shift, 0), *launches)
+        _RemoteStep(step, _counted_in(travelling, step.send), most_rows.get(step.shift, 0), *launches)
         for step, *launches in zip(steps[1:], forward, backward, strict=True)
     )
     # One launch each way: every row is in one visit of the forward, so in one of the backward, and so are the keys.
     is_alone = not remote and len(local) == len(closing_launches) == 1
     alone = {name: local[0][name] for name in BACKWARD_COLUMNS} if is_alone else None
-    return RingPlan(local, remote, opening_launches, closing_launches, alone)
+    return RingPlan(local, remote, travelling, opening_launches, closing_launches, alone)
+
+
+def _union(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The rows that are in some span, as disjoint spans in rising order."""
+    union: list[Span] = []
+    for start, length in sorted(spans):
+        if union and start <= union[-1].start + union[-1].length:
+            union[-1] = Span(union[-1].start, max(union[-1].length, start + length - union[-1].start))
+        else:
+            union.append(Span(start, length))
+    return tuple(union)
+
+
+def _counted_in(union: Sequence[Span], spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The rows of `spans`, each of which lies in a span of `union`, counted among the rows of `union`."""
+    before = list(accumulate((each.length for each in union), initial=0))
+    counted = []
+    for start, length in spans:
+        index = bisect.bisect_right(union, start, key=lambda each: each.start) - 1
+        counted.append(Span(before[index] + start - union[index].start, length))
+    return tuple(counted)
 
 
 def _split_keys(launches: Launches) -> tuple[Launches, Launches]:

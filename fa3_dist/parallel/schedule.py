@@ -175,10 +175,11 @@ def packed(lengths: Sequence[int], world: int, causal: bool = True) -> Layout:
     A whole document needs no communication and has the largest tiles. So the fewest, longest documents are split with
     which the ranks are balanced within TOLERATED_AREA in mask area, which attention costs, and within TOLERATED_TOKENS
     in tokens, which memory and every other layer cost.
-    Whole documents go, largest first, to the rank that has least of what they bring most of, area or tokens. What they
-    leave uneven in area the split documents make up for: a rank with less gets larger parts of them, in chunks that are
-    mirrored as in `zigzag`, so that a part's area grows as its tokens do. Documents shorter than 2 * world tokens stay
-    whole; where that leaves every choice outside of the tolerances, the best balanced one is taken.
+    Whole documents go, largest first, to the rank that has least of what they bring most of, area or tokens; if none is
+    split, ranks then exchange some. What they leave uneven in area the split documents make up for: a rank with less
+    gets larger parts of them, in chunks that are mirrored as in `zigzag`, so that a part's area grows as its tokens do.
+    Documents shorter than 2 * world tokens stay whole; where that leaves every choice outside of the tolerances, the
+    best balanced one is taken.
     Deterministic: every rank computes the same layout from the same lengths.
     """
     lengths = tuple(lengths)
@@ -360,15 +361,82 @@ def _place(shares: np.ndarray, world: int, split: Sequence[int], whole: Sequence
         area[rank] += more_area
         tokens[rank] += more_tokens
     parts = np.full(world, 1 / world)
-    if split:
+    if not split:
+        _even_out(shares, np.stack((area, tokens)), owner)
+        area, tokens = _loads(shares, owner, world)
+    else:
         split_area, split_tokens = (math.fsum(column) for column in shares[list(split)].T)
         # The parts that make all areas 1. Of those too small we make the least part, at the others' expense.
         least = LEAST_PART / world
         above = np.maximum((1 - area) / split_area - least, 0)
         parts = least + above * ((1 - LEAST_PART) / math.fsum(above))
         area, tokens = area + parts * split_area, tokens + parts * split_tokens
-    excess = max(float(area.max() - 1) / TOLERATED_AREA, float(tokens.max() - 1) / TOLERATED_TOKENS)
+    excess = float(_excess(np.stack((area, tokens))).max())
     return _Placement(excess, owner, tuple(round(part * (1 << 30)) for part in parts.tolist()))
+
+
+_EXCHANGES = 64  # at most
+_LONG, _OTHERS = 96, 32  # documents of a rank that are looked at for an exchange: its longest, and some of the others
+
+
+def _excess(loads: np.ndarray) -> np.ndarray:
+    """(2, ...) area and tokens -> (...): by how much the worse of them exceeds the mean, 1 is what is tolerated."""
+    return np.maximum((loads[0] - 1) / TOLERATED_AREA, (loads[1] - 1) / TOLERATED_TOKENS)
+
+
+def _loads(shares: np.ndarray, owner: dict[int, int], world: int) -> np.ndarray:
+    """(2, world): area and tokens of the whole documents of each rank, summed in the order of `owner`."""
+    loads = np.zeros((2, world))
+    for document, rank in owner.items():
+        loads[:, rank] += shares[document]
+    return loads
+
+
+def _even_out(shares: np.ndarray, loads: np.ndarray, owner: dict[int, int]) -> None:
+    """Lets the busiest rank exchange a document for a smaller one, or for none, while that helps, in place.
+
+    Without split documents nothing travels and no running sums are kept, which is worth some search: placed one after
+    the other, web_64k's documents leave 9 % of area uneven on 2 ranks, after four exchanges 2 %.
+    """
+    if not owner or shares[:, 0].max() > 1 + TOLERATED_AREA:
+        return  # a document that is too much for any rank has to be split
+    nothing = len(shares)
+    sizes = np.vstack((shares, np.zeros((1, 2))))
+    held: list[list[int]] = [[] for _ in range(loads.shape[1])]
+    for document, rank in owner.items():
+        held[rank].append(document)
+    for _ in range(_EXCHANGES):
+        excess = _excess(loads)
+        busiest = int(excess.argmax())
+        if excess[busiest] <= 1:
+            return
+        best, exchange = float(excess[busiest]), None
+        given = _candidates(held[busiest], shares)
+        for rank in range(len(held)):
+            if rank == busiest:
+                continue
+            taken = [*_candidates(held[rank], shares), nothing]
+            moved = sizes[given].T[:, :, None] - sizes[taken].T[:, None, :]
+            ours, theirs = loads[:, busiest, None, None] - moved, loads[:, rank, None, None] + moved
+            after = np.maximum(_excess(ours), _excess(theirs))
+            index = int(after.argmin())
+            if after.flat[index] < best - 1e-9:
+                best, exchange = float(after.flat[index]), (rank, given[index // len(taken)], taken[index % len(taken)])
+        if exchange is None:
+            return
+        rank, document, other = exchange
+        moves = [(document, busiest, rank)] + ([(other, rank, busiest)] if other != nothing else [])
+        for each, source, destination in moves:
+            held[source].remove(each)
+            held[destination].append(each)
+            owner[each] = destination
+            loads[:, source] -= sizes[each]
+            loads[:, destination] += sizes[each]
+
+
+def _candidates(documents: list[int], shares: np.ndarray) -> list[int]:
+    ordered = sorted(documents, key=lambda document: (-shares[document, 1], document))
+    return ordered[:_LONG] + ordered[_LONG :: 1 + max(0, len(ordered) - _LONG) // _OTHERS]
 
 
 def _sum_clipped(first: int, count: int, limit: int) -> int:
