@@ -200,8 +200,8 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, de
 
 
 # Bytes of a message of dK/dV of half the heads from which on a step of the backward is two launches. On an H200 two
-# take 6 to 11 % longer than one where 4 k queries or more meet 4 k keys or more (benchmarks/LOG.md), and a link within a host
-# leaves less than that to hide: there it is not done, unless the environment asks for it. CPUs launch nothing.
+# take 6 to 11 % longer than one where 4 k queries or more meet 4 k keys or more (benchmarks/LOG.md), and a link within
+# a host leaves less than that to hide: there it is not done, unless the environment asks for it. CPUs launch nothing.
 LEAST_HALF = {"cuda": int(os.environ.get("FA3_DIST_LEAST_HALF", 1 << 62)), "cpu": 0}
 
 
