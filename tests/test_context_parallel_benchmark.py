@@ -237,7 +237,8 @@ def test_memory_is_linear_in_tokens_over_ranks() -> None:
         memory = cases.ring_memory(case, zigzag(case.lengths, world), 0, "forward_backward", "cuda")
         peaks[world] = sum(memory.values())
         assert memory["q"] == 2**20 // world * 32 * 128 * BYTES and memory["dq in fp32"] == 2 * memory["q"]
-    assert peaks[4] < 0.56 * peaks[2] and peaks[8] == peaks[4] / 2
+    # From 2 ranks to 4 the messages of two steps stand beside each other for the first time.
+    assert peaks[4] < 0.59 * peaks[2] and peaks[8] == peaks[4] / 2
 
 
 # ---- figures of spans ------------------------------------------------------------------------------------------------
