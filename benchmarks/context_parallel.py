@@ -2,6 +2,7 @@
 
     alone               one rank on whole sequences, through flash_attn_func, while the others wait
     ring, all_to_all    ContextParallel in that mode, all ranks on the same sequences
+    ring_margin_4, ...  the ring again, its attention leaving so many SMs to messages (`--sm-margins`)
     torch_...           PyTorch's own context_parallel: over cuDNN, with all-gather and with all-to-all; over its
                         FlashAttention-2
 
@@ -12,6 +13,17 @@ Further calls, not timed, record on every rank when attention computes and when 
 (`fa3_dist.parallel.observe`): time is exposed if messages are under way and no attention. `bound` is the efficiency
 that the links allow by themselves: the bytes that the busiest rank must move take so long at the measured bandwidth,
 and the ring can hide all of them behind attention, the all-to-all none.
+
+What is run, with two GPUs in about two minutes:
+
+    make context                                               all cases but the million tokens; keeps its figures
+    make context ARGS="--cells gqa_1m --peers ring"            1 M tokens: that they fit, and the peak of memory
+    make context ARGS="--cells gqa_1m --peers ring --scale 4"  the same on 256 k, with the results checked
+    TORCH_NCCL_HIGH_PRIORITY=1 make context ARGS="--cells 8k,32k --peers ring,ring_margin_4,ring_margin_8"
+                                                               messages before attention where both wait for SMs
+
+The ring with each margin of SMs stands beside the ring in the tables, and a line at the end compares them. The mode
+that mode="auto" would take is held against the faster one of both in every case.
 
 On CPUs (gloo) it runs at small sizes, `--scale 256`, to try it out: such figures are not judged. The exit status is 1
 if a bar is missed or an output is wrong.
@@ -60,7 +72,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.attention import SDPBackend
 
-from fa3_dist.parallel import ContextParallel, imbalance
+from fa3_dist.parallel import ContextParallel, Layout, imbalance, plan
 from fa3_dist.parallel.context import LocalBatch
 from fa3_dist.parallel.exchange import DistributedExchange
 from fa3_dist.parallel.observe import (
@@ -87,7 +99,7 @@ TORCH = {  # PyTorch's own: backend, and how keys and values travel
     "torch_cudnn_alltoall": (SDPBackend.CUDNN_ATTENTION, "alltoall"),
     "torch_flash": (SDPBackend.FLASH_ATTENTION, "allgather"),
 }
-PEERS = ("alone", *MODES, *TORCH)
+SM_MARGINS = {"cuda": [0, 4, 8], "cpu": [0]}
 
 Results = tuple[Tensor, ...]  # out, and of a pass with a backward dq, dk, dv
 
@@ -229,13 +241,13 @@ class Measurement:
                 self._check(name, functools.partial(self._build, name, local), local, expected)
         del expected
         self._time()
-        for name in filter(self.calls.__contains__, MODES):
+        for name in filter(self.calls.__contains__, self.setup.modes):
             self._trace(name)
             self._account(name)
         return {"flop": flop(self.case, self.which), "entries": self.entries, "errors": self.errors}
 
     def _build(self, name: str, local: Inputs) -> Call:
-        if name in MODES:
+        if name in self.setup.modes:
             return our_call(self.case, local, self.batches[name])
         return torch_call(name, self.case, local, self.setup.mesh)
 
@@ -275,6 +287,9 @@ class Measurement:
 
     def _check_alone(self, call: Call, local: Inputs) -> Results | None:
         """This rank's rows of what it computes alone; None where that cannot be."""
+        if not self.problem.alone:
+            self.refuse("alone", "left out: it would take minutes")
+            return None
         found = self._first("alone", lambda: call, local)
         if found is None:
             return None
@@ -335,17 +350,20 @@ class Measurement:
     def _account(self, name: str) -> None:
         """Bytes moved beside those that must be, the bound that they put on efficiency, and the memory expected."""
         setup, entry = self.setup, self.entries[name]
-        count = ring_moved if name == "ring" else all_to_all_moved
+        is_ring = name != "all_to_all"
+        count = ring_moved if is_ring else all_to_all_moved
         moved = [count(self.case, self.layout, rank, self.which) for rank in range(setup.world)]
         entry["must_send"] = [each.sent for each in moved]
         seconds = busiest_link(moved) / setup.links.within(setup.world)
         entry["link_ms"] = 1e3 * seconds
         if alone := self.entries.get("alone", {}).get("ms"):
             compute = alone["median"] / setup.world
-            least = max(compute, entry["link_ms"]) if name == "ring" else compute + entry["link_ms"]
+            least = max(compute, entry["link_ms"]) if is_ring else compute + entry["link_ms"]
             entry["bound"] = compute / least
-        if name == "ring":
-            memory = [ring_memory(self.case, self.layout, rank, self.which) for rank in range(setup.world)]
+        if is_ring:
+            memory = [
+                ring_memory(self.case, self.layout, rank, self.which, setup.device.type) for rank in range(setup.world)
+            ]
             entry["expected_bytes"] = [sum(each.values()) for each in memory]
             entry["expected_bytes_of_rank_0"] = memory[0]
             if entry["peak_bytes"]:
@@ -498,8 +516,14 @@ def measure(problem: Problem, setup: Setup, peers: Sequence[str]) -> dict[str, A
     layout = measurement.layout
     return {
         **describe(problem, layout), "area_imbalance": imbalance(layout, **window(problem.case)) - 1,
-        "passes": passes, "errors": errors,
+        "chosen": chosen_mode(problem.case, layout, setup), "passes": passes, "errors": errors,
     }
+
+
+def chosen_mode(case: Case, layout: Layout, setup: Setup) -> str:
+    """The mode that mode="auto" takes."""
+    call = plan.Call(case.heads, case.kv_heads, case.head_dim, case.head_dim_v, case.dtype, **window(case))
+    return plan.choose(layout, call, setup.links, setup.device.type).mode
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -519,12 +543,21 @@ def choose_problems(found: Sequence[Problem], patterns: Sequence[str]) -> list[P
     return [problem for problem in found if any(pattern in problem.name for pattern in patterns)]
 
 
-def choose_peers(wanted: Sequence[str]) -> list[str]:
-    """One rank alone and the wanted ones, in the usual order; all without a wish. ValueError for an unknown one."""
+def choose_peers(wanted: Sequence[str], margins: Sequence[int]) -> list[str]:
+    """One rank alone and the wanted ones, in the usual order; all without a wish. ValueError for an unknown one.
+
+    margins: of SMs; the ring runs with the first one, and once more with each of the others.
+    """
+    peers = ["alone", *MODES, *map(ring_with_margin, margins[1:]), *TORCH]
     for name in wanted:
-        if name not in PEERS:
-            raise ValueError(f"unknown peer '{name}': the peers are {', '.join(PEERS)}")
-    return [name for name in PEERS if not wanted or name == "alone" or name in wanted]
+        if name not in peers:
+            raise ValueError(f"unknown peer '{name}': the peers are {', '.join(peers)}")
+    return [name for name in peers if not wanted or name == "alone" or name in wanted]
+
+
+def ring_with_margin(margin: int) -> str:
+    """The name of a ring that leaves so many SMs to messages."""
+    return f"ring_margin_{margin}"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -535,18 +568,29 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, help="result file, its picture goes beside it (default: benchmarks/results/"
         "context_parallel_NxGPU.json for all cases on GPUs, else none)")
     add("--cells", type=name_list, default=[], help='parts of case names: "32k,packed"; gqa_1m runs only if named here')
-    add("--peers", type=name_list, default=[], help=f'beside one rank alone: "{",".join(PEERS[1:])}" (default: all)')
+    add("--peers", type=name_list, default=[], help="beside one rank alone: "
+        f'"{",".join((*MODES, ring_with_margin(4), *TORCH))}" (default: all)')
     add("--repeats", type=int, default=REPEATS, help=f"timings of each call (default: {REPEATS})")
     add("--scale", type=int, default=1, help="divide the tokens of all documents by this (default: 1)")
-    add("--sm-margin", type=int, default=0, help="SMs that attention leaves to messages (default: 0)")
+    add("--sm-margins", type=margin_list, metavar="SMS", help="SMs that attention leaves to messages: the ring runs "
+        "once with each, and is judged with the first (default: 0,4,8 on GPUs, else 0)")
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--steps", action="store_true", help="print every step of every rank too")
     parsed = parser.parse_args(arguments)
-    if min(parsed.repeats, parsed.scale) < 1 or parsed.sm_margin < 0:
-        parser.error("--repeats, --scale: expected 1 or more, --sm-margin 0 or more")
+    if min(parsed.repeats, parsed.scale) < 1:
+        parser.error("--repeats, --scale: expected 1 or more")
     kept = {name: value for name, value in vars(parsed).items() if name not in ("output", "steps", "device")}
     parsed.is_whole = parsed.device == "cuda" and all(parser.get_default(name) == value for name, value in kept.items())
+    parsed.sm_margins = parsed.sm_margins or SM_MARGINS[parsed.device]
     return parsed
+
+
+def margin_list(text: str) -> list[int]:
+    """ "0,4,8" as numbers, each once."""
+    margins = [int(each) for each in text.split(",")]
+    if min(margins) < 0 or len(set(margins)) < len(margins):
+        raise argparse.ArgumentTypeError(f"expected different numbers of SMs, such as 0,4,8, got {text}")
+    return margins
 
 
 def connect(device_type: str) -> torch.device:
@@ -560,12 +604,11 @@ def connect(device_type: str) -> torch.device:
     return torch.device("cpu")
 
 
-def make_setup(device: torch.device, repeats: int, sm_margin: int) -> Setup:
+def make_setup(device: torch.device, repeats: int, margins: Sequence[int]) -> Setup:
     """Connections of all modes, and the links between the ranks, measured."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
-    modes = {name: ContextParallel(mesh, mode=name) for name in MODES}
-    for mode in modes.values():
-        mode.exchange.sm_margin = sm_margin
+    modes = {name: ContextParallel(mesh, mode=name, sm_margin=margins[0]) for name in MODES}
+    modes |= {ring_with_margin(each): ContextParallel(mesh, mode="ring", sm_margin=each) for each in margins[1:]}
     exchange = modes["ring"].exchange
     assert isinstance(exchange, DistributedExchange)
     links = links_of(exchange)
@@ -591,7 +634,8 @@ def header(parsed: argparse.Namespace, setup: Setup) -> dict[str, Any]:
         "hosts": len(set(setup.of_all_ranks(os.uname().nodename))),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if is_cuda else None,
         "bandwidth": dict(setup.links.bandwidth), "latency": setup.links.latency,
-        "repeats": parsed.repeats, "scale": parsed.scale, "sm_margin": parsed.sm_margin,
+        "repeats": parsed.repeats, "scale": parsed.scale, "sm_margins": parsed.sm_margins,
+        "nccl_high_priority": os.environ.get("TORCH_NCCL_HIGH_PRIORITY"),
         "selected": {"cells": parsed.cells, "peers": parsed.peers},
         "judged": is_cuda and parsed.scale == 1,
     }
@@ -646,7 +690,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif parsed.device == "cuda":
         trouble = timing.why_no_hopper() or timing.why_no_library()
     try:
-        chosen, peers = choose_problems(problems(parsed.scale), parsed.cells), choose_peers(parsed.peers)
+        chosen = choose_problems(problems(parsed.scale), parsed.cells)
+        peers = choose_peers(parsed.peers, parsed.sm_margins)
     except ValueError as error:
         trouble = str(error)
     if trouble:
@@ -654,7 +699,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if parsed.device == "cuda":
         os.environ["FA3_DIST_STRICT"] = "1"  # our kernels or none
-    setup = make_setup(connect(parsed.device), parsed.repeats, parsed.sm_margin)
+    setup = make_setup(connect(parsed.device), parsed.repeats, parsed.sm_margins)
     output = parsed.output
     if output is None and parsed.is_whole:
         output = timing.default_output("context_parallel", torch.cuda.get_device_name(), setup.world)

@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import attention_cases
+import numpy as np
 from attention_cases import Case
 
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.all_to_all import kv_copies
-from fa3_dist.parallel.schedule import Layout, Span, Step, ring_schedule
+from fa3_dist.parallel.ring import LEAST_HALF, backward_parts
+from fa3_dist.parallel.schedule import Layout, Span, Step, ring_schedule, step_sizes
 
 PASSES = ("forward", "forward_backward")
 SUM_SIZE = 4  # bytes of an fp32 number: sums, lse, delta
@@ -22,8 +24,9 @@ class Problem(NamedTuple):
 
     case: Case
     passes: tuple[str, ...] = PASSES
-    repeats: int | None = None  # timings of each call; None: as many as are asked for
+    repeats: int | None = None  # timings of each call, at most; None: as many as are asked for
     by_request: bool = False  # runs only if --cells names it
+    alone: bool = True  # beside one rank alone, whose results and time the others are compared with
 
     @property
     def name(self) -> str:
@@ -38,13 +41,15 @@ def problems(scale: int = 1) -> list[Problem]:
     found = []
     for seqlen in (8 * k, 32 * k, 128 * k):
         for name, heads, kv_heads in (("mha", 16, 16), ("gqa", 32, 8)):
-            found.append(Problem(_dense(f"{name}_{seqlen // k}k", seqlen, heads, kv_heads)))
+            repeats = 5 if seqlen == 128 * k else None  # half a second a call, or a whole one
+            found.append(Problem(_dense(f"{name}_{seqlen // k}k", seqlen, heads, kv_heads), repeats=repeats))
     batches = json.loads(attention_cases.DOCUMENTS.read_text())["batches"]
     for name in ("web_64k", "code_64k"):
         case = Case(f"packed_{name}", tuple(batches[name]), 16, 16, 128, 128, causal=True, packed=True)
         found.append(Problem(case))
     million = _dense("gqa_1m", 1024 * k, 32, 8)
-    found.append(Problem(million, passes=("forward_backward",), repeats=2, by_request=True))
+    # One GPU would take a minute a call. Its ring is compared with nothing: at --scale 4 it is.
+    found.append(Problem(million, passes=("forward_backward",), repeats=1, by_request=True, alone=scale > 1))
     return [problem._replace(case=_scaled(problem.case, scale)) for problem in found]
 
 
@@ -136,7 +141,7 @@ def _rows(spans: tuple[Span, ...]) -> int:
 # ---- memory of a ring ------------------------------------------------------------------------------------------------
 
 
-def ring_memory(case: Case, layout: Layout, rank: int, which: str) -> dict[str, int]:
+def ring_memory(case: Case, layout: Layout, rank: int, which: str, device_type: str) -> dict[str, int]:
     """Bytes that a ring has reason to hold at its peak, by what they are; all of them O(tokens / ranks).
 
     The messages are those of the step whose ones are largest: K/V that are read, K/V that come, and in the backward
@@ -146,7 +151,10 @@ def ring_memory(case: Case, layout: Layout, rank: int, which: str) -> dict[str, 
     steps = _remote_steps(case, layout, rank)
     memory = {"q": tokens * row.q, "k, v": tokens * row.kv}
     if steps:
-        memory["k, v as messages"] = tokens * row.kv
+        travelling = np.zeros(tokens, dtype=bool)
+        for start, length in (span for step in steps for span in step.send):
+            travelling[start : start + length] = True
+        memory["k, v as messages"] = int(travelling.sum()) * row.kv
     memory |= {"out": tokens * row.out, "lse": tokens * row.lse}
     come = [0, *(_rows(step.receive) for step in steps), 0]  # the local step and one after the last move nothing
     go = [0, *(_rows(step.send) for step in steps), 0]
@@ -157,13 +165,35 @@ def ring_memory(case: Case, layout: Layout, rank: int, which: str) -> dict[str, 
         return memory | {"out in fp32": sums, "messages": max(fetched)}
     memory |= {"dout": tokens * row.out, "delta": tokens * row.lse, "dq in fp32": tokens * row.dq_sum}
     memory["dk, dv in fp32"] = tokens * row.dkv_sum
-    in_steps = [
-        held + row.dkv_sum * (come[i] + max(come[i - 1] + go[i - 1], go[i])) for i, held in enumerate(fetched)
-    ]
+    in_steps = [held + each for held, each in zip(fetched, _gradients_held(case, layout, come, go, device_type))]
     results = tokens * (row.q + row.kv)
-    at_the_end = results + row.kv * come[-2] + row.dkv_sum * (come[-2] + go[-2])
-    name = "messages" if max(in_steps) >= at_the_end else "dq, dk, dv and the last messages"
+    at_the_end = results + row.kv * come[-2]
+    name = "messages" if max(in_steps) >= at_the_end else "dq, dk, dv and the last K/V"
     return memory | {name: max(*in_steps, at_the_end)}
+
+
+def _gradients_held(case: Case, layout: Layout, come: list[int], go: list[int], device_type: str) -> list[int]:
+    """Most bytes of dK/dV in each step: those of the step before until they are added, and this one's, part by part.
+
+    come, go: rows of K/V that come to this rank and leave it, in each step, with one more at either end.
+    """
+    head_bytes = (case.head_dim + case.head_dim_v) * SUM_SIZE
+    sizes = step_sizes(layout, **window(case))
+    most_rows = [0, *sizes.keys.max(axis=0).tolist()[1:]]
+    held: list[int] = []
+    before: list[int] = []
+    for step, rows in enumerate(most_rows):
+        parts = backward_parts(case.kv_heads, rows * head_bytes, LEAST_HALF[device_type])
+        now: list[int] = []
+        most = 0
+        for heads in parts:
+            most = max(most, sum(now) + sum(before) + come[step] * heads * head_bytes)
+            before = before[1:]
+            now.append((come[step] + go[step]) * heads * head_bytes)
+            most = max(most, sum(now) + sum(before))
+        held.append(most)
+        before = now
+    return held
 
 
 def describe(problem: Problem, layout: Layout) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +76,24 @@ def memory(name: str) -> Bar:
     return Bar(f"peak memory off the expected one, {name}", figure, 0.10, "at most")
 
 
+def choice(name: str) -> Bar:
+    """Time of the mode that "auto" takes over that of the faster one, forward and backward."""
+
+    def figure(cells: Cells) -> Figure:
+        if name not in cells or "chosen" not in cells[name] or "forward_backward" not in cells[name]["passes"]:
+            return NOT_MEASURED
+        entries = cells[name]["passes"]["forward_backward"]["entries"]
+        times = {mode: entries[mode]["ms"]["median"] for mode in MODES if entries.get(mode, {}).get("ms")}
+        if len(times) < len(MODES) or cells[name]["chosen"] not in times:
+            return NOT_MEASURED
+        fastest = min(times, key=lambda mode: times[mode])
+        chosen = cells[name]["chosen"]
+        note = chosen if chosen == fastest else f"{chosen} is chosen, {fastest} is faster"
+        return Figure(times[chosen] / times[fastest], note)
+
+    return Bar(f"mode chosen over the faster one, {name}", figure, 1.15, "at most")
+
+
 LONG, PACKED = ("mha_32k", "gqa_32k", "mha_128k", "gqa_128k"), ("packed_web_64k", "packed_code_64k")
 LEAST_EFFICIENCY = {
     "gqa_8k": 0.80, "mha_32k": 0.95, "gqa_32k": 0.95, "mha_128k": 0.98, "gqa_128k": 0.98, **dict.fromkeys(PACKED, 0.90),
@@ -84,6 +103,8 @@ BARS = [
     *(exposed_share(name, which) for name in LONG for which in PASSES),
     *(area_imbalance(name) for name in PACKED),
     *(compute_imbalance(name, which) for name in PACKED for which in PASSES),
+    *(choice(name) for name in LEAST_EFFICIENCY),
+    choice("mha_8k"),
     memory("gqa_1m"),
 ]
 
@@ -163,6 +184,23 @@ def step_lines(cell: dict[str, Any]) -> list[str]:
     return lines
 
 
+def margin_lines(cells: list[dict[str, Any]]) -> list[str]:
+    """For each margin of SMs beside the first one: time of the ring over that with the first, in every pass."""
+    ratios: dict[str, dict[str, float]] = {}
+    for cell in cells:
+        for which, measured in cell["passes"].items():
+            entries = measured["entries"]
+            for name, entry in entries.items():
+                if name.startswith("ring_margin_") and entry.get("ms") and entries.get("ring", {}).get("ms"):
+                    ratio = entry["ms"]["median"] / entries["ring"]["ms"]["median"]
+                    ratios.setdefault(name, {})[f"{cell['name']} {PASSES[which]}"] = ratio
+    return [
+        f"{name} over ring: {statistics.geometric_mean(each.values()):.4f} ("
+        + ", ".join(f"{where} {ratio:.3f}" for where, ratio in each.items()) + ")"
+        for name, each in ratios.items()
+    ]  # fmt: skip
+
+
 def print_summary(result: dict[str, Any]) -> None:
     """The bars for people, at the end of a run."""
     width = max(len(line["what"]) for line in result["summary"])
@@ -172,7 +210,7 @@ def print_summary(result: dict[str, Any]) -> None:
         value = "-" if line["value"] is None else f"{line['value']:.4g}"
         print(f"{line['what']:<{width}} {value:>8} {line['bar']:>8.4g} {verdict}  {line['note']}")
     bandwidth = ", ".join(f"{rate / 1e9:.3g} GB/s in groups of {ranks}" for ranks, rate in result["bandwidth"].items())
-    print(f"links: {bandwidth}")
+    print(f"links: {bandwidth}", *margin_lines(result["cells"]), sep="\n")
     if result["gemm"]:
         gemm = result["gemm"]["tflops"]
         print(f"GEMM of 8192^3 on the slowest GPU: {gemm['median']:.0f} TFLOP/s")

@@ -97,6 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=Path, help="folder of results; default: runs/MODEL-DATE-TIME")
     add("--checkpoint-dir", type=Path, help="default: checkpoints in --out; all hosts must see it")
     add("--save-every", type=int, default=0, help="steps between checkpoints; default: 0, only at the end or SIGTERM")
+    add("--save", action=argparse.BooleanOptionalAction, default=True, help="--no-save: no checkpoints at all")
     add("--resume", action="store_true", help="go on from the newest checkpoint, or begin if there is none yet")
     add("--sample", type=int, default=256, help="bytes of text to generate at the end; default: 256")
     args = parser.parse_args()
@@ -121,8 +122,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--cp is {args.cp} and --dp {args.dp}: expected a product of {world}, the number of ranks")
     if args.batch % args.dp:
         parser.error(f"--batch is {args.batch}: expected a multiple of --dp, {args.dp}")
-    if args.resume and args.out is None:
-        parser.error("--resume needs --out, the folder of the run to go on with")
+    if args.resume and (args.out is None or not args.save):
+        parser.error("--resume needs --out, the folder of the run to go on with, and goes on saving: no --no-save")
     return args
 
 
@@ -370,8 +371,13 @@ def train(job: Job, attention: str, metrics_path: Path, checkpoint_dir: Path | N
             newest = checkpoints.save(checkpoint_dir, step + 1, model, optimizers, job.facts)
         if stop:
             bar.close()
-            saved = f"saved in {newest}" if newest else "not saved, being the ablation; the main run is"
-            say(f"SIGTERM: stopped after step {step + 1} of {args.steps}, {saved}; go on with --resume --out {job.out}")
+            if not args.save:
+                saved = "not saved"
+            elif newest:
+                saved = f"saved in {newest}; go on with --resume --out {job.out}"
+            else:
+                saved = f"not saved, being the ablation; the main run is; go on with --resume --out {job.out}"
+            say(f"SIGTERM: stopped after step {step + 1} of {args.steps}, {saved}")
             dist.destroy_process_group()
             sys.exit(STOPPED)
     bar.close()
@@ -459,7 +465,7 @@ def main() -> None:
     say(title, f"text below {args.data}: {training} to train on, {held_out} held out")
 
     runs = {"with attention" if args.attention == "ring" else "attention zeroed": out / "metrics.jsonl"}
-    trained = train(job, args.attention, out / "metrics.jsonl", checkpoint_dir)
+    trained = train(job, args.attention, out / "metrics.jsonl", checkpoint_dir if args.save else None)
     text = sample(job, trained.model)
     results = [
         trained.exposure, f"held-out loss: {trained.held_out_loss:.3f} nats a byte", f"  a bigram table: {bigram:.3f}",
@@ -471,8 +477,9 @@ def main() -> None:
         results.append(f"  this model trained with its attention output zeroed: {zeroed:.3f}")
     if job.is_main:
         plot(out / "training.png", title, {label: read_metrics(path) for label, path in runs.items()}, bigram)
+    saved = checkpoints.newest(checkpoint_dir) if args.save else "none"
     say("", f"sample, from its byte {PROMPT} on:", text, "", *results, f"picture: {out / 'training.png'}",
-        f"metrics: {out / 'metrics.jsonl'}", f"checkpoint: {checkpoints.newest(checkpoint_dir)}")
+        f"metrics: {out / 'metrics.jsonl'}", f"checkpoint: {saved}")
     dist.destroy_process_group()
 
 

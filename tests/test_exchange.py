@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import signal
 import threading
 import time
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fa3_dist.parallel.exchange import (
     DistributedExchange,
@@ -20,6 +22,7 @@ from fa3_dist.parallel.exchange import (
     RingError,
     Traffic,
     Watchdog,
+    _tolerate_captures,
     run_in_process,
 )
 from tests.distributed import run_distributed, run_processes
@@ -197,6 +200,29 @@ def test_a_rank_that_never_connects_is_named():
     outcome = run_processes(2, absent_at_construction)[1]
     assert outcome.error is None, outcome.error
     assert outcome.result.startswith("rank 1, ring step 1: the greeting from rank 0 did not arrive within 0.5 s")
+
+
+def margins(rank: int, world: int) -> list[object]:
+    """What an exchange has for a margin, by argument and environment, and what it says to those that are none."""
+    found: list[object] = []
+    for given, environment in ((None, None), (None, "4"), (8, "4"), (-1, None), (None, "four"), (None, "-2")):
+        os.environ.pop("FA3_DIST_SM_MARGIN", None)
+        if environment is not None:
+            os.environ["FA3_DIST_SM_MARGIN"] = environment
+        try:
+            found.append(DistributedExchange(sm_margin=given).sm_margin)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_margin_of_sms_comes_from_the_argument_or_the_environment():
+    for found in run_distributed(2, margins):
+        assert found[:3] == [0, 4, 8]
+        assert all("expected a number of SMs, 0 or more" in str(error) for error in found[3:])
+        assert [str(error).split(":")[0] for error in found[3:]] == [
+            "sm_margin is -1", "FA3_DIST_SM_MARGIN is 'four'", "FA3_DIST_SM_MARGIN is '-2'",
+        ]  # fmt: skip
 
 
 def test_error_can_be_pickled():
@@ -401,6 +427,44 @@ def test_in_process_world_must_be_positive():
         run_in_process(0, lambda exchange: None)
 
 
+# ----------------------------------------------------------------------------------------------- graphs
+
+
+def captured_with_a_watchdog(prepare) -> tuple[Tensor, int]:
+    """What a graph of ten additions gives, captured while a watchdog looks at an event, and how often that looked."""
+    looks = []
+
+    class Slow:
+        event = torch.cuda.Event()
+
+        def done(self) -> bool:
+            looks.append(self.event.query())
+            return len(looks) > 20
+
+        def overdue(self, seconds: float) -> RingError:
+            raise AssertionError("it has a minute")
+
+    watchdog, x, graph = Watchdog(60.0, lambda: None, 0.002, prepare), torch.zeros(8, device="cuda"), None
+    Slow.event.record()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            watchdog.watch(Slow())
+            for _ in range(10):
+                x += 1
+                time.sleep(0.01)
+        graph.replay()
+    finally:
+        watchdog.stop()
+    return x.cpu(), len(looks)
+
+
+@pytest.mark.gpu
+def test_watchdog_does_not_spoil_the_capture_of_a_graph():
+    x, looks = captured_with_a_watchdog(_tolerate_captures)
+    assert x.tolist() == [10.0] * 8 and looks > 5
+
+
 # --------------------------------------------------------------------------------------------------------- NCCL
 
 
@@ -423,9 +487,11 @@ def test_nccl():
     assert run_distributed(world, nccl_worker, backend="nccl") == [expected] * world
 
 
-def nccl_silent_peer(rank: int, world: int) -> tuple:
+def nccl_lost_peer(rank: int, world: int, is_killed: bool) -> tuple:
     exchange = DistributedExchange(timeout=3.0)
     if rank == 0:
+        if is_killed:
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(20.0)
         return ()
     started = time.monotonic()
@@ -439,8 +505,9 @@ def nccl_silent_peer(rank: int, world: int) -> tuple:
 
 
 @pytest.mark.multi_gpu
-def test_nccl_silent_peer_is_named_and_the_host_does_not_wait():
-    outcome = run_processes(2, nccl_silent_peer, backend="nccl", without=[0], timeout=60.0)[1]
+@pytest.mark.parametrize("is_killed", [False, True], ids=["silent", "killed"])
+def test_nccl_names_a_lost_peer_and_the_host_does_not_wait(is_killed: bool):
+    outcome = run_processes(2, nccl_lost_peer, is_killed, backend="nccl", without=[0], timeout=60.0)[1]
     assert outcome.error is None, outcome.error
     queued, seconds, text = outcome.result
     assert queued < 1.0 and seconds < 10.0

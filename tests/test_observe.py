@@ -172,11 +172,16 @@ def test_what_three_ranks_tell_of_a_ring_and_an_all_to_all() -> None:
         needed = {step: row * (20 if rank + step < 3 else 40) for step in (1, 2)}
         given_back = {step: row * (20 if rank - step >= 0 else 40) for step in (1, 2)}
         kv = {step: (COMMUNICATION, "K/V", step, needed[step]) for step in (1, 2)}
-        dkv = {step: (COMMUNICATION, "dK/dV", step, given_back[step]) for step in (1, 2)}
+        home = {
+            step: [each for heads in (2, 1)  # of the three, in either part of a step
+                   for each in ((COMPUTE, "backward", step, 0),
+                                (COMMUNICATION, "dK/dV", step, given_back[step] * heads // 3))]
+            for step in (1, 2)
+        }  # fmt: skip
         forward, backward = ([(COMPUTE, what, step, 0) for step in range(3)] for what in ("forward", "backward"))
         assert ring == [
             kv[1], forward[0], kv[2], forward[1], forward[2],
-            kv[1], backward[0], kv[2], backward[1], dkv[1], backward[2], dkv[2], backward[0],
+            kv[1], backward[0], kv[2], *home[1], *home[2], backward[0],
         ]
         assert [span[:3] for span in swap if span[0] == COMPUTE] == [
             (COMPUTE, "forward", 0), (COMPUTE, "backward", 0)

@@ -6,6 +6,7 @@ All cases of a world run in one set of processes (`results_of`), and each is jud
 from __future__ import annotations
 
 import hashlib
+import threading
 import weakref
 from dataclasses import replace
 from functools import cache
@@ -21,7 +22,7 @@ from fa3_dist.parallel.exchange import DistributedExchange, Exchange, run_in_pro
 from fa3_dist.parallel.ring import ring_attention
 from fa3_dist.parallel.schedule import Layout, contiguous, packed, ring_schedule, zigzag
 from tests.distributed import run_distributed
-from tests.ring_gate import NAMES, Case, judge, local_rows, make_inputs, run_case, total_error
+from tests.ring_gate import NAMES, Case, judge, local_rows, make_inputs, patched, run_case, total_error
 
 WORLDS = (2, 3, 4, 8)
 BF16 = torch.bfloat16
@@ -114,11 +115,59 @@ def nccl_worker(rank: int, world: int) -> list[dict]:
     return [run_case(exchange, case, device="cuda") for case in GPU_CASES]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in GPU_CASES if case.kv_heads > 1], ids=lambda case: case.name)
+def test_gate_of_eight_ranks_on_one_gpu_in_halves(case: Case):
+    with halves_from(0):
+        assert judge(case, run_in_process(8, run_case, case, False, "cuda")) == []
+
+
 @pytest.mark.multi_gpu
 def test_gate_over_nccl():
     by_rank = run_distributed(torch.cuda.device_count(), nccl_worker, backend="nccl", timeout=300.0)
     for i, case in enumerate(GPU_CASES):
         assert judge(case, [results[i] for results in by_rank]) == [], case.name
+
+
+def captured_worker(rank: int, world: int) -> list[float]:
+    """A forward and backward as a CUDA graph: largest differences between its replays and the same calls, by tensor."""
+    exchange, case = DistributedExchange(), Case("", (2048,), heads=8, kv_heads=4, head_dim=64, head_dim_v=64,
+                                                 dtype=BF16, dlse=False)  # fmt: skip
+    layout = case.make_layout(world)
+    rows = local_rows(layout, rank)
+    q, k, v, dout = (x[rows].cuda() for x in make_inputs(case)[:4])
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def step() -> tuple[Tensor, ...]:
+        out, lse = ring_attention(*leaves, layout=layout, rank=rank, exchange=exchange, window_right=0)
+        return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    with halves_from(0):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        differences = []
+        for _ in range(3):
+            with torch.no_grad():
+                for x in (*leaves, dout):
+                    x.copy_(torch.randn_like(x))
+            graph.replay()
+            expected = step()
+            torch.cuda.synchronize()
+            differences.append([float((a - b).float().norm() / b.float().norm()) for a, b in zip(captured, expected)])
+    return [max(each) for each in zip(*differences)]
+
+
+@pytest.mark.multi_gpu
+def test_a_step_over_nccl_can_be_captured():
+    world = torch.cuda.device_count()
+    for found in run_distributed(world, captured_worker, backend="nccl", timeout=120.0):
+        assert len(found) == 5 and max(found) < 1e-3, found
 
 
 # ------------------------------------------------------------------------------------------------- messages
@@ -170,6 +219,121 @@ def test_ranks_without_tokens_send_nothing(world: int):
     for rank, result in enumerate(results_of(world)["ranks without tokens, contiguous"]):
         messages = result["forward"]["messages_sent"] + result["forward"]["messages_received"]
         assert messages == layout.tokens(rank) <= 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_gradients_of_several_heads_travel_in_halves(world: int):
+    """Two messages of dK/dV a step, each of half the key/value heads; together the bytes of one."""
+    for result in results_of(world)["2 kv heads"]:
+        gradient_bytes = result["backward"]["bytes_sent"] - result["forward"]["bytes_sent"]
+        assert result["forward"]["messages_sent"] == world - 1
+        assert result["backward"]["messages_sent"] == result["backward"]["messages_received"] == 3 * (world - 1)
+        assert gradient_bytes == result["forward"]["bytes_received"] > 0
+
+
+# ---------------------------------------------------------------------------------------- halves of the heads
+
+
+def halves_from(least_half: int):
+    """Inside, messages of half the heads are worth it from so many bytes on, whatever the device."""
+    shipped = ring.backward_parts
+    return patched(ring, "backward_parts", lambda kv_heads, head_bytes, _: shipped(kv_heads, head_bytes, least_half))
+
+
+HALVED = [
+    Case("5 kv heads", (333,), heads=10, kv_heads=5),
+    Case("packed", (37, 301, 60), layout="packed", heads=4, kv_heads=2, dtype=BF16, dlse=False),
+    Case("window", (333,), layout="contiguous", heads=6, kv_heads=3, window_left=60, softcap=3.0),
+    Case("v of other size, full", (200,), heads=4, kv_heads=4, head_dim_v=24, window_right=None),
+]
+
+
+@pytest.mark.parametrize("case", HALVED, ids=lambda case: case.name)
+def test_halves_change_no_bit(case: Case):
+    with halves_from(1 << 62):
+        whole = run_in_process(4, run_case, case)
+    halves = run_in_process(4, run_case, case)
+    assert judge(case, halves) == []
+    for one, other in zip(whole, halves, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in NAMES)
+    sent = [sum(result["backward"]["messages_sent"] for result in results) for results in (whole, halves)]
+    keys_sent = sum(result["forward"]["messages_sent"] for result in whole)
+    assert sent == [2 * keys_sent, 3 * keys_sent]
+
+
+@pytest.mark.parametrize("kv_heads, head_bytes, least, expected", [
+    (8, 100, 400, [4, 4]), (8, 99, 400, [8]), (5, 200, 400, [3, 2]), (1, 1 << 40, 0, [1]), (2, 0, 0, [1, 1]),
+])  # fmt: skip
+def test_steps_are_halved_where_messages_are_large(kv_heads: int, head_bytes: int, least: int, expected: list[int]):
+    assert ring.backward_parts(kv_heads, head_bytes, least) == expected
+
+
+def test_ranks_halve_alike_where_their_messages_differ():
+    """Causal zigzag of 2: rank 0 needs 100 rows, rank 1 needs 50; a threshold between them."""
+    case = Case("", (200,), heads=4, kv_heads=2)
+    with halves_from(75 * 32 * 4):
+        results = run_in_process(2, run_case, case)
+    assert judge(case, results) == []
+    assert [result["backward"]["messages_sent"] for result in results] == [3, 3]
+    with halves_from(101 * 32 * 4):
+        results = run_in_process(2, run_case, case)
+    assert [result["backward"]["messages_sent"] for result in results] == [2, 2]
+
+
+class Told:
+    """An exchange that notes when messages are started and waited for."""
+
+    def __init__(self, exchange: Exchange, events: list[str]):
+        self._exchange, self._events = exchange, events
+
+    def __getattr__(self, name: str):
+        return getattr(self._exchange, name)
+
+    def exchange(self, **message):
+        name = f"{message['what']} {message['step']}"
+        self._events.append(f"start {name}")
+        pending = self._exchange.exchange(**message)
+
+        class Waited:
+            def wait(_) -> None:
+                self._events.append(f"wait {name}")
+                pending.wait()
+
+        return Waited()
+
+
+def test_one_half_travels_while_the_other_computes():
+    """What rank 0 of 3 does in a backward, in its order: launches with their heads, messages with their steps."""
+    case, shipped = Case("", (900,), heads=4, kv_heads=2, window_right=None), ring.ops.backward
+    events: dict[str, list[str]] = {}
+
+    def backward(dout, *others, **options):
+        events[threading.current_thread().name].append(f"compute {dout.shape[1]}")
+        shipped(dout, *others, **options)
+
+    def run(exchange: Exchange) -> None:
+        layout, inputs = case.make_layout(3), make_inputs(case)
+        rows, mine = local_rows(layout, exchange.rank), events.setdefault(threading.current_thread().name, [])
+        leaves = [x[rows].requires_grad_() for x in inputs[:3]]
+        out, _ = ring_attention(*leaves, layout=layout, rank=exchange.rank,
+                                exchange=Told(exchange, mine))  # type: ignore[arg-type]
+        mine.clear()
+        torch.autograd.grad(out, leaves, inputs.dout[rows])
+
+    with patched(ring.ops, "backward", backward):
+        run_in_process(3, run)
+    for order in events.values():
+        assert order == [
+            "start K/V 1", "compute 4",
+            "wait K/V 1", "start K/V 2",
+            "compute 2", "start dK/dV 1",
+            "compute 2", "start dK/dV 1",  # the first half of step 1 travels meanwhile
+            "wait K/V 2",
+            "compute 2", "wait dK/dV 1", "start dK/dV 2",
+            "compute 2", "wait dK/dV 1", "start dK/dV 2",
+            "compute 4",  # the rest of the local step: the last half travels meanwhile
+            "wait dK/dV 2", "wait dK/dV 2",
+        ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------- independence and repetition
@@ -254,12 +418,13 @@ def test_activation_checkpointing_changes_no_bit():
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors that operators returned and that are still alive, and their peak."""
+    """Bytes of all tensors that operators returned and that are still alive, and their peak; views of inputs are not
+    counted."""
 
-    def __init__(self):
+    def __init__(self, *inputs: Tensor):
         super().__init__()
         self.now = self.peak = 0
-        self.known: set[int] = set()
+        self.known: set[int] = {x.untyped_storage()._cdata for x in inputs}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -285,7 +450,7 @@ def peak_bytes(exchange: Exchange, tokens: int, heads: int, kv_heads: int) -> in
     """Peak of what one rank allocates for forward and backward, its inputs not counted."""
     layout = zigzag([tokens * exchange.world], exchange.world)
     q, k, v = (torch.ones(tokens, h, 16, requires_grad=True) for h in (heads, kv_heads, kv_heads))
-    with LiveBytes() as live:
+    with LiveBytes(q, k, v) as live:
         out, lse = ring_attention(q, k, v, layout=layout, rank=exchange.rank, exchange=exchange, window_right=0)
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     return live.peak

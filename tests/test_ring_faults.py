@@ -44,17 +44,73 @@ def dkv_never_returns():
     return patched(ring, "_add_rows", lambda x, arrival: arrival.wait())
 
 
-def one_steps_dkv_never_returns():
+def all_but_one_return(every: int):
+    """Of so many messages of dK/dV the last is not added."""
     add_rows, count = ring._add_rows, [0]
 
     def add_some(x, arrival):
         count[0] += 1
-        if count[0] % (WORLD - 1) == 0:  # the last of a backward
+        if count[0] % every == 0:
             arrival.wait()
         else:
             add_rows(x, arrival)
 
     return patched(ring, "_add_rows", add_some)
+
+
+def one_steps_dkv_never_returns():
+    return all_but_one_return(WORLD - 1)
+
+
+def one_halfs_dkv_never_returns():
+    return all_but_one_return(2 * (WORLD - 1))
+
+
+def of_halves(change: Callable[..., Any]):
+    """A mutant of the second part of the heads of every step of the backward."""
+    parts = ring._head_parts
+
+    def changed(*arguments):
+        first, second = parts(*arguments)
+        return [first, change(second)]
+
+    return patched(ring, "_head_parts", changed)
+
+
+def second_half_is_the_first_one():
+    return of_halves(lambda heads: heads._replace(kv_start=0))
+
+
+def second_half_never_computed():
+    head_parts = ring._head_parts
+    return patched(ring, "_head_parts", lambda *arguments: head_parts(*arguments)[:1])
+
+
+def second_half_added_to_the_first_ones_heads():
+    returning = ring._Returning
+
+    def misplaced(dkv, arrival):
+        return returning(dkv._base[:, : dkv.shape[1]], arrival)
+
+    return patched(ring, "_Returning", misplaced)
+
+
+def query_heads_of_a_half_counted_as_key_heads():
+    def of(heads, dout, q, k, v, lse, delta, dq):
+        own = heads._replace(kv_start=0, kv_count=heads.kv_count)  # the first query heads, whichever half it is
+        wrong = shipped(own, dout, q, k, v, lse, delta, dq)
+        return (*wrong[:2], heads.of_kv(k), heads.of_kv(v), *wrong[4:])
+
+    shipped = ring._Heads.of
+    return patched(ring._Heads, "of", of)
+
+
+def lse_of_the_other_half():
+    def of(heads, dout, q, k, v, lse, delta, dq):
+        return shipped(heads, dout, q, k, v, lse.flip(0).contiguous(), delta, dq)
+
+    shipped = ring._Heads.of
+    return patched(ring._Heads, "of", of)
 
 
 def of_schedule(change: Callable[..., Any]):
@@ -190,7 +246,13 @@ def gradients_overwritten():
 
 MUTANTS: dict[Callable[[], Any], Case] = {  # each with a case that must turn red
     dkv_never_returns: CAUSAL,
-    one_steps_dkv_never_returns: CAUSAL,
+    one_steps_dkv_never_returns: FULL,
+    one_halfs_dkv_never_returns: CAUSAL,
+    second_half_is_the_first_one: CAUSAL,
+    second_half_never_computed: CAUSAL,
+    second_half_added_to_the_first_ones_heads: CAUSAL,
+    query_heads_of_a_half_counted_as_key_heads: CAUSAL,
+    lse_of_the_other_half: CAUSAL,
     step_skipped_in_forward: CAUSAL,
     step_skipped_in_backward: FULL,
     step_skipped_in_both: CAUSAL,

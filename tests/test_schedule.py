@@ -6,9 +6,11 @@ mask of the documents.
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -411,9 +413,93 @@ def test_packed_balances_area_and_tokens(world, causal):
         lengths = [int(random_.lognormvariate(7, sigma)) + 1 for _ in range(world * 8)]
         layout = packed(lengths, world, causal=causal)
         tokens = [layout.tokens(rank) for rank in range(world)]
-        assert max(tokens) * world / sum(tokens) < 1.12
-        assert imbalance(layout, window_left=mask[0], window_right=mask[1]) < 1.12
+        assert max(tokens) * world / sum(tokens) < 1.06
+        assert imbalance(layout, window_left=mask[0], window_right=mask[1]) < 1.03
         assert len(split_documents(layout)) < len(lengths) / 2
+
+
+def draw_until(tokens: int, scale: float, draw, *arguments) -> tuple[int, ...]:
+    """Lengths as drawn until they have so many tokens together; the last one is cut."""
+    lengths: list[int] = []
+    while sum(lengths) < tokens:
+        lengths.append(min(int(scale * draw(*arguments)) + 1, tokens - sum(lengths)))
+    return tuple(lengths)
+
+
+def long_tailed() -> dict[str, tuple[int, ...]]:
+    """Packed batches, most of 64 k tokens: many short documents and a few that hold most of the mask."""
+    path = Path(__file__).parents[1] / "benchmarks" / "packed_documents.json"
+    batches = {name: tuple(lengths) for name, lengths in json.loads(path.read_text())["batches"].items()}
+    for seed in range(6):
+        random_ = random.Random(seed)
+        batches[f"lognormal {seed}"] = draw_until(1 << 16, 1, random_.lognormvariate, 6.5, 1.3)
+        batches[f"pareto {seed}"] = draw_until(1 << 16, 100, random_.paretovariate, 1.1)
+    return batches
+
+
+LONG_TAILED = long_tailed()
+MOST_IMBALANCE = 0.03
+
+
+def pairs_computed(layout: Layout, rank: int) -> int:
+    """(query, key) pairs that the visits of a rank's forward show under a causal mask."""
+    pairs = 0
+    for step in ring_schedule(layout, rank, window_right=0):
+        for visit in (visit for launch in step.forward for visit in launch):
+            pairs += int(np.clip(np.arange(visit.q_len) + visit.offset + 1, 0, visit.k_len).sum())
+    return pairs
+
+
+def assert_balanced(layout: Layout) -> None:
+    pairs = [pairs_computed(layout, rank) for rank in range(layout.world)]
+    assert sum(pairs) == sum(length * (length + 1) // 2 for length in layout.documents)
+    excess = max(pairs) * layout.world / sum(pairs) - 1
+    assert excess <= MOST_IMBALANCE, f"the busiest rank computes {excess:.1%} more than the mean"
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("batch", LONG_TAILED)
+def test_packed_balances_what_ranks_compute(batch, world):
+    layout = packed(LONG_TAILED[batch], world)
+    assert_balanced(layout)
+    tokens = [layout.tokens(rank) for rank in range(world)]
+    assert max(tokens) * world / sum(tokens) < 1.06
+    lengths, split = layout.documents, split_documents(layout)
+    assert all(lengths[document] >= max(length for d, length in enumerate(lengths) if d not in split)
+               for document in split), "the longest are split"  # fmt: skip
+
+
+def test_packed_moves_little():
+    """Documents split and rows of K/V that travel, of all batches: fewer than with even parts and a tolerance of a
+    tenth, which takes 102 documents and 3.04 M rows."""
+    split = rows = 0
+    for lengths in LONG_TAILED.values():
+        for world in (2, 4, 8):
+            layout = packed(lengths, world)
+            split += len(split_documents(layout))
+            rows += int(step_sizes(layout, window_right=0).keys[:, 1:].sum())
+    assert split <= 90 and rows <= 2_800_000, (split, rows)
+
+
+def test_the_gate_on_balance_refuses_what_is_not():
+    # Two whole documents: areas of 1.031 and 0.969 of the mean.
+    with pytest.raises(AssertionError, match="3.1% more than the mean"):
+        assert_balanced(Layout((10154, 9844), ((Shard(0, 0, 10154),), (Shard(1, 0, 9844),))))
+    assert_balanced(Layout((10148, 9850), ((Shard(0, 0, 10148),), (Shard(1, 0, 9850),))))
+
+
+@pytest.mark.parametrize("name, value", [("LEAST_PART", 1), ("TOLERATED_AREA", 0.1), ("TOLERATED_TOKENS", 0.5)])
+def test_balance_needs_what_it_is_made_of(monkeypatch, name, value):
+    """Even parts of split documents, or looser tolerances: then some batch is out of balance, or its tokens are."""
+    monkeypatch.setattr(schedule, name, value)
+    if name == "LEAST_PART":  # with even parts more has to be split to come within the tolerances
+        with pytest.raises(AssertionError):
+            test_packed_moves_little()
+        return
+    with pytest.raises(AssertionError):
+        for batch in LONG_TAILED:
+            for world in (2, 4, 8):
+                test_packed_balances_what_ranks_compute(batch, world)
 
 
 def test_packed_does_not_trade_tokens_for_area():
@@ -424,12 +510,12 @@ def test_packed_does_not_trade_tokens_for_area():
 
 
 def test_packed_splits_few():
-    """Of 64 documents of very different lengths on 8 ranks about four are split; placed by area alone, twice that."""
+    """Of 64 documents of very different lengths on 8 ranks about three are split; placed by area alone, twice that."""
     split = 0
     for seed in range(12):
         random_ = random.Random(seed)
         split += len(split_documents(packed([int(random_.lognormvariate(7, 1.5)) + 1 for _ in range(64)], 8)))
-    assert split <= 12 * 5
+    assert split <= 12 * 3.5
 
 
 def test_packed_never_splits_documents_shorter_than_the_chunks():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from fa3_dist.parallel.schedule import Layout, Shard, contiguous, packed, zigzag
-from fa3_dist.parallel.sharding import positions, shard, unshard
+from fa3_dist.parallel.sharding import positions, shard, unshard, upload
 from tests.distributed import run_distributed
 
 PACK = (0, 1, 37, 9, 0, 20)
@@ -134,3 +135,10 @@ def check_gradients(rank: int, world: int, layout: Layout, whole: torch.Tensor, 
 @pytest.mark.parametrize("world", [2, 4])
 def test_unshard_inverts_shard_and_sums_gradients(world):
     run_distributed(world, check_unshard)
+
+
+def test_nothing_is_uploaded_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="a CUDA graph is being captured, .*: expected one step like it before"):
+        upload(np.zeros(3), "cuda")
+    assert upload(np.zeros(3), "cpu").tolist() == [0, 0, 0]

@@ -171,6 +171,7 @@ def check_results(finished: Run) -> None:
         (["--dp", "2", "--batch", "3"], "--batch is 3: expected a multiple of --dp, 2"),
         (["--mode", "rings"], "--mode: invalid choice: 'rings'"),
         (["--resume"], "--resume needs --out"),
+        (["--resume", "--out", "here", "--no-save"], "--resume needs --out"),
         (None, "expected to be started by torchrun: torchrun --standalone"),
     ],
 )

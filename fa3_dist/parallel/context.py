@@ -45,6 +45,7 @@ from fa3_dist.parallel.all_to_all import all_to_all_attention
 from fa3_dist.parallel.exchange import DistributedExchange, Exchange, Pending, Traffic
 from fa3_dist.parallel.observe import Observer
 from fa3_dist.parallel.plan import Call, Choice, Links, choose, is_measured, links_of
+from fa3_dist.parallel.ring import LEAST_HALF
 from fa3_dist.parallel.schedule import Layout, contiguous, packed, zigzag
 
 logger = logging.getLogger("fa3_dist")
@@ -95,11 +96,13 @@ class ContextParallel:
             otherwise and differ in the last bits. None: "ring", or "product", the only one, for a 2-D mesh.
         bandwidth: for "auto": bytes/s that a rank sends while all do, or {ranks: bytes/s} in groups of so many
             neighbours, such as {8: 400e9, 64: 45e9}; None: measured.
+        sm_margin: SMs of the GPU that attention leaves to the messages under way; None: FA3_DIST_SM_MARGIN of the
+            environment, or 0.
     Raises:
         TypeError: group is neither, or bandwidth is no number.
         ValueError: a mesh of other dimensions, an unknown layout or mode, one that does not fit the mesh, a bandwidth
-            that is not above 0 or not used, a process that is not in the group, or ranks that were given different
-            arguments: then on every rank.
+            that is not above 0 or not used, a negative sm_margin, a process that is not in the group, or ranks that
+            were given different arguments: then on every rank.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class ContextParallel:
         *,
         mode: str | None = None,
         bandwidth: float | Mapping[int, float] | None = None,
+        sm_margin: int | None = None,
     ):
         if layout not in LAYOUTS:
             raise ValueError(f"layout is {layout!r}: expected one of {', '.join(map(repr, LAYOUTS))}")
@@ -127,13 +131,14 @@ class ContextParallel:
         self._compare_once = lru_cache(maxsize=1024)(self._compare)
         self._checked_contents = False
         if self.world > 1:
-            self.exchange = exchange = DistributedExchange(self.group, timeout=timeout)
+            self.exchange = exchange = DistributedExchange(self.group, timeout=timeout, sm_margin=sm_margin)
             self._timeout = timedelta(seconds=exchange.timeout)
             self._host_group = _host_group(self.group, self._timeout)
             self._device_type = exchange.device.type
             links = self._links or ("measured before" if is_measured(self.group) else None)
             self._compare("ContextParallel()", {
                 "layout": layout, "mode": self.mode, "heads": self._product_heads, "bandwidth": links,
+                "FA3_DIST_LEAST_HALF": LEAST_HALF[self._device_type],
             })
             if self.mode == "auto" and self._links is None:
                 self._links = links_of(exchange)

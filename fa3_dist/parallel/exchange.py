@@ -17,7 +17,9 @@ dead or stuck becomes a `RingError` that names this rank, the step, what was awa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
+import os
 import threading
 import time
 import weakref
@@ -216,7 +218,8 @@ class DistributedExchange:
     On the CPU (gloo) `wait` blocks until both directions are through, at most `timeout`. On CUDA (NCCL) messages
     travel on a stream of their own; `wait` makes the current stream wait and returns at once, and a watchdog thread
     looks after the transfers under way: if one is overdue it logs the error, aborts the group so that nothing hangs in
-    it, and the error is raised by the next call of `exchange` or `wait`.
+    it, and the error is raised by the next call of `exchange` or `wait`. Transfers may be captured in a CUDA graph,
+    once a step like it has run; nobody looks after those of a replay but NCCL's own watchdog.
 
     All connections between ranks are made here, one shift after the other on every rank, and not in the first step that
     needs them. So all ranks of the group construct it together.
@@ -226,14 +229,15 @@ class DistributedExchange:
         device: where messages live; None: the current CUDA device if the group has NCCL, else the CPU.
         timeout: seconds until a message is overdue; None: the group's own timeout (under NCCL a tenth less, so that
             this error, which names the peer, comes before the group's own).
-        sm_margin: SMs that attention kernels leave to the transfers (CUDA).
+        sm_margin: SMs that attention kernels leave to the transfers (CUDA); None: FA3_DIST_SM_MARGIN of the
+            environment, or 0. `make context` times some margins.
     Raises:
-        ValueError: this process is not in the group, or the timeout is not positive.
+        ValueError: this process is not in the group, the timeout is not positive, or the margin is no number of SMs.
         RingError: a peer did not answer.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, device: torch.device | None = None,
-                 timeout: float | timedelta | None = None, sm_margin: int = 0):
+                 timeout: float | timedelta | None = None, sm_margin: int | None = None):
         self.group: dist.ProcessGroup = _world_group() if group is None else group
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
@@ -242,14 +246,18 @@ class DistributedExchange:
         self.timeout = _seconds(timeout) if timeout is not None else _group_timeout(self.group, self.device)
         if self.timeout <= 0:
             raise ValueError(f"timeout: expected a positive number of seconds, got {self.timeout:g}")
-        self.sm_margin = sm_margin
+        self.sm_margin = _default_sm_margin() if sm_margin is None else sm_margin
+        if self.sm_margin < 0:
+            raise ValueError(f"sm_margin is {self.sm_margin}: expected a number of SMs, 0 or more")
         self.stats = Traffic()
         self.observer: Observer | None = None
         self._stream: Any = None
         self._watchdog: Watchdog | None = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
-            self._watchdog = Watchdog(self.timeout, self.group._get_backend(self.device).abort)
+            self._watchdog = Watchdog(
+                self.timeout, self.group._get_backend(self.device).abort, prepare=_tolerate_captures
+            )
             weakref.finalize(self, self._watchdog.stop)
         self._connect()
 
@@ -404,10 +412,12 @@ class Watchdog:
         timeout: seconds from the start of a transfer until it is overdue.
         abort: called once, on the watchdog's thread.
         interval: seconds between two looks while transfers are under way; the thread sleeps while there are none.
+        prepare: what the thread does first; None: nothing.
     """
 
-    def __init__(self, timeout: float, abort: Callable[[], None], interval: float = 0.05):
-        self._timeout, self._abort, self._interval = timeout, abort, interval
+    def __init__(self, timeout: float, abort: Callable[[], None], interval: float = 0.05,
+                 prepare: Callable[[], None] | None = None):
+        self._timeout, self._abort, self._interval, self._prepare = timeout, abort, interval, prepare
         self._pending: list[tuple[float, Watched]] = []
         self._changed = threading.Condition()
         self._stopped = False
@@ -438,6 +448,8 @@ class Watchdog:
             self._thread.join(timeout=5)
 
     def _run(self) -> None:
+        if self._prepare is not None:
+            self._prepare()
         while self._wait_for_work():
             deadline, transfer = self._pending[0]
             if transfer.done():
@@ -457,6 +469,22 @@ class Watchdog:
             return not self._stopped
 
 
+RELAXED_CAPTURE = 2  # cudaStreamCaptureModeRelaxed
+
+
+def _tolerate_captures() -> None:
+    """Lets this thread look at CUDA events while another one captures a graph, which that would otherwise spoil."""
+    assert torch.version.cuda is not None
+    try:
+        runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")  # the one that torch has loaded
+        status = runtime.cudaThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(RELAXED_CAPTURE)))
+    except (OSError, AttributeError) as error:
+        status = error
+    if status != 0:
+        logger.warning("a CUDA graph captured while messages are under way may fail: the watchdog's thread cannot be "
+                       "told to keep out of captures (%s)", status)
+
+
 def _world_group() -> dist.ProcessGroup:
     if dist.group.WORLD is None:
         raise ValueError("group is None and there is no default process group: call torch.distributed."
@@ -468,6 +496,13 @@ def _default_device(group: Any) -> torch.device:
     if torch.cuda.is_available() and "nccl" in dist.get_backend_config(group):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _default_sm_margin() -> int:
+    given = os.environ.get("FA3_DIST_SM_MARGIN", "0")
+    if not given.isdecimal():
+        raise ValueError(f"FA3_DIST_SM_MARGIN is {given!r}: expected a number of SMs, 0 or more")
+    return int(given)
 
 
 def _seconds(timeout: float | timedelta) -> float:

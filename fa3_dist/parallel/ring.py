@@ -10,11 +10,15 @@ them is data in the schedule (`schedule.ring_schedule`), and how messages travel
     for each remote step:                     for each remote step:
         wait for its K/V                          wait for its K/V
         start K/V of the next one                 start K/V of the next one
-        attend, continuing out and lse            gradients: dq in place, dK/dV of the rows that came
-                                                  add the dK/dV that came back from the step before
-                                                  start sending this step's dK/dV home
+        attend, continuing out and lse            for each half of the key/value heads:
+                                                      gradients: dq in place, dK/dV of the rows that came
+                                                      add the dK/dV that came back from the step before
+                                                      start sending this step's dK/dV home
                                               gradients of the earlier local keys
                                               add the last dK/dV that came back
+
+A half's dK/dV travel while the other half computes. That pays where links are slow: elsewhere, and where there is one
+key/value head, a step is one launch (`LEAST_HALF`).
 
 Softmax over all keys is continued from step to step in fp32 (`ops.forward_into`: running out and lse), the gradients
 accumulate in fp32, and dK/dV travel in fp32; what is returned is rounded once, at the end. Only local tensors are saved
@@ -26,11 +30,14 @@ as one (N, G, D + E) tensor, in which any range of rows is contiguous; dK and dV
 
 from __future__ import annotations
 
+import bisect
+import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +45,8 @@ from fa3_dist import ops
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.exchange import Exchange, Pending
 from fa3_dist.parallel.observe import computing
-from fa3_dist.parallel.schedule import Layout, Span, Step, Visit, ring_schedule
+from fa3_dist.parallel.schedule import Layout, Span, Step, Visit, ring_schedule, step_sizes
+from fa3_dist.parallel.sharding import upload
 
 
 def ring_attention(
@@ -121,13 +129,13 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, exchange: Exch
                 ops.forward_into(q, k, v, out_acc, lse, out, **launch, **options, sm_margin=sm_margin)
 
     if plan.remote:
-        kv = torch.cat((k, v), dim=-1)
-        arriving = _fetch(kv, plan.remote[0].step, exchange)
+        kv = _pack(k, v, plan.travelling)
+        arriving = _fetch(kv, plan.remote[0], exchange)
     attend(0, plan.local, k, v, exchange.sm_margin if plan.remote else 0)
     for step, following in zip_longest(plan.remote, plan.remote[1:]):
         k_s, v_s = arriving.wait().split((D, E), dim=-1)
         if following is not None:
-            arriving = _fetch(kv, following.step, exchange)
+            arriving = _fetch(kv, following, exchange)
         attend(step.step.shift, step.forward, k_s, v_s, 0 if following is None else exchange.sm_margin)
     return out, lse
 
@@ -149,34 +157,91 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, de
     dq = q.new_zeros(q.shape, dtype=sum_dtype)
     dkv = k.new_zeros(T, G, D + E, dtype=sum_dtype)
 
-    def add_gradients(step: int, launches: Sequence[Launch], k: Tensor, v: Tensor, dkv: Tensor,
-                      sm_margin: int) -> None:
+    def add_gradients(step: int, launches: Sequence[Launch], k: Tensor, v: Tensor, dkv: Tensor, sm_margin: int,
+                      heads: _Heads | None = None) -> None:
+        """dkv: of the key/value heads that `heads` says, or of all."""
         dk, dv = dkv.split((D, E), dim=-1)
+        tensors = (dout, q, k, v, lse, delta, dq)
+        if heads is not None:
+            tensors = heads.of(*tensors)
         with computing(exchange.observer, "backward", step):
             for launch in launches:
-                ops.backward(dout, q, k, v, lse, delta, dq, dk, dv, **launch, **options, accumulate=True,
-                             sm_margin=sm_margin)
+                ops.backward(  # type: ignore[misc]
+                    *tensors, dk, dv, **launch, **options, accumulate=True, sm_margin=sm_margin
+                )
 
     if plan.remote:
-        kv = torch.cat((k, v), dim=-1)
-        arriving = _fetch(kv, plan.remote[0].step, exchange)
+        kv = _pack(k, v, plan.travelling)
+        arriving = _fetch(kv, plan.remote[0], exchange)
         add_gradients(0, plan.opening, k, v, dkv, exchange.sm_margin)
-    returning: _Arrival | None = None
+    returning: list[_Returning] = []
     for step, following in zip_longest(plan.remote, plan.remote[1:]):
         k_s, v_s = arriving.wait().split((D, E), dim=-1)
         if following is not None:
-            arriving = _fetch(kv, following.step, exchange)
-        dkv_s = kv.new_zeros(_total(step.step.receive), G, D + E, dtype=sum_dtype)
-        add_gradients(step.step.shift, step.backward, k_s, v_s, dkv_s, exchange.sm_margin)
-        if returning is not None:
-            _add_rows(dkv, returning)
-            returning = None  # its buffers go before the next ones come
-        returning = _send_home(dkv_s, step.step, exchange)
+            arriving = _fetch(kv, following, exchange)
+        before, returning = returning, []
+        for heads in _head_parts(q.shape[1], G, step.most_rows * (D + E) * sum_dtype.itemsize, k.device):
+            dkv_s = kv.new_zeros(_total(step.step.receive), heads.kv_count, D + E, dtype=sum_dtype)
+            add_gradients(step.step.shift, step.backward, k_s, v_s, dkv_s, exchange.sm_margin, heads)
+            if before:
+                _add_rows(*before.pop(0))  # its buffers go before the next ones come
+            returning.append(_Returning(heads.of_kv(dkv), _send_home(dkv_s, step.step, exchange)))
+            del dkv_s
+        while before:
+            _add_rows(*before.pop(0))
     add_gradients(0, plan.closing, k, v, dkv, exchange.sm_margin if plan.remote else 0)
-    if returning is not None:
-        _add_rows(dkv, returning)
+    while returning:
+        _add_rows(*returning.pop(0))
     dk, dv = dkv.split((D, E), dim=-1)
     return dq.to(q.dtype), _finished(dk, kv_dtype), _finished(dv, kv_dtype)
+
+
+# ---------------------------------------------------------------------------------------- halves of the heads
+
+
+# Bytes of a message of dK/dV of half the heads from which on a step of the backward is two launches. On an H200 two
+# take 6 to 11 % longer than one where 4 k queries or more meet 4 k keys or more (benchmarks/LOG.md), and a link within
+# a host leaves less than that to hide: there it is not done, unless the environment asks for it. CPUs launch nothing.
+LEAST_HALF = {"cuda": int(os.environ.get("FA3_DIST_LEAST_HALF", 1 << 62)), "cpu": 0}
+
+
+def backward_parts(kv_heads: int, head_bytes: int, least_half: int) -> list[int]:
+    """Key/value heads of each launch of a step of the backward: all in one, or about half in either of two.
+
+    A function of what all ranks know alike, since both ends of a message must expect the same.
+
+    Args:
+        kv_heads: of a rank.
+        head_bytes: of the largest message of dK/dV of the step, on any rank, for one head.
+        least_half: bytes of a message worth a launch of its own, as in LEAST_HALF.
+    """
+    half = kv_heads // 2
+    return [kv_heads - half, half] if half and half * head_bytes >= least_half else [kv_heads]
+
+
+class _Heads(NamedTuple):
+    """A range of key/value heads, and the query heads that read them."""
+
+    kv_start: int
+    kv_count: int
+    readers: int  # query heads of a key/value head
+
+    def of(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
+           dq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Views of the backward's arguments: (rows, heads, ...), lse and delta (heads, rows)."""
+        start, count = self.kv_start * self.readers, self.kv_count * self.readers
+        dout, q, dq = (x.narrow(1, start, count) for x in (dout, q, dq))
+        lse, delta = (x.narrow(0, start, count) for x in (lse, delta))
+        return dout, q, self.of_kv(k), self.of_kv(v), lse, delta, dq
+
+    def of_kv(self, x: Tensor) -> Tensor:
+        return x.narrow(1, self.kv_start, self.kv_count)
+
+
+def _head_parts(heads: int, kv_heads: int, head_bytes: int, device: torch.device) -> list[_Heads]:
+    counts = backward_parts(kv_heads, head_bytes, LEAST_HALF.get(device.type, 0))
+    starts = accumulate(counts, initial=0)
+    return [_Heads(start, count, heads // kv_heads) for start, count in zip(starts, counts, strict=False)]
 
 
 # ------------------------------------------------------------------------------------------------- messages
@@ -194,10 +259,26 @@ class _Arrival(NamedTuple):
         return self.rows
 
 
-def _fetch(kv: Tensor, step: Step, exchange: Exchange) -> _Arrival:
+class _Returning(NamedTuple):
+    """dK/dV under way to this rank, their owner."""
+
+    dkv: Tensor  # where they are added: (T, heads of the message, D + E)
+    arrival: _Arrival
+
+
+def _pack(k: Tensor, v: Tensor, spans: Sequence[Span]) -> Tensor:
+    """K and V of the rows of `spans` as messages have them: (N, G, D + E)."""
+    parts = [torch.cat((k.narrow(0, *span), v.narrow(0, *span)), dim=-1) for span in spans]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else k.new_empty(0, k.shape[1], k.shape[2] + v.shape[2])
+
+
+def _fetch(kv: Tensor, remote: _RemoteStep, exchange: Exchange) -> _Arrival:
     """Starts bringing the K/V rows that this step needs, and sending the rows another rank needs in it."""
+    step = remote.step
     rows = kv.new_empty(_total(step.receive), *kv.shape[1:])
-    pending = exchange.exchange(send=_gather(kv, step.send), destination=step.destination, receive=rows,
+    pending = exchange.exchange(send=_gather(kv, remote.send), destination=step.destination, receive=rows,
                                 source=step.source, what="K/V", step=step.shift)
     return _Arrival(pending, rows, step.receive)
 
@@ -254,6 +335,8 @@ BACKWARD_COLUMNS = FORWARD_COLUMNS[:-1]
 
 class _RemoteStep(NamedTuple):
     step: Step
+    send: tuple[Span, ...]  # the rows of step.send, counted among those that travel
+    most_rows: int  # that come to a rank in this step, of all ranks
     forward: tuple[Launch, ...]
     backward: tuple[Launch, ...]
 
@@ -263,6 +346,7 @@ class RingPlan(NamedTuple):
 
     local: tuple[Launch, ...]  # the local forward
     remote: tuple[_RemoteStep, ...]
+    travelling: tuple[Span, ...]  # local rows whose K/V some other rank needs
     opening: tuple[Launch, ...]  # the local backward in two parts: this one hides the first K/V,
     closing: tuple[Launch, ...]  # and this one the last dK/dV
     alone: Launch | None  # all there is, in both directions, where there are no messages and no running sums
@@ -279,11 +363,38 @@ def ring_plan(layout: Layout, rank: int, window_left: int | None, window_right: 
     *backward, opening_launches, closing_launches = _upload(
         [*(step.backward for step in steps[1:]), opening, closing], BACKWARD_COLUMNS, device
     )
-    remote = tuple(_RemoteStep(*planned) for planned in zip(steps[1:], forward, backward, strict=True))
+    sizes = step_sizes(layout, window_left=window_left, window_right=window_right)
+    most_rows = dict(zip(sizes.shifts, sizes.keys.max(axis=0).tolist(), strict=True))
+    travelling = _union(span for step in steps for span in step.send)
+    remote = tuple(
+        _RemoteStep(step, _counted_in(travelling, step.send), most_rows.get(step.shift, 0), *launches)
+        for step, *launches in zip(steps[1:], forward, backward, strict=True)
+    )
     # One launch each way: every row is in one visit of the forward, so in one of the backward, and so are the keys.
     is_alone = not remote and len(local) == len(closing_launches) == 1
     alone = {name: local[0][name] for name in BACKWARD_COLUMNS} if is_alone else None
-    return RingPlan(local, remote, opening_launches, closing_launches, alone)
+    return RingPlan(local, remote, travelling, opening_launches, closing_launches, alone)
+
+
+def _union(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The rows that are in some span, as disjoint spans in rising order."""
+    union: list[Span] = []
+    for start, length in sorted(spans):
+        if union and start <= union[-1].start + union[-1].length:
+            union[-1] = Span(union[-1].start, max(union[-1].length, start + length - union[-1].start))
+        else:
+            union.append(Span(start, length))
+    return tuple(union)
+
+
+def _counted_in(union: Sequence[Span], spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The rows of `spans`, each of which lies in a span of `union`, counted among the rows of `union`."""
+    before = list(accumulate((each.length for each in union), initial=0))
+    counted = []
+    for start, length in spans:
+        index = bisect.bisect_right(union, start, key=lambda each: each.start) - 1
+        counted.append(Span(before[index] + start - union[index].start, length))
+    return tuple(counted)
 
 
 def _split_keys(launches: Launches) -> tuple[Launches, Launches]:
@@ -306,7 +417,7 @@ def _upload(steps: Sequence[Launches], names: tuple[str, ...], device: torch.dev
     """Launches as tables, all in one tensor; launches without visits are left out."""
     visits = [visit for launches in steps for launch in launches for visit in launch]
     rows = [(*visit[:5], ops.FIRST * visit.first | ops.LAST * visit.last)[: len(names)] for visit in visits]
-    table = torch.tensor(rows, dtype=torch.int32).reshape(-1, len(names)).T.contiguous().to(device)
+    table = upload(np.ascontiguousarray(np.array(rows, dtype=np.int32).reshape(-1, len(names)).T), device)
     end, result = 0, []
     for launches in steps:
         tables = []

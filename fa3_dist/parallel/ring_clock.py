@@ -8,7 +8,7 @@ receiving don't slow each other down. Arrays have a row a rank and a column a st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,25 +68,34 @@ def forward_end(wires: Wires, before: np.ndarray, work: np.ndarray, message: np.
 
 
 def backward_end(wires: Wires, before: np.ndarray, opening: np.ndarray, work: np.ndarray, closing: np.ndarray,
-                 message: np.ndarray, gradient: np.ndarray, add: np.ndarray) -> np.ndarray:
+                 message: np.ndarray, gradient: np.ndarray, add: np.ndarray, parts: Sequence[int]) -> np.ndarray:
     """Seconds after which each rank is through with the backward.
 
     Args:
         before, work, message: as in `forward_end`; work and message at step 0 are not looked at.
         opening, closing: (world,) seconds of the two parts of the local step.
         gradient: (world, steps) bytes of dK/dV that go home. add: (world, steps) seconds to add up those that come.
+        parts: (steps,) launches of a step, each of as many heads; the dK/dV of one travel while the next computes.
     """
     now, steps = before, work.shape[1]
     arriving = wires.fetch(now, 1, message[:, 1]) if steps > 1 else now
     now = now + opening
-    returning = None
+    returning: list[tuple[np.ndarray, np.ndarray]] = []  # when a message is there, and the seconds to add it up
+
+    def add_returned(now: np.ndarray, messages: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        for arrived, seconds in messages:
+            now = np.maximum(now, arrived) + seconds
+        return now
+
     for step in range(1, steps):
         now = np.maximum(now, arriving)
         if step + 1 < steps:
             arriving = wires.fetch(now, step + 1, message[:, step + 1])
-        now = now + work[:, step]
-        if returning is not None:
-            now = np.maximum(now, returning) + add[:, step - 1]
-        returning = wires.send_home(now, step, gradient[:, step])
-    now = now + closing
-    return now if returning is None else np.maximum(now, returning) + add[:, -1]
+        earlier, returning = returning, []
+        for _ in range(parts[step]):
+            now = add_returned(now + work[:, step] / parts[step], earlier[:1])
+            del earlier[:1]
+            arrived = wires.send_home(now, step, gradient[:, step] / parts[step])
+            returning.append((arrived, add[:, step] / parts[step]))
+        now = add_returned(now, earlier)
+    return add_returned(now + closing, returning)

@@ -84,9 +84,17 @@ def positions(layout: Layout, rank: int, device: torch.device | str | None = Non
 
 
 def upload(numbers: np.ndarray, device: torch.device | str | None) -> Tensor:
-    """The numbers as a tensor on the device; the host does not wait for them to get there."""
+    """The numbers as a tensor on the device; the host does not wait for them to get there.
+
+    Raises RuntimeError while a CUDA graph is captured: a copy from the host is no part of one.
+    """
     host = torch.from_numpy(numbers)
     if device is not None and torch.device(device).type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, and what this batch's layout and mask need on the device is not there "
+                "yet: expected one step like it before the capture, and batches to be sharded outside of it"
+            )
         return host.pin_memory().to(device, non_blocking=True)  # pageable memory would make the host wait
     return host.to(device)
 
