@@ -47,10 +47,19 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
   TileCounter& counter = *arguments.counter;
   // Each block's first tile is known without asking, unless tiles take turns (turns.cuh).
   const int known = arguments.params.turns == nullptr ? gridDim.x : 0;
+  TurnEnds<Config> ends(shared);
+  const auto wait = [&](auto& barrier, uint32_t parity) {
+    if (known > 0) {
+      barrier.wait(parity);
+    } else {
+      while (!barrier.test_wait(parity)) ends.count_one();
+      asm volatile("" ::: "memory");
+    }
+  };
   uint32_t loaded_parity = 1;
   const auto draw = [&] {
     // Those that take turns are best begun in the order in which they are drawn: none is drawn long before.
-    if (arguments.params.turns != nullptr) shared.tile_loaded.wait(loaded_parity);
+    if (known == 0) wait(shared.tile_loaded, loaded_parity);
     return known + atomicAdd(&counter.drawn, 1);
   };
 #pragma unroll 1
@@ -76,15 +85,17 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
     if (blocks.first == blocks.end) continue;  // the gradients of keys that nobody sees are 0 from the start
     // Keys past the end are hidden one by one.
     if (first_key + Config::kKeys > sequence.q_len) blocks.end_open = blocks.first_plain;
-    shared.tile_empty[ring.stage].wait(ring.parity ^ 1);
+    wait(shared.tile_empty[ring.stage], ring.parity ^ 1);
     shared.tile[ring.stage] = {false, batch, unit - batch * params.kv_heads, first_key, sequence, blocks};
     shared.tile_full[ring.stage].arrive();
     ring.advance();
     loaded_parity ^= 1;
   }
-  shared.tile_empty[ring.stage].wait(ring.parity ^ 1);
+  wait(shared.tile_empty[ring.stage], ring.parity ^ 1);
   shared.tile[ring.stage].end = true;
   shared.tile_full[ring.stage].arrive();
+  while (known == 0 && ends.count_one()) {
+  }
   // The last block to get here leaves the counter as it found it.
   __threadfence();
   if (atomicInc(&counter.finished, gridDim.x - 1) == gridDim.x - 1) atomicExch(&counter.drawn, 0);
@@ -224,6 +235,7 @@ template <class Config>
 __device__ __forceinline__ void add_query_blocks(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
   const bool packed = arguments.transposed.q_start != nullptr;
   const bool takes_turns = arguments.params.turns != nullptr;
+  TurnEnds<Config> ends(shared);
   Ring<kKeyTileSlots> tile_ring;
   uint32_t parity = 0;
   while (true) {
@@ -239,15 +251,15 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
     const auto end_last_turn = [&] {
       if (last.count == nullptr) return;
       wait_for_additions();
-      end_turn(last);
+      ends.leave(last.count);
     };
     for_each_step<Config>(arguments, first_block, end_block, [&](int head, int block) {
       if (takes_turns) {
         const QueryTurn turn = turn_at<Config>(arguments.params, sequence, batch, first_head + head, first_key, block);
         // Asked for the first time while the additions before are on their way.
-        const bool has_come = last.count != nullptr && counted(turn) >= turn.before;
+        bool come = has_come(turn);
         end_last_turn();
-        if (!has_come) wait_for(turn);
+        while (!come) come = has_come(turn);
         fence_additions();
         last = turn;
       }
@@ -259,22 +271,16 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
         add_panels<Config>(arguments.dq, panels, column + skipped, column + Config::kColumnsDQ, sequence.k_base,
                            sequence.k_len, block * Config::kQueries + (Config::kSplitsColumns ? 0 : warpgroup * 64),
                            first_head + head, batch, packed);
-        if (takes_turns && warpgroup == 0) {
-          // It gets its panels back while the other's are still on their way: this thread is slower than without turns.
-          tma_store_wait<0>();
-          shared.dq_empty[0].arrive();
-        }
       }
-      if (!takes_turns) {
-        tma_store_wait<Config::kConsumers - 1>();
-        shared.dq_empty[0].arrive();
-      }
+      tma_store_wait<Config::kConsumers - 1>();
+      shared.dq_empty[0].arrive();
       tma_store_wait<0>();
       shared.dq_empty[1].arrive();
       parity ^= 1;
     });
     end_last_turn();
   }
+  if (takes_turns) ends.leave(nullptr);
 }
 
 }  // namespace fa3

@@ -32,6 +32,7 @@ struct KeyTile {
   KeyBlocks blocks;   // of queries; in [first_plain, end_open) no score is hidden
 };
 constexpr int kKeyTileSlots = 2;
+constexpr int kAddedSlots = 2;  // additions to dQ that have been made and not been counted
 
 template <class Config>
 struct alignas(1024) BackwardShared {
@@ -58,7 +59,11 @@ struct alignas(1024) BackwardShared {
   KeyTile tile[kKeyTileSlots];
   HandOver tile_full[kKeyTileSlots];
   HandOver tile_empty[kKeyTileSlots];
+  // Where tiles take turns (turns.cuh).
   Barrier tile_loaded;  // the loads of the last tile that was drawn have been started
+  int* added[kAddedSlots];
+  HandOver added_full[kAddedSlots];
+  HandOver added_empty[kAddedSlots];
 
   // Warpgroups with keys of their own: both have finished a step, so its dS is there, and the one before no longer read.
   Barrier step_done;
@@ -91,6 +96,10 @@ __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
   }
   shared.step_done.init(kConsumerWarps);
   shared.tile_loaded.init(1);
+  for (int slot = 0; slot < kAddedSlots; ++slot) {
+    shared.added_full[slot].init(1);
+    shared.added_empty[slot].init(1);
+  }
   for (int slot = 0; slot < kKeyTileSlots; ++slot) {
     shared.tile_full[slot].init(1);
     // All who read a tile: consumers, the thread that loads, the warp that brings lse and delta, and the thread that adds

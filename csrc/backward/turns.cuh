@@ -42,24 +42,16 @@ __device__ __forceinline__ QueryTurn turn_at(const BackwardParams& params, const
   return {params.turns + row + sequence.k_base + first_query, first_key / Config::kKeys - first_tile};
 }
 
-// The additions that have been made, as far as is known.
-__device__ __forceinline__ int counted(const QueryTurn& turn) {
+// Whether the turn has come. If so, what the tiles before have added is there for what this thread does next.
+__device__ __forceinline__ bool has_come(const QueryTurn& turn) {
   int count;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(turn.count) : "memory");
-  return count;
-}
-// Waits until the turn has come: what the tiles before have added is there for what this thread does next.
-__device__ __forceinline__ void wait_for(const QueryTurn& turn) {
-  int count;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(turn.count) : "memory");
-  } while (count < turn.before);
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(turn.count) : "memory");
+  return count >= turn.before;
 }
 
-// Counts an addition that this thread has made, or, behind a barrier, its warpgroup. A turn of which counted() has said
-// before that it has come, has come behind this, as if wait_for had seen it.
-__device__ __forceinline__ void end_turn(const QueryTurn& turn) {
-  asm volatile("fence.acq_rel.gpu;\n\tred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(turn.count) : "memory");
+// Counts an addition that has been made, by this thread or by one that it has met at a barrier since.
+__device__ __forceinline__ void end_turn(int* count) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
 }
 
 // NOTE: bulk additions go by the asynchronous proxy, counts by the generic one, and acquire and release order only what goes
@@ -73,5 +65,37 @@ __device__ __forceinline__ void wait_for_additions() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   fence_additions();
 }
+
+// A release waits until all that its thread has seen done is done for all threads, which takes so long that the thread that
+// adds leaves it to the one that draws tiles, which has time. What is left to it is in the order of the additions.
+template <class Config>
+class TurnEnds {
+ public:
+  __device__ __forceinline__ explicit TurnEnds(BackwardShared<Config>& shared) : shared_(shared) {}
+
+  // By the thread that adds: additions have been made; or, nullptr, there will be no more.
+  __device__ __forceinline__ void leave(int* count) {
+    shared_.added_empty[ring_.stage].wait(ring_.parity ^ 1);
+    shared_.added[ring_.stage] = count;
+    shared_.added_full[ring_.stage].arrive();
+    ring_.advance();
+  }
+
+  // By the other one: counts an addition, if there is one. False: there will be no more.
+  __device__ __forceinline__ bool count_one() {
+    if (!shared_.added_full[ring_.stage].test_wait(ring_.parity)) return true;
+    asm volatile("" ::: "memory");
+    int* const count = shared_.added[ring_.stage];
+    shared_.added_empty[ring_.stage].arrive();
+    ring_.advance();
+    if (count == nullptr) return false;
+    end_turn(count);
+    return true;
+  }
+
+ private:
+  BackwardShared<Config>& shared_;
+  Ring<kAddedSlots> ring_;
+};
 
 }  // namespace fa3
