@@ -1,4 +1,4 @@
-"""The compiled forward under NVIDIA's compute-sanitizer: no access outside of memory, no race, no misused barrier."""
+"""The compiled kernels under NVIDIA's compute-sanitizer: no access outside of memory, no race, no misused barrier."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-CALLS = """
+FORWARD = """
 import torch
 from fa3_dist import ops
 from tests.test_forward_kernel import growing, pack, qkv, visit_columns
@@ -30,12 +30,38 @@ torch.cuda.synchronize()
 print("all calls made")
 """
 
+BACKWARD = """
+import torch
+from fa3_dist import ops
+from tests.hopper import column, pack
+from tests.test_backward_kernel import problem_tensors
+
+def call(q, k, v, dout, accumulate=False, deterministic=False, **form):
+    rows = torch.zeros(2, *q.shape[:-3], q.shape[-2], q.shape[-3], device="cuda")
+    grads = [torch.zeros_like(x, dtype=torch.float32 if accumulate else None) for x in (q, k, v)]
+    ops.backward(dout, q, k, v, *rows, *grads, accumulate=accumulate, deterministic=deterministic, **form)
+
+for dims in ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)):
+    dense = problem_tensors(0, 300, 420, 4, 2, *dims, batch=1)
+    lengths = [130, 0, 1, 200]
+    starts, total = pack(lengths, gap=3)
+    ranges = dict(zip(ops.RANGES, map(column, (starts, lengths, starts, lengths))))
+    packed = [x[0] for x in problem_tensors(1, total, total, 4, 2, *dims, batch=1)]
+    for deterministic in (False, True) if dims[0] <= ops.MOST_DETERMINISTIC else (False,):
+        call(*dense, window_left=150, window_right=0, deterministic=deterministic)
+        call(*dense, accumulate=True, softcap=5.0, deterministic=deterministic)
+        call(*packed, **ranges, window_right=0, deterministic=deterministic)
+torch.cuda.synchronize()
+print("all calls made")
+"""
+
 
 @pytest.mark.gpu
 @pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("calls", [FORWARD, BACKWARD], ids=["forward", "backward"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_sanitizer_finds_nothing(tool):
-    command = [str(SANITIZER), "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", CALLS]
+def test_sanitizer_finds_nothing(tool, calls):
+    command = [str(SANITIZER), "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", calls]
     root = Path(__file__).resolve().parent.parent
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and "all calls made" in result.stdout, (result.stdout + result.stderr)[-4000:]

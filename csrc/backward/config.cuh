@@ -44,7 +44,7 @@ struct BackwardConfig {
       kStages * (kBytesQ + kBytesDO + (kElementsDS + (kSharesKeys ? kElementsP : 0)) * sizeof(Element));
   static constexpr int kBytesShared = 225 * 1024;  // without barriers and other small things
   // dQ leaves through shared memory, by bulk additions, in panels of 64 queries and 32 columns; where there is no room, by
-  // additions from registers, which take the memory pipeline longer than the products take the tensor cores.
+  // additions from registers.
   static constexpr int kColumnsPanelDQ = 32;
   static constexpr int kElementsPanelDQ = 64 * kColumnsPanelDQ;
   static constexpr bool kBulkDQ = kBytesSteps + kBytesK + kBytesV + kQueries * kHeadDim * 4 <= kBytesShared;

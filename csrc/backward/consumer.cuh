@@ -1,10 +1,10 @@
 // A consumer warpgroup whose dQ lags a step behind: 64 keys of every tile.
 //
-// A step takes a block of queries of one head, and S^T, dP^T, P^T and dS^T stay in the registers that
-// they come out in, for dV += P^T dO and dK += dS^T Q. dS also goes to shared memory, for dQ = dS K over the keys of both
-// warpgroups, of which each takes half of the columns. A warpgroup multiplies dQ not of its step but of the one before, of
-// which the other's dS has long been there: so neither waits for the other, and while one has products to issue, the other
-// has weights to compute. The first step of warpgroup 1 starts half a step late; they keep that distance by themselves.
+// A step takes a block of queries of one head, and S^T, dP^T, P^T and dS^T stay in the registers that they come out in, for
+// dV += P^T dO and dK += dS^T Q. dS also goes to shared memory, for dQ = dS K over the keys of both warpgroups, of which each
+// takes half of the columns, or of the queries. A warpgroup multiplies dQ not of its step but of the one before, of which the
+// other's dS has long been there: so neither waits for the other, and while one has products to issue, the other has
+// weights to compute. The first step of warpgroup 1 starts half a step late; they keep that distance by themselves.
 //
 // In a step some product is always under way: dP under the weights, dV under dS, dK and dQ at the end, and S under the
 // bulk addition of dQ to global memory, which a thread of the producer warpgroup starts (add_query_blocks).

@@ -28,9 +28,9 @@ __device__ __forceinline__ float* panels_of(BackwardShared<Config>& shared, int 
 
 // Writes a thread's part of a warpgroup's dQ, 64 queries, to panels of shared memory as the bulk addition reads them:
 // rows of 128 bytes whose 16-byte pieces are swizzled.
-template <class Config, class Gradient, class Thread>
+template <class Config, class Gradient>
 __device__ __forceinline__ void store_queries(const Gradient& rdQ, float scale, float* first_panel, int skipped,
-                                              Thread thread) {
+                                              int thread) {
   constexpr int kBlocks = decltype(size(rdQ))::value / 4;  // of 8 columns
   const int lane = thread % 32;
   const int row = thread / 32 * 16 + lane / 4;
@@ -107,9 +107,9 @@ __device__ __forceinline__ void add_panels(const CUtensorMap& map, const float* 
 __host__ __device__ constexpr int dq_sum_column(int column) {
   return column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
 }
-// Of dense ones it has tiles of kSumTileRows queries, of a head after the other, in which lie the blocks of 8 columns as the lanes of
-// a warp hold them, 4 elements each: the 512 bytes that an instruction adds are neighbours, which the L2 cache takes
-// a fifth faster.
+// Of dense ones it has tiles of kSumTileRows queries, head after head, in which blocks of 8 columns lie as the lanes of a
+// warp hold them, 4 elements each: the 512 bytes that an instruction adds are neighbours, which the L2 cache takes a fifth
+// faster.
 
 __device__ __forceinline__ void add_global(float* to, float a, float b) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(a), "f"(b) : "memory");
