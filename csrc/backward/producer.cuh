@@ -246,11 +246,11 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
     shared.tile_empty[tile_ring.stage].arrive();
     tile_ring.advance();
-    QueryTurn last{};  // whose additions are on their way
+    int* last = nullptr;  // where additions are to be counted that are on their way
     const auto end_last_turn = [&] {
-      if (last.count == nullptr) return;
+      if (last == nullptr) return;
       wait_for_additions();
-      ends.leave(last.count);
+      ends.leave(last);
     };
     for_each_step<Config>(arguments, first_block, end_block, [&](int head, int block) {
       if (takes_turns) {
@@ -260,7 +260,7 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
         end_last_turn();
         while (!come) come = has_come(turn);
         fence_additions();
-        last = turn;
+        last = turn.count;
       }
 #pragma unroll
       for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
