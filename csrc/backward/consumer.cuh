@@ -167,6 +167,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     Tensor rdP = make_tensor_like(rS);
     multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[v_ring.stage], typename Config::LayoutV{})),
              thread_s.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDO{})), rdP, false);
+    const int block = shared.block[stage];
     float2 early_lse[Config::kEarlyWeights ? kScores / 4 : 1];
     if constexpr (Config::kEarlyWeights) {
 #pragma unroll
@@ -191,7 +192,6 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
         rdP(i) = (rdP(i) - delta) * (1.f - rS(i) * rS(i)) + delta;
       }
     }
-    const int block = shared.block[stage];
     if (block < first_plain || block >= end_open) hide_queries<Config>(rS, tile, rows, block * Config::kQueries);
     Tensor rP = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kQueries / 16>>>{});
     static_assert(size(rS) == size(rP));
@@ -256,7 +256,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     warpgroup_fence_operand(rdV);
     warpgroup_fence_operand(rdK);
     warpgroup_fence_operand(rdQ);
-    arrive_as_warp(thread, shared.step_empty[0][stage]);
+    shared.step_empty[0][stage].arrive();
     if (step > 0) store_dq(rdQ);
     arrive_as_warp(thread, shared.step_done);
     if (fresh && step > 0) arrive_as_warp(thread, shared.k_empty[k_before]);

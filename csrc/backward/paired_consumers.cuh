@@ -208,7 +208,7 @@ __device__ __forceinline__ void consume_weights(const BackwardArguments& argumen
                                                                  exp2_approximate(rS(e + 1) * scale_log2 - lse.y));
       }
     }
-    arrive_as_warp(thread, shared.step_empty[0][stage]);
+    shared.step_empty[0][stage].arrive();
     if (capped) {
 #pragma unroll
       for (int i = 0; i < kScores; i += 2) {
@@ -220,7 +220,7 @@ __device__ __forceinline__ void consume_weights(const BackwardArguments& argumen
     } else {
       send_weights<Config>(rP, shared.p[stage], thread);
     }
-    arrive_as_warp(thread, shared.p_full[stage]);
+    shared.p_full[stage].arrive();
 
     // dQ = dS K of the step before, dV += P^T dO
     // NOTE: at a tile's first step there is no step before, yet dQ is multiplied, from whatever lies there, and forgotten: a
@@ -235,7 +235,7 @@ __device__ __forceinline__ void consume_weights(const BackwardArguments& argumen
     if (!fresh) dq.add(rdQ, at, kWarpgroup, thread, head_before, block_before);
     warpgroup_wait<0>();
     warpgroup_fence_operand(rdV);
-    arrive_as_warp(thread, shared.step_empty[1][stage]);
+    shared.step_empty[1][stage].arrive();
     head_before = at.head;
     block_before = at.block;
     at.next_block();
@@ -316,11 +316,11 @@ __device__ __forceinline__ void consume_weight_gradients(const BackwardArguments
             round_pair<Element>(weights.x * (rdP(e) - delta.x), weights.y * (rdP(e + 1) - delta.y));
       }
     }
-    arrive_as_warp(thread, shared.step_empty[1][stage]);
+    shared.step_empty[1][stage].arrive();
     // NOTE: the first warpgroup's dQ of two steps ago is done, since that step's P is older than this one's.
     store_weights<Config>(rdS, shared.ds[stage], 0, thread);
     cutlass::arch::fence_view_async_shared();
-    arrive_as_warp(thread, shared.ds_full[stage]);
+    shared.ds_full[stage].arrive();
 
     // dQ = dS K, dK += dS^T Q
     shared.step_full[0][stage].wait(parity);
@@ -333,7 +333,7 @@ __device__ __forceinline__ void consume_weight_gradients(const BackwardArguments
     dq.add(rdQ, at, kWarpgroup, thread, at.head, at.block);
     warpgroup_wait<0>();
     warpgroup_fence_operand(rdK);
-    arrive_as_warp(thread, shared.step_empty[0][stage]);
+    shared.step_empty[0][stage].arrive();
     at.next_block();
 
     if (at.steps == 0) {

@@ -53,6 +53,8 @@ struct alignas(1024) BackwardShared {
   Barrier k_empty[Config::kStagesK];
   Barrier v_empty[Config::kStagesV];
   // [0]: Q and lse_log2; the last: dO and delta.
+  // NOTE: at these, and at those where P changes hands, every thread arrives: of a lane that arrives for its warp
+  // compute-sanitizer does not know that it speaks for the others, too.
   LoadBarrier step_full[Config::kLoads][Config::kStages];
   HandOver step_empty[Config::kLoads][Config::kStages];
 
@@ -69,7 +71,7 @@ struct alignas(1024) BackwardShared {
   Barrier step_done;
   // Those that share keys: P is there; dS is there, and P no longer read.
   HandOver p_full[Config::kStages];
-  Barrier ds_full[Config::kStages];
+  HandOver ds_full[Config::kStages];
   // dQ on its way through shared memory, for each warpgroup.
   Barrier dq_full[Config::kConsumers];
   Barrier dq_empty[Config::kConsumers];
@@ -89,10 +91,10 @@ __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
   for (int stage = 0; stage < Config::kStages; ++stage) {
     for (int load = 0; load < Config::kLoads; ++load) {
       shared.step_full[load][stage].init(1 + 32);
-      shared.step_empty[load][stage].init(kConsumerWarps);
+      shared.step_empty[load][stage].init(128 * Config::kConsumers);
     }
-    shared.p_full[stage].init(4);
-    shared.ds_full[stage].init(4);
+    shared.p_full[stage].init(128);
+    shared.ds_full[stage].init(128);
   }
   shared.step_done.init(kConsumerWarps);
   shared.tile_loaded.init(1);
