@@ -171,6 +171,11 @@ BARS: dict[str, list[Bar]] = {
 }
 
 
+def meets(value: float, level: float, sense: str) -> bool:
+    """Whether a figure is "at least", or else "at most", so much."""
+    return value >= level if sense == "at least" else value <= level
+
+
 def summarise(suite: str, cells: Cells, gemm_tflops: float) -> list[dict[str, Any]]:
     """Every bar of the suite with the figure beside it; `passed` is None where not all of it was measured."""
     summary = []
@@ -179,7 +184,7 @@ def summarise(suite: str, cells: Cells, gemm_tflops: float) -> list[dict[str, An
         level, figure = bar.bar * scale, bar.figure(cells)
         passed = None
         if figure.value is not None and figure.complete:
-            passed = figure.value >= level if bar.sense == "at least" else figure.value <= level
+            passed = meets(figure.value, level, bar.sense)
         summary.append(
             {
                 "what": bar.what,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attention_report import NOT_MEASURED, Cells, Figure, gemm_complaint
+from attention_report import NOT_MEASURED, Cells, Figure, gemm_complaint, meets
 
 from fa3_dist.parallel.observe import COMMUNICATION, COMPUTE, uncovered
 
@@ -115,7 +115,7 @@ def summarise(cells: Cells, judged: bool) -> list[dict[str, Any]]:
     for bar in BARS:
         figure, passed = bar.figure(cells), None
         if figure.value is not None and judged:
-            passed = figure.value >= bar.bar if bar.sense == "at least" else figure.value <= bar.bar
+            passed = meets(figure.value, bar.bar, bar.sense)
         summary.append({
             "what": bar.what, "value": figure.value, "note": figure.note, "bar": bar.bar, "sense": bar.sense,
             "passed": passed,
