@@ -6,8 +6,9 @@
 // other's dS has long been there: so neither waits for the other, and while one has products to issue, the other has
 // weights to compute. The first step of warpgroup 1 starts half a step late; they keep that distance by themselves.
 //
-// In a step some product is always under way: dP under the weights, dV under dS, dK and dQ at the end, and S under the
-// bulk addition of dQ to global memory, which a thread of the producer warpgroup starts (add_query_blocks).
+// In a step some product is always under way: dP under the weights, dV under dS, and dK, which reads half as much shared
+// memory as the others, while dQ is stored there. A thread of the producer warpgroup then starts its bulk addition to global
+// memory (add_query_blocks).
 #pragma once
 
 #include "backward/epilogue.cuh"
@@ -246,18 +247,19 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     if (step == 0 && warpgroup == 0) cutlass::arch::NamedBarrier::arrive(256, 1);
     store_weights<Config>(rdS, shared.ds[stage], warpgroup * 64, thread);
     cutlass::arch::fence_view_async_shared();
-    multiply(mma_dk, rdS, thread_dk.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQt{})), rdK, !fresh);
     // NOTE: at the first step there is no step before, yet dQ is multiplied, from whatever lies there, and forgotten: a
     // product that depends on a branch makes the compiler wait for each.
     Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<Config::kQueries>, Int<Config::kColumnsDQ>>{});
     multiply_dq(rdQ, 1 - stage);
+    multiply(mma_dk, rdS, thread_dk.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQt{})), rdK, !fresh);
     if (step > 0) shared.dq_empty[warpgroup].wait(parity);
-    warpgroup_wait<0>();
+    warpgroup_wait<1>();
     warpgroup_fence_operand(rdV);
-    warpgroup_fence_operand(rdK);
     warpgroup_fence_operand(rdQ);
-    shared.step_empty[0][stage].arrive();
     if (step > 0) store_dq(rdQ);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdK);
+    shared.step_empty[0][stage].arrive();
     arrive_as_warp(thread, shared.step_done);
     if (fresh && step > 0) arrive_as_warp(thread, shared.k_empty[k_before]);
     k_before = k_ring.stage;
@@ -265,13 +267,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
 
     if (steps == 0) {
       OutputRow row[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int key = tile.first_key + rows.row + 8 * r;
-        row[r].exists = key < tile.sequence.q_len;
-        row[r].at =
-            (int64_t{tile.batch} * forward.seqlen_k + tile.sequence.q_base + key) * forward.kv_heads + tile.kv_head;
-      }
+      place_keys<Config>(row, tile, forward, rows.row);
       write_keys<Element>(rdV, 1.f, params.dv, params.dv_dtype, params.accumulate, row, 0, forward.head_dim_v);
       write_keys<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, params.accumulate, row, 0,
                           forward.head_dim);

@@ -201,6 +201,18 @@ __device__ __forceinline__ void store_columns(const Gradient& rG, float scale, E
   }
 }
 
+// The places of a thread's two rows of keys in dK and dV.
+template <class Config>
+__device__ __forceinline__ void place_keys(OutputRow (&row)[2], const KeyTile& tile, const ForwardParams& forward,
+                                           int first_row) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int key = tile.first_key + first_row + 8 * r;
+    row[r].exists = key < tile.sequence.q_len;
+    row[r].at = (int64_t{tile.batch} * forward.seqlen_k + tile.sequence.q_base + key) * forward.kv_heads + tile.kv_head;
+  }
+}
+
 // Writes a thread's rows of dK or dV, scaled, or adds them to what is there: the keys of a launch that accumulates are
 // disjoint.
 template <class Element, class Gradient>

@@ -49,18 +49,6 @@ struct PairedSteps {
   }
 };
 
-// The places of a thread's two rows of keys in dK and dV.
-template <class Config>
-__device__ __forceinline__ void place_keys(OutputRow (&row)[2], const KeyTile& tile, const ForwardParams& forward,
-                                           int first_row) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int key = tile.first_key + first_row + 8 * r;
-    row[r].exists = key < tile.sequence.q_len;
-    row[r].at = (int64_t{tile.batch} * forward.seqlen_k + tile.sequence.q_base + key) * forward.kv_heads + tile.kv_head;
-  }
-}
-
 // dQ, half of the columns, of a step whose dS is there.
 template <class Config>
 struct PairedDQ {
@@ -83,16 +71,15 @@ struct PairedDQ {
     const BackwardParams& params = steps.arguments.params;
     const ForwardParams& forward = params.forward;
     const KeyTile& tile = steps.tile();
-    constexpr int kSkipped = 0;
-    static_assert(2 * Config::kColumnsDQ == Config::kHeadDim);
+    static_assert(2 * Config::kColumnsDQ == Config::kHeadDim);  // no column is both warpgroups'
     if constexpr (Config::kBulkDQ) {
       steps.shared.dq_empty[warpgroup].wait(parity);
       parity ^= 1;
       float* const panels = panels_of(steps.shared, warpgroup);
       if (params.accumulate) {
-        store_queries<Config>(rdQ, forward.softmax_scale, panels, kSkipped, thread);
+        store_queries<Config>(rdQ, forward.softmax_scale, panels, 0, thread);
       } else {
-        store_permuted_queries<Config>(rdQ, panels, tile.sequence.k_base, kSkipped, thread);
+        store_permuted_queries<Config>(rdQ, panels, tile.sequence.k_base, 0, thread);
       }
       cutlass::arch::fence_view_async_shared();
       arrive_as_warp(thread, steps.shared.dq_full[warpgroup]);

@@ -58,8 +58,9 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
   };
   uint32_t loaded_parity = 1;
   const auto draw = [&] {
-    // Those that take turns are best begun in the order in which they are drawn: none is drawn long before.
-    if (known == 0) wait(shared.tile_loaded, loaded_parity);
+    // Who draws long before keeps a tile from a block that is free earlier; and tiles that begin in the order in which they
+    // are drawn have their queries, and turns, in common.
+    wait(shared.nearly_loaded, loaded_parity);
     return known + atomicAdd(&counter.drawn, 1);
   };
 #pragma unroll 1
@@ -100,6 +101,9 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
   __threadfence();
   if (atomicInc(&counter.finished, gridDim.x - 1) == gridDim.x - 1) atomicExch(&counter.drawn, 0);
 }
+
+// The next tile is drawn when this many steps of a tile are yet to be loaded.
+constexpr int kStepsDrawnAhead = 2;
 
 // ---- loads -----------------------------------------------------------------------------------------------------------
 
@@ -145,8 +149,10 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
                                                                shared.k[k_ring.stage], sequence.q_base, sequence.q_len,
                                                                first_key, kv_head, batch, packed);
     k_ring.advance();
+    int steps_before_draw = max(arguments.group * (end_block - first_block) - kStepsDrawnAhead, 0);
     bool values_wait = true;  // V comes after the first Q: that is the order in which they are needed
     for_each_step<Config>(arguments, first_block, end_block, [&](int head, int block) {
+      if (steps_before_draw-- == 0) shared.nearly_loaded.arrive();
       LoadBarrier& q_full = shared.step_full[0][ring.stage];
       LoadBarrier& dout_full = shared.step_full[Config::kLoads - 1][ring.stage];
       shared.step_empty[0][ring.stage].wait(ring.parity ^ 1);
@@ -172,7 +178,6 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
           block * Config::kQueries, kv_head * arguments.group + head, batch, packed);
       ring.advance();
     });
-    if (arguments.params.turns != nullptr) shared.tile_loaded.arrive();
   }
 }
 
@@ -271,11 +276,9 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
         add_panels<Config>(arguments.dq, panels, column + skipped, column + Config::kColumnsDQ, sequence.k_base,
                            sequence.k_len, block * Config::kQueries + (Config::kSplitsColumns ? 0 : warpgroup * 64),
                            first_head + head, batch, packed);
+        tma_store_wait<0>();
+        shared.dq_empty[warpgroup].arrive();
       }
-      tma_store_wait<Config::kConsumers - 1>();
-      shared.dq_empty[0].arrive();
-      tma_store_wait<0>();
-      shared.dq_empty[1].arrive();
       parity ^= 1;
     });
     end_last_turn();

@@ -61,8 +61,8 @@ struct alignas(1024) BackwardShared {
   KeyTile tile[kKeyTileSlots];
   HandOver tile_full[kKeyTileSlots];
   HandOver tile_empty[kKeyTileSlots];
+  Barrier nearly_loaded;  // of the last tile that was drawn, all but the last loads have been started
   // Where tiles take turns (turns.cuh).
-  Barrier tile_loaded;  // the loads of the last tile that was drawn have been started
   int* added[kAddedSlots];
   HandOver added_full[kAddedSlots];
   HandOver added_empty[kAddedSlots];
@@ -97,7 +97,7 @@ __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
     shared.ds_full[stage].init(128);
   }
   shared.step_done.init(kConsumerWarps);
-  shared.tile_loaded.init(1);
+  shared.nearly_loaded.init(1);
   for (int slot = 0; slot < kAddedSlots; ++slot) {
     shared.added_full[slot].init(1);
     shared.added_empty[slot].init(1);
