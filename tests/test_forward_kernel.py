@@ -99,6 +99,25 @@ def test_every_variant(variant, lengths, mask):
     judge(out, lse, q, k, v, **MASKS[mask])
 
 
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_keys_than_short_tiles_are_for(dtype, mask):
+    q, k, v = qkv(13, 384, 8300, 2, 1, 256, dtype=DTYPES[dtype], batch=1)
+    poison_memory()
+    out, lse = ops.forward(q, k, v, **MASKS[mask])
+    judge(out, lse, q, k, v, **MASKS[mask])
+
+
+@pytest.mark.parametrize("lengths", [(256, 1), (500, 700), (512, 512), (1024, 65)], ids=lambda x: f"{x[0]}x{x[1]}")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_enough_work_for_tiles_of_256_queries(dtype, lengths):
+    for softcap in (0.0, 20.0):
+        q, k, v = qkv(14, *lengths, 32, 8, 64, dtype=DTYPES[dtype], batch=9)
+        poison_memory()
+        out, lse = ops.forward(q, k, v, softcap=softcap)
+        judge(out, lse, q, k, v, softcap=softcap)
+
+
 @pytest.mark.parametrize(
     "head_dims", [(8, 8), (24, 64), (64, 8), (72, 72), (80, 96), (104, 40), (136, 136), (160, 200)]
 )

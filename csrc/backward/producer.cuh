@@ -28,8 +28,7 @@ __device__ __forceinline__ void for_each_step(const BackwardArguments& arguments
 
 // ---- tiles -----------------------------------------------------------------------------------------------------------
 
-// The tiles of a launch, in the order in which they are drawn: group of KV heads after group; inside a group those with
-// the most queries first, and the KV heads side by side.
+// The tiles of a launch, in the order in which they are drawn; of a KV head those with the most queries first.
 template <class Config>
 __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
   const ForwardParams& params = arguments.transposed;
@@ -65,12 +64,7 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
   };
 #pragma unroll 1
   for (int index = known > 0 ? blockIdx.x : draw(); index < tiles; index = draw()) {
-    const int group = index / (units_per_group * per_unit);
-    const int in_group = index - group * units_per_group * per_unit;
-    const int units_here = min(units_per_group, units - group * units_per_group);
-    const int rank = in_group / units_here;
-    const int unit = group * units_per_group + in_group - rank * units_here;
-
+    const auto [unit, rank] = unit_tile(index, units, per_unit, units_per_group);
     const int batch = unit / params.kv_heads;
     Sequence sequence;
     int first_key;

@@ -22,7 +22,7 @@ constexpr TileShape forward_tile(int head_dim, int head_dim_v, Sequences sequenc
   return FA3_FORWARD_TILE;
 #endif
   const bool is_short = sequences == Sequences::kShort;
-  if (head_dim <= 64) return {is_short ? 128 : 192, 128};
+  if (head_dim <= 64) return sequences == Sequences::kShortFull ? TileShape{256, 64} : TileShape{is_short ? 128 : 192, 128};
   if (head_dim <= 128 || head_dim_v <= 128) return {128, 128};
   if (head_dim <= 192) return {128, 112};
   return {128, is_short ? 64 : 80};
@@ -65,17 +65,17 @@ struct ForwardConfig {
   static constexpr int kBytesQ = kQueries * kHeadDim * sizeof(Element);
   static constexpr int kBytesK = kKeys * kHeadDim * sizeof(Element);
   static constexpr int kBytesV = kKeys * kHeadDimV * sizeof(Element);
-  static constexpr int kStages = 2;  // of K and of V
+  static constexpr int kStages = kKeys * kHeadDim <= 64 * 64 ? 4 : 2;  // of K and of V
   // The next tile's queries arrive under this tile's last blocks where there is room.
   static constexpr int kStagesQ = 2 * kBytesQ + kStages * (kBytesK + kBytesV) <= (kQueries == 64 ? 112 : 224) * 1024 ? 2 : 1;
 
-  // A tile's output leaves through shared memory of its own where there is room.
-  static constexpr int kBytesO = kQueries * kHeadDimV * sizeof(Element);
-  static constexpr bool kStagesOutput =
-      kStagesQ * kBytesQ + kStages * (kBytesK + kBytesV) + kBytesO <= (kQueries == 64 ? 112 : 224) * 1024;
-
   // Where the next tile's queries are there in time, its first scores are computed beside this tile's last output.
   static constexpr bool kTilesOverlap = kStagesQ == 2;
+
+  // Whether a consumer warpgroup leaves out the last blocks of a tile if its own rows see none of their keys. It costs more
+  // than it gains where a block has as many keys as a tile has queries.
+  static constexpr bool kSkipsBlocks = !kTilesOverlap && kKeys < kQueries;
+  static_assert(!kSkipsBlocks || (kQueries - 64) / kKeys + 1 <= kStages);  // keys that are given back before any values
 
   // One producer warpgroup and the consumers.
   static constexpr int kConsumers = kQueries / 64;
@@ -84,8 +84,8 @@ struct ForwardConfig {
   static constexpr int kBlocksPerProcessor = kConsumers == 1 ? 2 : 1;
   // NOTE: the consumers take exactly what the producer gives back; asking for more would wait for ever.
   static constexpr int kLaunchRegisters = 65536 / (kThreads * kBlocksPerProcessor) / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kConsumers == 1 || kHeadDim > 128 ? 24 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kHeadDim > 128 ? 240 : 232;
+  static constexpr int kProducerRegisters = kConsumers >= 3 ? 32 : kConsumers == 1 || kHeadDim > 128 ? 24 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : kHeadDim > 128 ? 240 : 232;
   static_assert(kLaunchRegisters - kProducerRegisters >= kConsumers * (kConsumerRegisters - kLaunchRegisters));
 
   static constexpr bool kTakesTurns = kConsumers > 1 && takes_turns(kHeadDim, kSequences);
@@ -99,6 +99,14 @@ struct ForwardConfig {
   // Shared memory holds a tile as panels of kPanel columns, which is what one bulk load brings and one swizzle spans.
   static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;
   static constexpr int kPanelV = kHeadDimV % 64 == 0 ? 64 : 32;
+
+  // A tile's output leaves through shared memory of its own where there is room for it, or for half of it.
+  static constexpr int kPanelsO = kHeadDimV / kPanelV;
+  static constexpr int kBytesPanelO = kQueries * kPanelV * sizeof(Element);
+  static constexpr int kFreeBytes = (kQueries == 64 ? 112 : 224) * 1024 - kStagesQ * kBytesQ - kStages * (kBytesK + kBytesV);
+  static constexpr int kStagesO = kPanelsO * kBytesPanelO <= kFreeBytes ? kPanelsO
+                                  : kPanelsO % 4 == 0 && kPanelsO / 2 * kBytesPanelO <= kFreeBytes ? kPanelsO / 2 : 0;
+
   template <int kColumns>
   using RowMajorAtom = std::conditional_t<kColumns == 64, GMMA::Layout_K_SW128_Atom<Element>,
                                           GMMA::Layout_K_SW64_Atom<Element>>;

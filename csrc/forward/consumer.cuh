@@ -138,6 +138,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
   OnlineSoftmax softmax;
   float rescale[2];
 
+  const auto seen_by_rows = [&](const Tile& tile) -> const KeyBlocks& {
+    if constexpr (Config::kSkipsBlocks) return tile.seen[warpgroup];
+    else return tile.blocks;
+  };
+
   const auto release_scores = [&](bool last_of_tile) __attribute__((always_inline)) {
     arrive_as_warp(shared.k_empty[k_ring.stage]);
     k_ring.advance();
@@ -191,7 +196,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
 #pragma unroll
       for (int i = 0; i < decltype(size(rS))::value; ++i) rS(i) = tanh_accurate(rS(i) * inner);
     }
-    if (block < tile.blocks.first_plain || block >= tile.blocks.end_open) {
+    if (block < seen_by_rows(tile).first_plain || block >= seen_by_rows(tile).end_open) {
       TileRow rows[2];
       rows_of_thread(rows);
       hide<Config>(rS, tile, shared.bounds[slot], rows, block * Config::kKeys + column);
@@ -210,6 +215,25 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
   const auto round_weights = [&]() __attribute__((always_inline)) {
 #pragma unroll
     for (int i = 0; i < decltype(size(rS))::value; i += 2) round_into(rP, i);
+  };
+
+  // Gives back the keys, and the values, of so many blocks that this warpgroup leaves out.
+  const auto skip_keys = [&](int blocks) __attribute__((always_inline)) {
+#pragma unroll 1
+    for (; blocks > 0; --blocks) {
+      shared.k_full[k_ring.stage].wait(k_ring.parity);
+      turn.take();
+      turn.pass();
+      release_scores(false);
+    }
+  };
+  const auto skip_values = [&](int blocks) __attribute__((always_inline)) {
+#pragma unroll 1
+    for (; blocks > 0; --blocks) {
+      shared.v_full[v_ring.stage].wait(v_ring.parity);
+      arrive_as_warp(shared.v_empty[v_ring.stage]);
+      v_ring.advance();
+    }
   };
 
   // Hands a tile's output over to memory, and the tile back to who draws them.
@@ -236,7 +260,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     if (tile.kind == Tile::kWork && tile.blocks.first < tile.blocks.end) {
       slot = next;
       tile_ring.advance();
-      block = tile.blocks.end - 1;
+      block = seen_by_rows(tile).end - 1;
       first_block = tile.blocks.first;
       shared.q_full[q_ring.stage].wait(q_ring.parity);
       return Next::kScores;
@@ -310,6 +334,8 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       const Next next = next_tile();
       if (next == Next::kEnd) break;
       if (next == Next::kNothing) continue;
+      const int left_out = shared.tile[slot].blocks.end - 1 - block;
+      if constexpr (Config::kSkipsBlocks) skip_keys(left_out);
       const int q_stage = q_ring.uniform_stage(), k_stage = k_ring.uniform_stage();
       shared.k_full[k_ring.stage].wait(k_ring.parity);
       turn.take();
@@ -318,6 +344,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       warpgroup_wait<0>();
       warpgroup_fence_operand(rS);
       release_scores(block == first_block);
+      if constexpr (Config::kSkipsBlocks) skip_values(left_out);
       softmax = OnlineSoftmax{};
       weigh(softmax);
       round_weights();
@@ -343,8 +370,9 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       --block;
     }
 
-    const int first_plain = max(first_block, shared.tile[slot].blocks.first_plain);
-    if (block >= shared.tile[slot].blocks.end_plain) continue;
+    const KeyBlocks& seen = seen_by_rows(shared.tile[slot]);
+    const int first_plain = max(first_block, seen.first_plain);
+    if (block >= seen.end_plain) continue;
     if constexpr (Config::kTwoWeights) {
       // In pairs, so that the compiler knows which weights are whose.
 #pragma unroll 1
@@ -358,7 +386,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       while (block >= first_plain) plain_step(rP, rP, false_type{});
     }
   }
-  if constexpr (Config::kStagesOutput) tma_store_wait<0>();  // by every thread, since any may have stored
+  if constexpr (Config::kStagesO > 0) tma_store_wait<0>();  // by every thread, since any may have stored
   write_uncovered_rows<Config>(arguments);
 }
 

@@ -79,43 +79,46 @@ __device__ __forceinline__ void store_rounded(const Output& rO, void* out, const
 }
 
 // Stores a warp's rows of 16-bit elements as boxes, a panel each, which the copy engine takes from shared memory while the
-// warp goes on.
+// warp goes on. Where that holds half of the panels, each waits for the one two before it.
 template <class Config, class Output>
 __device__ __forceinline__ void store_boxes(const ForwardArguments& arguments, ForwardShared<Config>& shared,
                                             const Tile& tile, const Output& rO) {
   constexpr int kRowBytes = 2 * Config::kPanelV, kPanelBytes = 16 * kRowBytes, kChunks = kRowBytes / 16;
+  constexpr int kTogether = Config::kStagesO == Config::kPanelsO ? Config::kPanelsO : 1;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4, row = lane % 16;
-  auto* const boxes = shared.out + warp * 16 * Config::kHeadDimV;
-  if (lane == 0) tma_store_wait<0>();  // until the tile before has been read
-  __syncwarp();
+  auto* const boxes = shared.out + warp * 16 * Config::kPanelV * Config::kStagesO;
   // 16 bytes of a row each, swizzled as the map says.
   const int swizzle = kChunks == 8 ? row % 8 : row / 2 % 4;
   const uint32_t first = cast_smem_ptr_to_uint(boxes) + row * kRowBytes + (lane / 16 ^ swizzle) * 16;
 #pragma unroll
-  for (int i = 0; i < decltype(size(rO))::value / 8; ++i) {
-    uint32_t pair[4];
+  for (int panel = 0; panel < Config::kPanelsO; panel += kTogether) {
+    if (lane == 0) tma_store_wait<Config::kStagesO / kTogether - 1>();  // until what was there has been read
+    __syncwarp();
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      pair[j] = round_pair<typename Config::Element>(rO(8 * i + 2 * j), rO(8 * i + 2 * j + 1));
-    }
-    const uint32_t at = (first ^ (2 * i % kChunks * 16)) + 2 * i / kChunks * kPanelBytes;
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(pair[0]), "r"(pair[1]),
-                 "r"(pair[2]), "r"(pair[3])
-                 : "memory");
-  }
-  tma_store_fence();
-  __syncwarp();
-  if (lane == 0) {
-    const TileRow begin = shared.row[16 * warp];
-    // The box is moved down the map's queries until those past the tile's last one lie outside of it.
-    const int inside = min(tile.mask.last_row + 1 - begin.query, arguments.box_queries);
-    if (inside > 0) {
+    for (int chunk = panel * kChunks; chunk < (panel + kTogether) * kChunks; chunk += 2) {
+      uint32_t pair[4];
 #pragma unroll
-      for (int column = 0; column < Config::kHeadDimV; column += Config::kPanelV) {
-        SM90_TMA_STORE_4D::copy(&arguments.out, boxes + 16 * column, column, tile.first_head + begin.head,
-                                arguments.box_queries - inside, tile.token + begin.query + inside);
+      for (int j = 0; j < 4; ++j) {
+        pair[j] = round_pair<typename Config::Element>(rO(4 * chunk + 2 * j), rO(4 * chunk + 2 * j + 1));
       }
-      tma_store_arrive();
+      const uint32_t at = (first ^ (chunk % kChunks * 16)) + chunk / kChunks % Config::kStagesO * kPanelBytes;
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(pair[0]),
+                   "r"(pair[1]), "r"(pair[2]), "r"(pair[3])
+                   : "memory");
+    }
+    tma_store_fence();
+    __syncwarp();
+    if (lane == 0) {
+      const TileRow begin = shared.row[16 * warp];
+      // The box is moved down the map's queries until those past the tile's last one lie outside of it.
+      const int inside = min(tile.mask.last_row + 1 - begin.query, arguments.box_queries);
+#pragma unroll
+      for (int i = panel; i < panel + kTogether && inside > 0; ++i) {
+        SM90_TMA_STORE_4D::copy(&arguments.out, boxes + 16 * Config::kPanelV * (i % Config::kStagesO), i * Config::kPanelV,
+                                tile.first_head + begin.head, arguments.box_queries - inside,
+                                tile.token + begin.query + inside);
+      }
+      tma_store_arrive();  // a group for each time, be it empty: they are counted
     }
   }
 }
@@ -217,7 +220,7 @@ __device__ __forceinline__ void write_tile(const ForwardArguments& arguments, Fo
   } else if (params.out_dtype == DType::fp32) {
     store_float(rO, static_cast<float*>(params.out), row, params.head_dim_v);
   } else {
-    if constexpr (Config::kStagesOutput) {
+    if constexpr (Config::kStagesO > 0) {
       if (arguments.box_queries != 0) return store_boxes<Config>(arguments, shared, tile, rO);
     }
     store_rounded<typename Config::Element>(rO, params.out, row, params.head_dim_v);

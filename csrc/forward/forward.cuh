@@ -135,7 +135,7 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
       make_key_map(arguments.v, kDType, params.v, params.v_stride, packed, params, params.head_dim_v, Config::kKeys,
                    Config::kPanelV);
   if (!mapped) return cudaErrorInvalidValue;
-  if (Config::kStagesOutput) {
+  if (Config::kStagesO > 0) {
     arguments.box_queries = make_output_map<Config>(arguments.out, params, arguments.heads_in_tile);
   }
 
@@ -173,6 +173,10 @@ cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
   if constexpr (Long::kQueries != Short::kQueries || Long::kKeys != Short::kKeys ||
                 Long::kTakesTurns != Short::kTakesTurns) {
     if (sequences_of(params) == Sequences::kShort) return launch_forward_tiles<Short>(params, stream);
+  }
+  if constexpr (kHeadDim <= 64) {
+    using ShortFull = ForwardConfig<kDType, kHeadDim, kHeadDimV, Sequences::kShortFull>;
+    if (sequences_of(params) == Sequences::kShortFull) return launch_forward_tiles<ShortFull>(params, stream);
   }
   return launch_forward_tiles<Long>(params, stream);
 }

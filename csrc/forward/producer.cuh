@@ -11,8 +11,7 @@ namespace fa3 {
 
 // ---- tiles -----------------------------------------------------------------------------------------------------------
 
-// The tiles of a launch, in the order in which they are drawn: group of units after group of units; inside a group those
-// with the most keys first, and the units side by side.
+// The tiles of a launch, in the order in which they are drawn; of a unit those with the most keys first.
 template <class Config>
 class TileOrder {
  public:
@@ -29,16 +28,11 @@ class TileOrder {
 
   __device__ __forceinline__ int size() const { return per_unit_ * arguments_.units * arguments_.params.batch; }
 
-  // Fills everything of a tile but kind and only_warp, and, if ranges share it, the bounds of its queries. Called by all
-  // lanes of a warp.
-  __device__ __forceinline__ void fill(Tile& tile, KeyBounds8 (&bounds)[Config::kQueries], int index) const {
+  // Fills everything of a tile but kind and only_warp, and, if ranges share it, the bounds of its queries. `plain`: steps
+  // that look for no maximum may be taken. Called by all lanes of a warp.
+  __device__ __forceinline__ void fill(Tile& tile, KeyBounds8 (&bounds)[Config::kQueries], int index, bool plain) const {
     const ForwardParams& params = arguments_.params;
-    const int group = index / (units_per_group_ * per_unit_);
-    const int in_group = index - group * units_per_group_ * per_unit_;
-    const int units_here = min(units_per_group_, arguments_.units * params.batch - group * units_per_group_);
-    const int rank = in_group / units_here;
-    const int unit = group * units_per_group_ + in_group - rank * units_here;
-    const int batch = unit / arguments_.units;
+    const auto [unit, rank] = unit_tile(index, arguments_.units * params.batch, per_unit_, units_per_group_);
     // NOTE: by way of shared memory, since a tile does not fit into the producer's registers.
     if (params.q_start != nullptr) {
       const int lane = threadIdx.x % 32;
@@ -47,8 +41,19 @@ class TileOrder {
       __syncwarp();
       if (tile.record.first_range != kOneRange) fill_bounds(bounds, tile.record);
     }
-    if (threadIdx.x % 32 != 0) return;
+    if (threadIdx.x % 32 == 0) describe(tile, index, unit, rank, plain);
+    __syncwarp();
+    if constexpr (Config::kSkipsBlocks) {
+      static_assert(Config::kConsumers <= std::extent_v<decltype(Tile::seen)>);
+      if (threadIdx.x % 32 < Config::kConsumers) describe_rows(tile, threadIdx.x % 32);
+      __syncwarp();
+    }
+  }
 
+ private:
+  __device__ __forceinline__ void describe(Tile& tile, int index, int unit, int rank, bool plain) const {
+    const ForwardParams& params = arguments_.params;
+    const int batch = unit / arguments_.units;
     TileRecord& record = tile.record;
     if (params.q_start == nullptr) {
       record = {sequence_at(params, batch), (per_unit_ - 1 - rank) * arguments_.queries, kOneRange};
@@ -68,10 +73,26 @@ class TileOrder {
     tile.blocks = visible_blocks(sequence, record.first_query, arguments_.queries, Config::kKeys);
     if (tile.is_shared) tile.blocks = all_masked(tile.blocks);
     // Softcap is in the step for masked blocks only.
-    if (params.softcap != 0.f) tile.blocks.end_plain = tile.blocks.first_plain;
+    if (!plain || params.softcap != 0.f) tile.blocks.end_plain = tile.blocks.first_plain;
   }
 
- private:
+  // The blocks that a warpgroup's rows see, and those before them; all where that is none.
+  __device__ __forceinline__ void describe_rows(Tile& tile, int warpgroup) const {
+    const KeyBlocks all = tile.blocks;
+    const int first = 64 * warpgroup / arguments_.heads_in_tile;
+    const int last = min((64 * warpgroup + 63) / arguments_.heads_in_tile, tile.mask.last_row);
+    KeyBlocks seen = all;
+    if (!tile.is_shared && first <= last) {
+      const KeyBlocks own = visible_blocks(tile.record.sequence, tile.record.first_query + first, last - first + 1,
+                                           Config::kKeys);
+      if (own.first < own.end) {
+        seen = {all.first, own.end, own.first_plain, all.end_plain > all.first_plain ? own.end_plain : own.first_plain,
+                own.end_open};
+      }
+    }
+    tile.seen[warpgroup] = seen;
+  }
+
   // Which keys the queries of a shared tile see. A lane knows a range, and all go through its queries.
   __device__ __forceinline__ void fill_bounds(KeyBounds8 (&bounds)[Config::kQueries], const TileRecord& record) const {
     const ForwardParams& params = arguments_.params;
@@ -141,9 +162,8 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
 
     wait_as_warp(shared.tile_empty[ring.stage], ring.parity ^ 1);
     Tile& tile = shared.tile[ring.stage];
-    if (kind == Tile::kWork) order.fill(tile, shared.bounds[ring.stage], drawn);
+    if (kind == Tile::kWork) order.fill(tile, shared.bounds[ring.stage], drawn, only_warp == kAllWarps);
     if (first_lane) {
-      if (only_warp != kAllWarps) tile.blocks.end_plain = tile.blocks.first_plain;
       tile.kind = kind;
       tile.only_warp = only_warp;
       shared.tile_full[ring.stage].arrive();

@@ -7,14 +7,22 @@
 
 namespace fa3 {
 
-// What a tile shape is chosen for: kShort are sequences of which a tile sees few keys (benchmarks/LOG.md, 19 and 24).
-enum class Sequences { kLong, kShort };
+// What a tile shape is chosen for: kShort are sequences of which a tile sees few keys (benchmarks/LOG.md, 19, 24 and 46),
+// kShortFull those of a head_dim up to 64 of which it sees all keys, and which fill tiles of 256 queries (47).
+enum class Sequences { kLong, kShort, kShortFull };
 
 inline Sequences sequences_of(const ForwardParams& params) {
   const bool masked = params.window_right != kNoBound;
   // NOTE: ranges' lengths are on the device; the mean is all that the host knows.
   const int keys = params.q_start == nullptr ? params.seqlen_k : params.seqlen_k / std::max(params.ranges, 1);
-  const int short_keys = params.head_dim <= 64 ? (masked ? 2048 : 0) : masked ? 1024 : 512;
+  if (params.head_dim <= 64 && !masked && params.window_left == kNoBound && params.q_start == nullptr && keys <= 1024) {
+    const auto padded = [&](int64_t queries) { return (params.seqlen_q + queries - 1) / queries * queries; };
+    const bool fills_processors = padded(256) / 256 * params.heads * params.batch >= 264;
+    return fills_processors && padded(256) <= padded(192) ? Sequences::kShortFull : Sequences::kLong;
+  }
+  const int short_keys = params.head_dim <= 64    ? (masked ? 2048 : 0)
+                         : params.head_dim <= 192 ? (masked ? 1024 : 512)
+                                                  : (masked ? 8192 : 4096);
   return keys <= short_keys ? Sequences::kShort : Sequences::kLong;
 }
 
@@ -33,8 +41,8 @@ inline int heads_per_tile(const ForwardParams& params, int tile_queries) {
 inline __host__ __device__ int units_per_group(const ForwardParams& params, int heads_in_tile, int64_t seqlen_k,
                                                int64_t tiles_per_unit) {
   constexpr int64_t kCacheBytes = 24 << 20;
-  // Two tiles a processor: tiles of masked sequences differ in length, and the longest of a group come first.
-  const int64_t tiles = params.window_left == kNoBound && params.window_right == kNoBound ? 64 : 256;
+  // A tile a processor: tiles of masked sequences differ in length, and the longest of a group come first.
+  const int64_t tiles = params.window_left == kNoBound && params.window_right == kNoBound ? 64 : 128;
   const int64_t bytes = seqlen_k * (params.head_dim + params.head_dim_v) * 2;
   const int64_t in_cache = bytes > 0 && bytes < kCacheBytes ? kCacheBytes / bytes : 1;
   const int64_t units_per_kv_head = params.heads / params.kv_heads / heads_in_tile;

@@ -46,6 +46,7 @@ struct Tile {
   TileMask mask;
   TileRecord record;
   KeyBlocks blocks;
+  KeyBlocks seen[2];  // by a consumer warpgroup's rows; ends before `blocks` (ForwardConfig::kSkipsBlocks)
   int token;        // of its first query in (batch, seqlen), as `out` counts them
   int64_t out_row;  // of its first query and head in (batch, seqlen, heads)
   int64_t lse_row;  // and in (batch, heads, seqlen)
@@ -93,7 +94,7 @@ struct alignas(1024) ForwardShared {
   alignas(1024) typename Config::Element q[Config::kStagesQ][Config::kQueries * Config::kHeadDim];
   alignas(1024) typename Config::Element k[Config::kStages][Config::kKeys * Config::kHeadDim];
   alignas(1024) typename Config::Element v[Config::kStages][Config::kKeys * Config::kHeadDimV];
-  alignas(1024) typename Config::Element out[Config::kStagesOutput ? Config::kQueries * Config::kHeadDimV : 1];
+  alignas(1024) typename Config::Element out[Config::kStagesO == 0 ? 1 : Config::kStagesO * Config::kQueries * Config::kPanelV];
 
   LoadBarrier q_full[Config::kStagesQ];
   Barrier q_empty[Config::kStagesQ];
