@@ -38,7 +38,7 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
   if (packed) {
     const auto& header = *reinterpret_cast<const ScheduleHeader*>(params.workspace);
     per_unit = header.records;
-    units_per_group = header.units_per_group;
+    units_per_group = max(header.units_per_group, 2);  // two are faster than one for long documents
   }
   const int units = params.kv_heads * params.batch;
   const int tiles = per_unit * units;
