@@ -28,11 +28,12 @@ class TileOrder {
 
   __device__ __forceinline__ int size() const { return per_unit_ * arguments_.units * arguments_.params.batch; }
 
-  // Fills everything of a tile but kind and only_warp, and, if ranges share it, the bounds of its queries. `plain`: steps
-  // that look for no maximum may be taken. Called by all lanes of a warp.
-  __device__ __forceinline__ void fill(Tile& tile, KeyBounds8 (&bounds)[Config::kQueries], int index, bool plain) const {
+  // Fills everything of a tile but kind, only_warp and what fill_seen does, and, if ranges share it, the bounds of its
+  // queries. Called by all lanes of a warp.
+  __device__ __forceinline__ void fill(Tile& tile, KeyBounds8 (&bounds)[Config::kQueries], int index) const {
     const ForwardParams& params = arguments_.params;
     const auto [unit, rank] = unit_tile(index, arguments_.units * params.batch, per_unit_, units_per_group_);
+    const int batch = unit / arguments_.units;
     // NOTE: by way of shared memory, since a tile does not fit into the producer's registers.
     if (params.q_start != nullptr) {
       const int lane = threadIdx.x % 32;
@@ -41,19 +42,8 @@ class TileOrder {
       __syncwarp();
       if (tile.record.first_range != kOneRange) fill_bounds(bounds, tile.record);
     }
-    if (threadIdx.x % 32 == 0) describe(tile, index, unit, rank, plain);
-    __syncwarp();
-    if constexpr (Config::kSkipsBlocks) {
-      static_assert(Config::kConsumers <= std::extent_v<decltype(Tile::seen)>);
-      if (threadIdx.x % 32 < Config::kConsumers) describe_rows(tile, threadIdx.x % 32);
-      __syncwarp();
-    }
-  }
+    if (threadIdx.x % 32 != 0) return;
 
- private:
-  __device__ __forceinline__ void describe(Tile& tile, int index, int unit, int rank, bool plain) const {
-    const ForwardParams& params = arguments_.params;
-    const int batch = unit / arguments_.units;
     TileRecord& record = tile.record;
     if (params.q_start == nullptr) {
       record = {sequence_at(params, batch), (per_unit_ - 1 - rank) * arguments_.queries, kOneRange};
@@ -73,11 +63,12 @@ class TileOrder {
     tile.blocks = visible_blocks(sequence, record.first_query, arguments_.queries, Config::kKeys);
     if (tile.is_shared) tile.blocks = all_masked(tile.blocks);
     // Softcap is in the step for masked blocks only.
-    if (!plain || params.softcap != 0.f) tile.blocks.end_plain = tile.blocks.first_plain;
+    if (params.softcap != 0.f) tile.blocks.end_plain = tile.blocks.first_plain;
   }
 
-  // The blocks that a warpgroup's rows see, and those before them; all where that is none.
-  __device__ __forceinline__ void describe_rows(Tile& tile, int warpgroup) const {
+  // Fills in the blocks that a warpgroup's rows see, and those before them; all where that is none.
+  __device__ __forceinline__ void fill_seen(Tile& tile, int warpgroup) const {
+    static_assert(Config::kConsumers <= std::extent_v<decltype(Tile::seen)>);
     const KeyBlocks all = tile.blocks;
     const int first = 64 * warpgroup / arguments_.heads_in_tile;
     const int last = min((64 * warpgroup + 63) / arguments_.heads_in_tile, tile.mask.last_row);
@@ -93,6 +84,7 @@ class TileOrder {
     tile.seen[warpgroup] = seen;
   }
 
+ private:
   // Which keys the queries of a shared tile see. A lane knows a range, and all go through its queries.
   __device__ __forceinline__ void fill_bounds(KeyBounds8 (&bounds)[Config::kQueries], const TileRecord& record) const {
     const ForwardParams& params = arguments_.params;
@@ -162,7 +154,13 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
 
     wait_as_warp(shared.tile_empty[ring.stage], ring.parity ^ 1);
     Tile& tile = shared.tile[ring.stage];
-    if (kind == Tile::kWork) order.fill(tile, shared.bounds[ring.stage], drawn, only_warp == kAllWarps);
+    if (kind == Tile::kWork) order.fill(tile, shared.bounds[ring.stage], drawn);
+    if (first_lane && only_warp != kAllWarps) tile.blocks.end_plain = tile.blocks.first_plain;
+    if constexpr (Config::kSkipsBlocks) {
+      __syncwarp();
+      if (kind == Tile::kWork && threadIdx.x % 32 < Config::kConsumers) order.fill_seen(tile, threadIdx.x % 32);
+      __syncwarp();
+    }
     if (first_lane) {
       tile.kind = kind;
       tile.only_warp = only_warp;

@@ -8,7 +8,7 @@
 namespace fa3 {
 
 // What a tile shape is chosen for: kShort are sequences of which a tile sees few keys (benchmarks/LOG.md, 19, 24 and 46),
-// kShortFull those of a head_dim up to 64 of which it sees all keys, and which fill tiles of 256 queries (47).
+// kShortFull those of which it sees all of few keys, and which fill tiles of 256 queries better than others (47).
 enum class Sequences { kLong, kShort, kShortFull };
 
 inline Sequences sequences_of(const ForwardParams& params) {
@@ -18,7 +18,7 @@ inline Sequences sequences_of(const ForwardParams& params) {
   if (params.head_dim <= 64 && !masked && params.window_left == kNoBound && params.q_start == nullptr && keys <= 1024) {
     const auto padded = [&](int64_t queries) { return (params.seqlen_q + queries - 1) / queries * queries; };
     const bool fills_processors = padded(256) / 256 * params.heads * params.batch >= 264;
-    return fills_processors && padded(256) <= padded(192) ? Sequences::kShortFull : Sequences::kLong;
+    return fills_processors && padded(256) < padded(192) ? Sequences::kShortFull : Sequences::kLong;
   }
   const int short_keys = params.head_dim <= 64    ? (masked ? 2048 : 0)
                          : params.head_dim <= 192 ? (masked ? 1024 : 512)
