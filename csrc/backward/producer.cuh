@@ -40,8 +40,7 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
     per_unit = header.records;
     units_per_group = max(header.units_per_group, 2);  // two are faster than one for long documents
   }
-  const int units = params.kv_heads * params.batch;
-  const int tiles = per_unit * units;
+  const TileSequence order(params.kv_heads * params.batch, per_unit, units_per_group);
   Ring<kKeyTileSlots> ring;
   TileCounter& counter = *arguments.counter;
   // Each block's first tile is known without asking, unless tiles take turns (turns.cuh).
@@ -63,8 +62,8 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
     return known + atomicAdd(&counter.drawn, 1);
   };
 #pragma unroll 1
-  for (int index = known > 0 ? blockIdx.x : draw(); index < tiles; index = draw()) {
-    const auto [unit, rank] = unit_tile(index, units, per_unit, units_per_group);
+  for (int index = known > 0 ? blockIdx.x : draw(); index < order.size(); index = draw()) {
+    const auto [unit, rank] = order[index];
     const int batch = unit / params.kv_heads;
     Sequence sequence;
     int first_key;

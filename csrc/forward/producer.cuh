@@ -15,24 +15,16 @@ namespace fa3 {
 template <class Config>
 class TileOrder {
  public:
-  __device__ __forceinline__ explicit TileOrder(const ForwardArguments& arguments) : arguments_(arguments) {
-    if (arguments.params.q_start != nullptr) {
-      const auto& header = *reinterpret_cast<const ScheduleHeader*>(arguments.params.workspace);
-      per_unit_ = header.records;
-      units_per_group_ = header.units_per_group;
-    } else {
-      per_unit_ = (arguments.params.seqlen_q + arguments.queries - 1) / arguments.queries;
-      units_per_group_ = arguments.units_per_group;
-    }
-  }
+  __device__ __forceinline__ explicit TileOrder(const ForwardArguments& arguments)
+      : arguments_(arguments), sequence_(sequence_of(arguments)) {}
 
-  __device__ __forceinline__ int size() const { return per_unit_ * arguments_.units * arguments_.params.batch; }
+  __device__ __forceinline__ int size() const { return sequence_.size(); }
 
   // Fills everything of a tile but kind, only_warp and what fill_seen does, and, if ranges share it, the bounds of its
   // queries. Called by all lanes of a warp.
   __device__ __forceinline__ void fill(Tile& tile, KeyBounds8 (&bounds)[Config::kQueries], int index) const {
     const ForwardParams& params = arguments_.params;
-    const auto [unit, rank] = unit_tile(index, arguments_.units * params.batch, per_unit_, units_per_group_);
+    const auto [unit, rank] = sequence_[index];
     const int batch = unit / arguments_.units;
     // NOTE: by way of shared memory, since a tile does not fit into the producer's registers.
     if (params.q_start != nullptr) {
@@ -46,7 +38,7 @@ class TileOrder {
 
     TileRecord& record = tile.record;
     if (params.q_start == nullptr) {
-      record = {sequence_at(params, batch), (per_unit_ - 1 - rank) * arguments_.queries, kOneRange};
+      record = {sequence_at(params, batch), (sequence_.tiles_per_unit - 1 - rank) * arguments_.queries, kOneRange};
     }
     const Sequence& sequence = record.sequence;
     tile.index = index;
@@ -114,9 +106,18 @@ class TileOrder {
     __syncwarp();
   }
 
+  static __device__ __forceinline__ TileSequence sequence_of(const ForwardArguments& arguments) {
+    const ForwardParams& params = arguments.params;
+    const int units = arguments.units * params.batch;
+    if (params.q_start != nullptr) {
+      const auto& header = *reinterpret_cast<const ScheduleHeader*>(params.workspace);
+      return {units, header.records, header.units_per_group};
+    }
+    return {units, (params.seqlen_q + arguments.queries - 1) / arguments.queries, arguments.units_per_group};
+  }
+
   const ForwardArguments& arguments_;
-  int per_unit_;
-  int units_per_group_;
+  const TileSequence sequence_;
 };
 
 // Called by all lanes of a warp, of which one draws and the others help to describe a tile.

@@ -92,23 +92,35 @@ __device__ __forceinline__ KeyBounds visible_keys(const Sequence& sequence, int 
           min(max(query + sequence.last_diagonal + 1, 0), sequence.k_len)};
 }
 
-// A tile's place in the order of drawing.
-struct UnitTile {
-  int unit;
-  int rank;  // among the tiles of a unit, the longest of which come first
-};
+// The order in which a launch's tiles are drawn: group of units after group of units; inside a group rank after rank, the
+// units side by side. What is left over joins the last group: in a small one of its own, long tiles would be begun last of
+// all.
+struct TileSequence {
+  struct Place {
+    int unit;
+    int rank;  // among the tiles of a unit, the longest of which come first
+  };
 
-// Group of units after group of units; inside a group rank after rank, the units side by side. What is left over joins the
-// last group: in a small one of its own, long tiles would be begun last of all.
-__device__ __forceinline__ UnitTile unit_tile(int index, int units, int tiles_per_unit, int units_per_group) {
-  const int full_groups = max(0, units - units_per_group) / units_per_group;  // before the last one
-  const int group = min(index / (units_per_group * tiles_per_unit), full_groups);
-  const int first_unit = group * units_per_group;
-  const int units_here = group < full_groups ? units_per_group : units - first_unit;
-  const int in_group = index - first_unit * tiles_per_unit;
-  const int rank = in_group / units_here;
-  return {first_unit + in_group - rank * units_here, rank};
-}
+  int units;
+  int tiles_per_unit;
+  int units_per_group;
+  int full_groups;  // before the last one
+
+  __device__ __forceinline__ TileSequence(int units, int tiles_per_unit, int units_per_group)
+      : units(units), tiles_per_unit(tiles_per_unit), units_per_group(units_per_group),
+        full_groups(max(0, units - units_per_group) / units_per_group) {}
+
+  __device__ __forceinline__ int size() const { return units * tiles_per_unit; }
+
+  __device__ __forceinline__ Place operator[](int index) const {
+    const int group = min(index / (units_per_group * tiles_per_unit), full_groups);
+    const int first_unit = group * units_per_group;
+    const int units_here = group < full_groups ? units_per_group : units - first_unit;
+    const int in_group = index - first_unit * tiles_per_unit;
+    const int rank = in_group / units_here;
+    return {first_unit + in_group - rank * units_here, rank};
+  }
+};
 
 // Tiles drawn from a launch, and blocks that found none left. Both are 0 between launches.
 struct TileCounter {
