@@ -8,14 +8,14 @@
 namespace fa3 {
 
 // What a tile shape is chosen for: kShort are sequences of which a tile sees few keys (benchmarks/LOG.md, 19, 24 and 46),
-// kShortFull those of which it sees all of few keys, and which fill tiles of 256 queries better than others (47).
+// kShortFull those all of whose keys it sees, not many, and which fill tiles of 256 queries better than others (47).
 enum class Sequences { kLong, kShort, kShortFull };
 
 inline Sequences sequences_of(const ForwardParams& params) {
   const bool masked = params.window_right != kNoBound;
   // NOTE: ranges' lengths are on the device; the mean is all that the host knows.
   const int keys = params.q_start == nullptr ? params.seqlen_k : params.seqlen_k / std::max(params.ranges, 1);
-  if (params.head_dim <= 64 && !masked && params.window_left == kNoBound && params.q_start == nullptr && keys <= 1024) {
+  if (params.head_dim <= 64 && !masked && params.window_left == kNoBound && params.q_start == nullptr && keys <= 4096) {
     const auto padded = [&](int64_t queries) { return (params.seqlen_q + queries - 1) / queries * queries; };
     const bool fills_processors = padded(256) / 256 * params.heads * params.batch >= 264;
     return fills_processors && padded(256) < padded(192) ? Sequences::kShortFull : Sequences::kLong;

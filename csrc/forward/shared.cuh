@@ -46,10 +46,10 @@ struct Tile {
   TileMask mask;
   TileRecord record;
   KeyBlocks blocks;
-  KeyBlocks seen[2];  // by a consumer warpgroup's rows; ends before `blocks` (ForwardConfig::kSkipsBlocks)
   int token;        // of its first query in (batch, seqlen), as `out` counts them
   int64_t out_row;  // of its first query and head in (batch, seqlen, heads)
   int64_t lse_row;  // and in (batch, heads, seqlen)
+  KeyBlocks seen[2];  // by a consumer warpgroup's rows; ends before `blocks` (ForwardConfig::kSkipsBlocks)
 };
 constexpr int kAllWarps = -1;
 
