@@ -247,7 +247,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
 
     if constexpr (!Config::kEarlyWeights) multiply_dv();
 
-    // dK += dS^T Q; dQ = dS K of the step before, into whose place dS of the next step then goes
+    // dQ = dS K of the step before, into whose place dS of the next step then goes; dK += dS^T Q, under which dQ is stored
     shared.step_done.wait(parity ^ 1);
     if (step == 0 && warpgroup == 0) cutlass::arch::NamedBarrier::arrive(256, 1);
     store_weights<Config>(rdS, shared.ds[stage], warpgroup * 64, thread);

@@ -305,7 +305,8 @@ __device__ __forceinline__ void consume_weight_gradients(const BackwardArguments
     }
     shared.step_empty[1][stage].arrive();
     // NOTE: the first warpgroup's dQ of two steps ago is done, since that step's P is older than this one's.
-    store_weights<Config>(rdS, shared.ds[stage], 0, thread);
+    // NOTE: where each step's places come from is computed in each step: kept, it costs a register that is not there.
+    store_weights<Config>(rdS, shared.ds[stage], 0, pinned(thread));
     cutlass::arch::fence_view_async_shared();
     shared.ds_full[stage].arrive();
 
