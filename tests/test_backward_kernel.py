@@ -187,6 +187,37 @@ def test_packed_mixture(heads, head_dim, mask, gap, deterministic):
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("mask", [*MASKS, "offsets"])
+def test_short_neighbours_share_tiles(heads, head_dims, mask, deterministic):
+    """Runs of short documents, broken by longer ones and by a gap, under masks and offsets that cut each one's own way."""
+    if deterministic and head_dims[0] > ops.MOST_DETERMINISTIC:
+        pytest.skip("no deterministic kernel")
+    lengths = torch.randint(0, 70, (90,), generator=torch.Generator().manual_seed(32)).tolist()
+    lengths[20], lengths[21], lengths[40], lengths[60] = 128, 127, 129, 300
+    start, _ = pack(lengths)
+    start[50:] = [s + 3 for s in start[50:]]  # nobody's tokens
+    total = start[-1] + lengths[-1]
+    options = {"window_right": 0} if mask == "offsets" else MASKS[mask]
+    offsets = [i % 41 - 20 for i in range(len(lengths))] if mask == "offsets" else None
+    q, k, v, dout = (x[0] for x in problem_tensors(33, total, total, *heads, *head_dims, batch=1))
+    lse, delta = torch.full((heads[0], total), -torch.inf, device="cuda"), torch.zeros(heads[0], total, device="cuda")
+    for i, (s, n) in enumerate(zip(start, lengths)):
+        offset = {} if offsets is None else {"offset": offsets[i]}
+        if n:
+            rows = rows_of(*(x[None, s : s + n] for x in (q, k, v, dout)), **options, **offset)
+            lse[:, s : s + n], delta[:, s : s + n] = (x[0] for x in rows)
+    grads = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+    ops.backward(
+        dout, q, k, v, lse, delta, *grads, **dict(zip(ops.RANGES, map(column, [start, lengths] * 2))), **options,
+        offsets=None if offsets is None else column(offsets), deterministic=deterministic,
+    )  # fmt: skip
+    problem = Problem(q, k, v, dout, None, None, *[start, lengths] * 2, offsets=offsets, **options)
+    assert_solves(problem, oracle.Grads(None, None, *grads, None))
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 def test_ranges_that_lie_are_cut_to_the_tensors(deterministic):
     """Nobody reads starts and lengths on the host: whatever they say, no access leaves the tensors, no tile waits."""
     q, k, v, dout = (x[0] for x in problem_tensors(11, 500, 400, 4, 2, 64, batch=1))

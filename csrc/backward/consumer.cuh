@@ -29,9 +29,14 @@ __device__ __forceinline__ void hide_queries(Scores& scores, const KeyTile& tile
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int key = tile.first_key + rows.row + 8 * r;
-    const int before = key + tile.sequence.first_diagonal - first_query - rows.column;
-    const int end = key + tile.sequence.last_diagonal + 1 - first_query - rows.column;
-    const int hidden = columns_before(before), seen = key < tile.sequence.q_len ? columns_before(end) : 0;
+    int first = key + tile.sequence.first_diagonal, end = key + tile.sequence.last_diagonal + 1;
+    if (tile.is_shared) {
+      const KeyBounds8 queries = tile.bounds[key];
+      first = queries.first;
+      end = queries.end;
+    }
+    const int hidden = columns_before(first - first_query - rows.column);
+    const int seen = key < tile.sequence.q_len ? columns_before(end - first_query - rows.column) : 0;
 #pragma unroll
     for (int word = 0; word < kColumns; word += 32) {
       const uint32_t visible = low_bits(seen - word) & ~low_bits(hidden - word);

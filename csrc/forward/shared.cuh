@@ -60,11 +60,6 @@ struct TileRow {
 };
 constexpr int kNoQuery = INT16_MAX;
 
-// KeyBounds of a shared tile, which has no more keys than queries.
-struct KeyBounds8 {
-  uint8_t first;
-  uint8_t end;
-};
 constexpr int kTileSlots = 3;
 constexpr int kLongTile = 4;  // blocks of keys; a longer tile's successor is drawn when no more than these are to come
 
