@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import attention_cases
-import numpy as np
 from attention_cases import Case
 
 from fa3_dist.algebra import accumulator_dtype
@@ -150,11 +149,6 @@ def ring_memory(case: Case, layout: Layout, rank: int, which: str, device_type: 
     row, tokens = Row.of(case), layout.tokens(rank)
     steps = _remote_steps(case, layout, rank)
     memory = {"q": tokens * row.q, "k, v": tokens * row.kv}
-    if steps:
-        travelling = np.zeros(tokens, dtype=bool)
-        for start, length in (span for step in steps for span in step.send):
-            travelling[start : start + length] = True
-        memory["k, v as messages"] = int(travelling.sum()) * row.kv
     memory |= {"out": tokens * row.out, "lse": tokens * row.lse}
     come = [0, *(_rows(step.receive) for step in steps), 0]  # the local step and one after the last move nothing
     go = [0, *(_rows(step.send) for step in steps), 0]

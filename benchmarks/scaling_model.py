@@ -351,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     links, links_origin = make_links(parsed, measured)
-    rates = Rates(forward, backward, parsed.memory, parsed.step_seconds, parsed.latency, RATES["cuda"].least_half)
+    rates = Rates(forward, backward, parsed.memory, parsed.step_seconds, parsed.latency, *RATES["cuda"][-2:])
     machine = Machine(rates, links)
 
     problems = {gpus: Problem(call, (parsed.tokens_per_gpu or 0) * gpus or parsed.seqlen, parsed.batch)

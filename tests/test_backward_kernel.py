@@ -191,7 +191,7 @@ def test_packed_mixture(heads, head_dim, mask, gap, deterministic):
 @pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
 @pytest.mark.parametrize("mask", [*MASKS, "offsets"])
 def test_short_neighbours_share_tiles(heads, head_dims, mask, deterministic):
-    """Runs of short documents, broken by longer ones and by a gap, under masks and offsets that cut each one's own way."""
+    """Runs of short documents, broken by longer ones and by a gap; masks and offsets cut each its own way."""
     if deterministic and head_dims[0] > ops.MOST_DETERMINISTIC:
         pytest.skip("no deterministic kernel")
     lengths = torch.randint(0, 70, (90,), generator=torch.Generator().manual_seed(32)).tolist()

@@ -70,9 +70,24 @@ def empty_messages(exchange: Exchange) -> Traffic:
     return Traffic(*(getattr(exchange.stats, key) - value for key, value in vars(before).items()))
 
 
+def parts_of_a_message(exchange: Exchange) -> tuple[bool, Traffic]:
+    """Tensors of several shapes and dtypes, one of them empty, are one message; each arrives in its place."""
+
+    def parts(rank: int) -> list[torch.Tensor]:
+        return [torch.full((3, 2), float(rank)).bfloat16(), torch.ones(0, 5), torch.full((4,), 10.0 + rank)]
+
+    received = [torch.zeros_like(part) for part in parts(0)]
+    before = Traffic(**vars(exchange.stats))
+    start(exchange, parts(exchange.rank), received).wait()
+    expected = parts((exchange.rank - 1) % exchange.world)
+    counted = Traffic(*(getattr(exchange.stats, key) - value for key, value in vars(before).items()))
+    return all(map(torch.equal, received, expected)), counted
+
+
 def carry(exchange: Exchange) -> dict[str, Any]:
     assert exchange.stats == Traffic(), "connecting does not count"
-    return {fn.__name__: fn(exchange) for fn in (every_shift_and_dtype, several_under_way, empty_messages)}
+    checks = (every_shift_and_dtype, several_under_way, empty_messages, parts_of_a_message)
+    return {fn.__name__: fn(exchange) for fn in checks}
 
 
 def check_carried(by_rank: list[dict[str, Any]]) -> None:
@@ -81,6 +96,7 @@ def check_carried(by_rank: list[dict[str, Any]]) -> None:
         assert result["every_shift_and_dtype"] == [True] * len(DTYPES) * (world - 1)
         source = (rank - 1) % world
         assert result["several_under_way"] == [source, 10.0 + source, 20.0 + source]
+        assert result["parts_of_a_message"] == (True, Traffic(1, 1, 28, 28))
     nothing, sent, received = Traffic(), Traffic(1, 0, 32, 0), Traffic(0, 1, 0, 32)
     assert [r["empty_messages"] for r in by_rank] == [sent, received] + [nothing] * (world - 2)
 

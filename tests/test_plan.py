@@ -163,11 +163,11 @@ def wires(world: int, *shifts: int) -> Wires:
 
 
 def test_forward_by_hand():
-    """Two ranks; rank 1 packs for 3 s, so the message of 10 bytes (5.5 s) starts then and both have it at 8.5."""
+    """Two ranks; the message of 10 bytes takes 5.5 s, in which local keys need 4 s."""
     work = np.array([[4.0, 3.0], [4.0, 5.0]])
     message = np.array([[0, 10], [0, 10]])
-    assert forward_end(wires(2, 1), np.array([1.0, 3.0]), work, message).tolist() == [11.5, 13.5]
-    hidden = forward_end(wires(2, 1), np.zeros(2), np.array([[6.0, 3.0], [7.0, 5.0]]), message)
+    assert forward_end(wires(2, 1), work, message).tolist() == [8.5, 10.5]
+    hidden = forward_end(wires(2, 1), np.array([[6.0, 3.0], [7.0, 5.0]]), message)
     assert hidden.tolist() == [9.0, 12.0]
 
 
@@ -178,7 +178,7 @@ def test_a_late_rank_holds_up_those_who_wait_for_it():
     """
     work = np.array([[7.0, 0.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
     message = np.array([[0, 0, 0], [0, 4, 0], [0, 0, 4]])
-    end = forward_end(wires(3, 1, 2), np.zeros(3), work, message)
+    end = forward_end(wires(3, 1, 2), work, message)
     assert end.tolist() == [10.5, 4.5, 10.5]
 
 
@@ -186,7 +186,7 @@ def test_backward_by_hand():
     """K/V in 0 to 5.5, gradients of it in 5.5 to 8.5, home in 8.5 to 19, while the closing part ends at 10.5."""
     both = np.ones(2)
     end = backward_end(
-        wires(2, 1), 0 * both, both, np.full((2, 2), 3.0), 2 * both, np.full((2, 2), 10), np.full((2, 2), 20),
+        wires(2, 1), both, np.full((2, 2), 3.0), 2 * both, np.full((2, 2), 10), np.full((2, 2), 20),
         np.full((2, 2), 0.25), (1, 1),
     )  # fmt: skip
     assert end.tolist() == [19.25, 19.25]
@@ -196,7 +196,7 @@ def test_backward_in_halves_by_hand():
     """The gradients of one half in 5.5 to 7, home in 7 to 12.5; of the other in 7 to 8.5, home in 12.5 to 18."""
     both = np.ones(2)
     end = backward_end(
-        wires(2, 1), 0 * both, both, np.full((2, 2), 3.0), 2 * both, np.full((2, 2), 10), np.full((2, 2), 20),
+        wires(2, 1), both, np.full((2, 2), 3.0), 2 * both, np.full((2, 2), 10), np.full((2, 2), 20),
         np.full((2, 2), 0.25), (1, 2),
     )  # fmt: skip
     assert end.tolist() == [18.125, 18.125]
@@ -206,7 +206,7 @@ def test_a_half_waits_for_what_returns_from_the_step_before():
     """Three ranks, instant messages of K/V; halves of 2 s and of 2.5 s on the wire, which it takes one at a time."""
     zero, message = np.zeros(3), np.full((3, 3), 1e-9)
     quick = Wires((0, 1, 2), 3, lambda ranks, others: np.full(len(ranks), 2.0), 0.0)
-    end = backward_end(quick, zero, zero, np.full((3, 3), 4.0), zero, message, np.full((3, 3), 10), np.ones((3, 3)),
+    end = backward_end(quick, zero, np.full((3, 3), 4.0), zero, message, np.full((3, 3), 10), np.ones((3, 3)),
                        (1, 2, 2))  # fmt: skip
     # Home in 2 to 4.5 and 4.5 to 7; the second step's halves are computed and the first's added by 6.5 and 9, so that
     # they go home in 6.5 (7, when the wire is free) to 9.5 and 9.5 to 12, and are added by 12.5.
@@ -217,7 +217,7 @@ def test_messages_of_a_rank_take_turns():
     """Three ranks: step 2's K/V (5.5 to 11) come before step 1's dK/dV (posted at 6.5, so 11 to 21.5)."""
     all_ = np.zeros(3)
     end = backward_end(
-        wires(3, 1, 2), all_, all_, np.ones((3, 3)), all_, np.full((3, 3), 10), np.full((3, 3), 20), np.zeros((3, 3)),
+        wires(3, 1, 2), all_, np.ones((3, 3)), all_, np.full((3, 3), 10), np.full((3, 3), 20), np.zeros((3, 3)),
         (1, 1, 1),
     )  # fmt: skip
     assert end.tolist() == [32.0] * 3  # the last step is done at 12, waits for that, and its own take 10.5 more

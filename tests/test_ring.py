@@ -10,6 +10,7 @@ import threading
 import weakref
 from dataclasses import replace
 from functools import cache
+from itertools import accumulate
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fa3_dist.parallel import ring
 from fa3_dist.parallel.exchange import DistributedExchange, Exchange, run_in_process
 from fa3_dist.parallel.ring import ring_attention
-from fa3_dist.parallel.schedule import Layout, contiguous, packed, ring_schedule, zigzag
+from fa3_dist.parallel.schedule import Layout, Visit, contiguous, packed, ring_schedule, zigzag
 from tests.distributed import run_distributed
 from tests.ring_gate import NAMES, Case, judge, local_rows, make_inputs, patched, run_case, total_error
 
@@ -334,6 +335,39 @@ def test_one_half_travels_while_the_other_computes():
             "compute 4",  # the rest of the local step: the last half travels meanwhile
             "wait dK/dV 2", "wait dK/dV 2",
         ]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------- the parts of the local step
+
+
+def test_a_small_local_step_stays_whole(monkeypatch):
+    """The local backward in one launch is right, and comes after the remote one, which hides nothing then."""
+    case = Case("", (900,), heads=4, kv_heads=2)
+    plan = ring.ring_plan(case.make_layout(3), 0, None, 0, torch.device("cpu"))
+    monkeypatch.setattr(ring, "LEAST_OPENING", {"cpu": 1000})
+    assert plan.parts_of_local(999, torch.device("cpu")) == ((), plan.local_backward)
+    opening, closing = plan.parts_of_local(1000, torch.device("cpu"))
+    assert opening is plan.opening and closing is plan.closing and opening and closing
+    assert judge(case, run_in_process(3, run_case, case)) == []
+
+
+@pytest.mark.parametrize("lengths, whole", [
+    ((4000,), False), ((3000, 2000), False), ((700,) * 20, True), ((5000, *(1000,) * 10), True),
+])  # fmt: skip
+def test_the_local_step_opens_with_a_quarter_of_the_work(lengths: tuple[int, ...], whole: bool):
+    """Of whole documents where they are small enough; every visible pair is in one part."""
+    visits = tuple(
+        Visit(start, n, start, n, 0, True, True) for start, n in zip(accumulate(lengths, initial=0), lengths)
+    )
+    opening, closing = (sum(launches, ()) for launches in ring._split_local((visits,)))
+    assert (set(opening) | set(closing) == set(visits)) == whole and not set(opening) & set(closing)
+    pairs = [sum(visible_pairs(visit) for visit in part) for part in (opening, closing, visits)]
+    assert pairs[0] + pairs[1] == pairs[2] and 0.12 < pairs[0] / pairs[2] < 0.26
+
+
+def visible_pairs(visit: Visit) -> int:
+    """Under a causal mask."""
+    return sum(min(max(i + visit.offset + 1, 0), visit.k_len) for i in range(visit.q_len))
 
 
 # --------------------------------------------------------------------------------- independence and repetition

@@ -40,22 +40,27 @@ CASES = (CAUSAL, PACKED, WINDOW, FULL, SOFTCAP, BLIND, LONG_BF16)
 # -------------------------------------------------------------------------------------------------- mutants
 
 
+def dkv_lost(returning, own, result=None) -> None:
+    """What came back is not added."""
+    returning.arrival.wait()
+    if result is not None:
+        for x, to in zip(*map(returning.heads.of_kv, (own, result)), strict=True):
+            to.copy_(x)
+
+
 def dkv_never_returns():
-    return patched(ring, "_add_rows", lambda x, arrival: arrival.wait())
+    return patched(ring._Returning, "add_to", dkv_lost)
 
 
 def all_but_one_return(every: int):
     """Of so many messages of dK/dV the last is not added."""
-    add_rows, count = ring._add_rows, [0]
+    add_to, count = ring._Returning.add_to, [0]
 
-    def add_some(x, arrival):
+    def add_some(*arguments):
         count[0] += 1
-        if count[0] % every == 0:
-            arrival.wait()
-        else:
-            add_rows(x, arrival)
+        (dkv_lost if count[0] % every == 0 else add_to)(*arguments)
 
-    return patched(ring, "_add_rows", add_some)
+    return patched(ring._Returning, "add_to", add_some)
 
 
 def one_steps_dkv_never_returns():
@@ -87,19 +92,19 @@ def second_half_never_computed():
 
 
 def second_half_added_to_the_first_ones_heads():
-    returning = ring._Returning
+    add_to = ring._Returning.add_to
 
-    def misplaced(dkv, arrival):
-        return returning(dkv._base[:, : dkv.shape[1]], arrival)
+    def misplaced(returning, *sums):
+        add_to(returning._replace(heads=returning.heads._replace(kv_start=0)), *sums)
 
-    return patched(ring, "_Returning", misplaced)
+    return patched(ring._Returning, "add_to", misplaced)
 
 
 def query_heads_of_a_half_counted_as_key_heads():
     def of(heads, dout, q, k, v, lse, delta, dq):
         own = heads._replace(kv_start=0, kv_count=heads.kv_count)  # the first query heads, whichever half it is
         wrong = shipped(own, dout, q, k, v, lse, delta, dq)
-        return (*wrong[:2], heads.of_kv(k), heads.of_kv(v), *wrong[4:])
+        return (*wrong[:2], *heads.of_kv(ring._KeyRows(k, v)), *wrong[4:])
 
     shipped = ring._Heads.of
     return patched(ring._Heads, "of", of)
@@ -162,6 +167,11 @@ def local_step_not_split_by_offset():
     return patched(ring, "_split_keys", without_offset)
 
 
+def opening_computed_again_at_the_end():
+    split = ring._split_local
+    return patched(ring, "_split_local", lambda launches: (split(launches)[0], launches))
+
+
 def merge_without_guard():
     def merge(out_a, lse_a, out_b, lse_b):
         lse = torch.logaddexp(lse_a, lse_b)
@@ -200,7 +210,11 @@ def dq_in_bf16():
 
 def dkv_travels_in_bf16():
     send_home = ring._send_home
-    return patched(ring, "_send_home", lambda dkv, *rest: send_home(dkv.bfloat16().to(dkv.dtype), *rest))
+
+    def rounded(dkv, *rest):
+        return send_home(type(dkv)(*(x.bfloat16().to(x.dtype) for x in dkv)), *rest)
+
+    return patched(ring, "_send_home", rounded)
 
 
 def spans_sent_in_the_wrong_order():
@@ -210,7 +224,7 @@ def spans_sent_in_the_wrong_order():
 
 def spans_added_in_the_wrong_order():
     add_rows = ring._add_rows
-    return patched(ring, "_add_rows", lambda x, arrival: add_rows(x, arrival._replace(spans=arrival.spans[::-1])))
+    return patched(ring, "_add_rows", lambda x, rows, spans, result: add_rows(x, rows, spans[::-1], result))
 
 
 def first_flag_lost():
@@ -259,6 +273,7 @@ MUTANTS: dict[Callable[[], Any], Case] = {  # each with a case that must turn re
     window_not_offset: WINDOW,
     window_off_by_one_in_backward: WINDOW,
     local_step_not_split_by_offset: LONG_BF16,
+    opening_computed_again_at_the_end: LONG_BF16,
     merge_without_guard: BLIND,
     merge_as_plain_mean: FULL,
     partial_out_in_bf16: CAUSAL,
@@ -311,7 +326,7 @@ def test_gate_catches(mutant: Callable[[], Any]):
 def test_gate_catches_a_buffer_read_before_it_is_filled():
     class Early(ring._Arrival):
         def wait(self):
-            rows = self.rows.clone()
+            rows = ring._KeyRows(*(x.clone() for x in self.rows))
             self.pending.wait()
             return rows
 

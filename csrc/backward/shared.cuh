@@ -106,7 +106,7 @@ __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
     shared.added_empty[slot].init(1);
   }
   for (int slot = 0; slot < kKeyTileSlots; ++slot) {
-    shared.tile_full[slot].init(32);
+    shared.tile_full[slot].init(32);  // lanes of the warp that draws, any of which may have written
     // All who read a tile: consumers, the thread that loads, the warp that brings lse and delta, and the thread that adds
     // dQ.
     shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + 32 + Config::kBulkDQ);

@@ -136,8 +136,8 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
     if (first_lane) {
       tile.kind = kind;
       tile.only_warp = only_warp;
-      shared.tile_full[ring.stage].arrive();
     }
+    shared.tile_full[ring.stage].arrive();
     __syncwarp();
     const bool is_long = tile.blocks.end - tile.blocks.first > kLongTile;
     ring.advance();

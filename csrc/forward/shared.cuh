@@ -124,7 +124,7 @@ __device__ __forceinline__ void init_shared(ForwardShared<Config>& shared, bool 
     shared.v_empty[stage].init(kConsumerWarps);
   }
   for (int slot = 0; slot < kTileSlots; ++slot) {
-    shared.tile_full[slot].init(1);
+    shared.tile_full[slot].init(32);  // lanes of the warp that draws, any of which may have written
     // All who read a tile: consumers, the thread that loads, and the warp that prefetches a running state.
     shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + (continues ? 32 : 0));
   }

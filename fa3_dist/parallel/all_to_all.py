@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -140,7 +140,7 @@ class _AllToAllAttention(torch.autograd.Function):
         delta = ops.delta(dout, out, dlse)
         dout, delta_NH1 = swap.to_heads((dout, _as_rows(delta)), "dout/delta")
         sum_dtype = accumulator_dtype(q.dtype)
-        dq, dk, dv = ring_backward(dout, q, k, v, lse, _from_rows(delta_NH1), plan, ring, options,
+        dq, dk, dv = ring_backward(dout, q, k, v, lse, partial(_from_rows, delta_NH1), plan, ring, options,
                                    q.dtype if copies == 1 else sum_dtype)
         dq, dk, dv = swap.to_tokens((dq, dk, dv), "dq/dk/dv")
         return dq, _sum_copies(dk, copies, q.dtype), _sum_copies(dv, copies, q.dtype), None, None, None, None, None

@@ -506,6 +506,9 @@ class NoPeers:
         self.stats = Traffic()
         self.observer: Observer | None = None
 
+    def let_begin(self) -> None:
+        pass
+
     def exchange(self, **message: Any) -> Pending:
         raise AssertionError(f"a ring of one rank has nobody to exchange with: {message}")
 

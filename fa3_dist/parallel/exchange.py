@@ -10,8 +10,9 @@ An exchange is started before the work that hides it and waited for after it:
     ...                                     # compute
     pending.wait()                          # now `buffer` is filled and `kv` may be changed
 
-A message without elements is never sent; both sides know every size from the schedule, so both skip it. A peer that is
-dead or stuck becomes a `RingError` that names this rank, the step, what was awaited and the peer, within the timeout.
+A message may have several parts, such as K and V: tensors that travel together, each from where it lies to where it is
+wanted. What has no elements is never sent; both sides know every size from the schedule, so both skip it. A peer that
+is dead or stuck becomes a `RingError` that names this rank, the step, what was awaited and the peer, in time.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ from torch import Tensor
 from fa3_dist.parallel.observe import COMMUNICATION, Observer
 
 logger = logging.getLogger("fa3_dist")
+
+
+# What travels one way: a tensor, or the parts of a message; None or no parts: nothing does.
+Message = Tensor | Sequence[Tensor] | None
+Parts = tuple[Tensor, ...]  # those that have elements
 
 
 class RingError(RuntimeError):
@@ -65,13 +71,11 @@ class Traffic:
     def reset(self) -> None:
         self.messages_sent = self.messages_received = self.bytes_sent = self.bytes_received = 0
 
-    def _count(self, send: Tensor | None, receive: Tensor | None) -> None:
-        if send is not None:
-            self.messages_sent += 1
-            self.bytes_sent += send.nbytes
-        if receive is not None:
-            self.messages_received += 1
-            self.bytes_received += receive.nbytes
+    def _count(self, send: Parts, receive: Parts) -> None:
+        self.messages_sent += bool(send)
+        self.messages_received += bool(receive)
+        self.bytes_sent += _bytes(send)
+        self.bytes_received += _bytes(receive)
 
 
 class Pending(Protocol):
@@ -96,15 +100,19 @@ class Exchange(Protocol):
     stats: Traffic
     observer: Observer | None
 
-    def exchange(self, *, send: Tensor | None, destination: int, receive: Tensor | None, source: int, what: str,
+    def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
                  step: int) -> Pending:
         """Starts sending `send` to rank `destination` and filling `receive` from rank `source`.
 
         Args:
-            send, receive: contiguous tensors of any dtype; None or no elements: no message in that direction.
+            send, receive: contiguous tensors of any dtype, as many with elements on either side; none: no message in
+                that direction.
             destination, source: ranks of this ring.
             what, step: what travels and in which step, for error messages.
         """
+
+    def let_begin(self) -> None:
+        """To be called before work that fills the device: exchanges started before it get their share of it first."""
 
 
 class Subgroup:
@@ -132,7 +140,11 @@ class Subgroup:
     def observer(self, observer: Observer | None) -> None:
         self._exchange.observer = observer
 
-    def exchange(self, *, send: Tensor | None, destination: int, receive: Tensor | None, source: int, what: str,
+    def let_begin(self) -> None:
+        """See `Exchange.let_begin`."""
+        self._exchange.let_begin()
+
+    def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
                  step: int) -> Pending:
         """See `Exchange.exchange`."""
         return self._exchange.exchange(send=send, destination=self.members[destination], receive=receive,
@@ -194,22 +206,30 @@ class _Nothing:
         pass
 
 
-def _begin(observer: Observer | None, transfer: _Transfer, send: Tensor | None) -> tuple[Observer | None, Any]:
+def _begin(observer: Observer | None, transfer: _Transfer, send: Parts) -> tuple[Observer | None, Any]:
     """Tells an observer that a transfer begins; it, and what it wants to be given at the end."""
     if observer is None:
         return None, None
-    return observer, observer.begin(COMMUNICATION, transfer.what, transfer.step, 0 if send is None else send.nbytes)
+    return observer, observer.begin(COMMUNICATION, transfer.what, transfer.step, _bytes(send))
 
 
-def _message(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, or None where there is nothing to move."""
-    if tensor is None or tensor.numel() == 0:
-        return None
-    assert tensor.is_contiguous(), "messages are contiguous"
-    return tensor
+def _parts(message: Message) -> Parts:
+    """What there is to move."""
+    parts = (message,) if isinstance(message, Tensor) else tuple(message or ())
+    assert all(part.is_contiguous() for part in parts), "messages are contiguous"
+    return tuple(part for part in parts if part.numel())
+
+
+def _bytes(parts: Parts) -> int:
+    return sum(part.nbytes for part in parts)
 
 
 # ----------------------------------------------------------------------------------------- torch.distributed
+
+
+# Seconds that a transfer gets before a kernel that fills the device: to be waited for by NCCL's stream, and launched.
+HEAD_START = float(os.environ.get("FA3_DIST_HEAD_START", 20e-6))
+SM_CLOCK = 2e9  # Hz; no Hopper GPU runs faster, so a pause is no shorter than it says
 
 
 class DistributedExchange:
@@ -252,6 +272,7 @@ class DistributedExchange:
         self.stats = Traffic()
         self.observer: Observer | None = None
         self._stream: Any = None
+        self._has_posted = False  # on the stream, since `let_begin`
         self._watchdog: Watchdog | None = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
@@ -261,31 +282,37 @@ class DistributedExchange:
             weakref.finalize(self, self._watchdog.stop)
         self._connect()
 
-    def exchange(self, *, send: Tensor | None, destination: int, receive: Tensor | None, source: int, what: str,
+    def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
                  step: int) -> Pending:
         """See `Exchange.exchange`."""
-        send, receive = _message(send), _message(receive)
-        if send is None and receive is None:
+        send, receive = _parts(send), _parts(receive)
+        if not send and not receive:
             return _Nothing()
-        for tensor in (send, receive):
-            if tensor is not None and tensor.device.type != self.device.type:
+        for tensor in (*send, *receive):
+            if tensor.device.type != self.device.type:
                 raise ValueError(f"exchange: this ring moves {self.device.type} tensors, got one on {tensor.device}; "
                                  "construct DistributedExchange with that device")
         self.stats._count(send, receive)
-        transfer = _Transfer(self.rank, step, what, None if send is None else destination,
-                             None if receive is None else source)
+        transfer = _Transfer(self.rank, step, what, destination if send else None, source if receive else None)
         if self._stream is None:
             return _HostPending(self, transfer, send, receive)
         return self._post_on_stream(transfer, send, receive)
 
-    def _post_on_stream(self, transfer: _Transfer, send: Tensor | None, receive: Tensor | None) -> Pending:
+    def let_begin(self) -> None:
+        """See `Exchange.let_begin`.
+
+        A kernel that takes all processors, and was queued on the current stream behind what a transfer waits for, would
+        start before the transfer's own, which would then find no room until it ends. So the stream pauses first.
+        """
+        if self._has_posted and HEAD_START > 0:
+            torch.cuda._sleep(round(HEAD_START * SM_CLOCK))
+        self._has_posted = False
+
+    def _post_on_stream(self, transfer: _Transfer, send: Parts, receive: Parts) -> Pending:
         assert self._watchdog is not None
         self._watchdog.raise_failure()
-        ops = []
-        if receive is not None:
-            ops.append(dist.P2POp(dist.irecv, receive, group=self.group, group_peer=transfer.source))
-        if send is not None:
-            ops.append(dist.P2POp(dist.isend, send, group=self.group, group_peer=transfer.destination))
+        ops = [dist.P2POp(dist.irecv, part, group=self.group, group_peer=transfer.source) for part in receive]
+        ops += [dist.P2POp(dist.isend, part, group=self.group, group_peer=transfer.destination) for part in send]
         # The side stream starts where the current one stands: `send` is then written, and `receive` no longer in use.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
@@ -296,7 +323,8 @@ class DistributedExchange:
                 observer.end(begun)
             done = torch.cuda.Event()
             done.record(self._stream)
-        pending = _StreamPending(self._watchdog, transfer, (send, receive), done, self.device)
+        self._has_posted = True
+        pending = _StreamPending(self._watchdog, transfer, (*send, *receive), done, self.device)
         # NOTE: an event that is part of a CUDA graph being captured must not be queried.
         if not torch.cuda.is_current_stream_capturing():
             self._watchdog.watch(pending)
@@ -318,29 +346,24 @@ class DistributedExchange:
 class _HostPending:
     """Two works of a back end that blocks in `wait` (gloo)."""
 
-    def __init__(self, owner: DistributedExchange, transfer: _Transfer, send: Tensor | None, receive: Tensor | None):
+    def __init__(self, owner: DistributedExchange, transfer: _Transfer, send: Parts, receive: Parts):
         self.transfer, self.timeout = transfer, owner.timeout
-        self.buffers = (send, receive)  # alive until the works are through
+        self.buffers = (*send, *receive)  # alive until the works are through
         self.observer, self.begun = _begin(owner.observer, transfer, send)
-        self.receiving: Any = None
-        self.sending: Any = None
-        if receive is not None:
-            with self._named(transfer.receive_error, "cannot be received: the connection failed"):
-                self.receiving = dist.irecv(receive, group=owner.group, group_src=transfer.source)
-        if send is not None:
-            with self._named(transfer.send_error, "cannot be sent: the connection failed"):
-                self.sending = dist.isend(send, group=owner.group, group_dst=transfer.destination)
+        with self._named(transfer.receive_error, "cannot be received: the connection failed"):
+            self.receiving = [dist.irecv(part, group=owner.group, group_src=transfer.source) for part in receive]
+        with self._named(transfer.send_error, "cannot be sent: the connection failed"):
+            self.sending = [dist.isend(part, group=owner.group, group_dst=transfer.destination) for part in send]
 
     def wait(self) -> None:
         deadline = time.monotonic() + self.timeout
-        if self.receiving is not None:
+        while self.receiving:
             late = _overdue("did not arrive", self.transfer.source, self.timeout)
-            self._finish(self.receiving, deadline, self.transfer.receive_error, late)
-        if self.sending is not None:
+            self._finish(self.receiving.pop(0), deadline, self.transfer.receive_error, late)
+        while self.sending:
             late = _overdue("was not taken", self.transfer.destination, self.timeout)
-            self._finish(self.sending, deadline, self.transfer.send_error, late)
-        self.receiving = self.sending = None
-        self.buffers = (None, None)
+            self._finish(self.sending.pop(0), deadline, self.transfer.send_error, late)
+        self.buffers = ()
         if self.observer is not None:
             self.observer.end(self.begun)
             self.observer = None
@@ -370,8 +393,7 @@ class _StreamPending:
     is never waited for is held by the watchdog until it is through.
     """
 
-    def __init__(self, watchdog: Watchdog, transfer: _Transfer, buffers: tuple[Tensor | None, ...], event: Any,
-                 device: torch.device):
+    def __init__(self, watchdog: Watchdog, transfer: _Transfer, buffers: Parts, event: Any, device: torch.device):
         self.watchdog, self.transfer, self.buffers = watchdog, transfer, buffers
         self.event, self.device = event, device  # the event: the transfer is through
 
@@ -559,8 +581,8 @@ def run_in_process(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
 
 @dataclass
 class _Letter:
-    tensor: Tensor
-    written: Any  # CUDA event: the tensor's contents are there
+    parts: Parts
+    written: Any  # CUDA event: their contents are there
     copied: Any = None  # CUDA event: the receiver has copied them
     taken: bool = False
 
@@ -626,19 +648,21 @@ class InProcessExchange:
         self._hub = hub
         self._numbers: Counter[tuple[int, int]] = Counter()  # messages so far, by (source, destination)
 
-    def exchange(self, *, send: Tensor | None, destination: int, receive: Tensor | None, source: int, what: str,
+    def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
                  step: int) -> Pending:
         """See `Exchange.exchange`."""
-        send, receive = _message(send), _message(receive)
+        send, receive = _parts(send), _parts(receive)
         self.stats._count(send, receive)
-        transfer = _Transfer(self.rank, step, what, None if send is None else destination,
-                             None if receive is None else source)
+        transfer = _Transfer(self.rank, step, what, destination if send else None, source if receive else None)
         letter = None
-        if send is not None:
-            letter = _Letter(send, _record(send))
+        if send:
+            letter = _Letter(send, _record(send[0]))
             self._hub.letters[self._key(self.rank, destination)] = letter
-        key = self._key(source, self.rank) if receive is not None else None
+        key = self._key(source, self.rank) if receive else None
         return _InProcessPending(self._hub, transfer, letter, receive, key)
+
+    def let_begin(self) -> None:
+        """See `Exchange.let_begin`: there is nothing to be done."""
 
     def _key(self, source: int, destination: int) -> tuple[int, int, int]:
         number = self._numbers[source, destination]
@@ -653,17 +677,17 @@ class _InProcessPending:
     hub: _Hub
     transfer: _Transfer
     letter: _Letter | None
-    receive: Tensor | None
+    receive: Parts
     key: tuple[int, int, int] | None
 
     def wait(self) -> None:
         rank, letters = self.transfer.rank, self.hub.letters
-        if self.receive is not None:
+        if self.receive:
             key = self.key
             assert key is not None
             self.hub.block(rank, lambda: key in letters, self.transfer.receive_error)
             self._take(letters.pop(key))
-            self.receive = None
+            self.receive = ()
         if self.letter is not None:
             letter = self.letter
             self.hub.block(rank, lambda: letter.taken, self.transfer.send_error)
@@ -671,15 +695,21 @@ class _InProcessPending:
             self.letter = None
 
     def _take(self, letter: _Letter) -> None:
-        assert self.receive is not None
-        sent, expected = letter.tensor, self.receive
-        if (sent.shape, sent.dtype) != (expected.shape, expected.dtype):
-            raise self.transfer.receive_error(f"came as {tuple(sent.shape)} {sent.dtype}, but {tuple(expected.shape)} "
-                                              f"{expected.dtype} was expected: the ranks disagree about the layout")
+        sent, expected = (
+            [(tuple(part.shape), part.dtype) for part in parts] for parts in (letter.parts, self.receive)
+        )
+        if sent != expected:
+            raise self.transfer.receive_error(f"came as {_forms(sent)}, but {_forms(expected)} was expected: the ranks "
+                                              "disagree about the layout")
         _after(letter.written)
-        expected.copy_(sent)
-        letter.copied = _record(expected)
+        for to, part in zip(self.receive, letter.parts, strict=True):
+            to.copy_(part)
+        letter.copied = _record(self.receive[0])
         letter.taken = True
+
+
+def _forms(parts: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return " and ".join(f"{shape} {dtype}" for shape, dtype in parts)
 
 
 def _record(tensor: Tensor) -> Any:

@@ -31,7 +31,7 @@ from torch import Tensor
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.all_to_all import kv_copies
 from fa3_dist.parallel.exchange import DistributedExchange, Exchange, Subgroup, exchange_with_all
-from fa3_dist.parallel.ring import LEAST_HALF, backward_parts
+from fa3_dist.parallel.ring import LEAST_HALF, LEAST_OPENING, backward_parts
 from fa3_dist.parallel.ring_clock import Wires, backward_end, forward_end
 from fa3_dist.parallel.schedule import Layout, StepSizes, grouped, step_sizes
 
@@ -66,12 +66,13 @@ class Rates(NamedTuple):
     step_seconds: float  # of one more launch beside its arithmetic: the launch, and the last wave that fills few SMs
     latency: float  # seconds a message costs whatever its size, where links were not measured
     least_half: int  # bytes of a message of dK/dV of half the heads from which on a step is two launches
+    least_opening: int  # rows times key/value heads from which on the local backward is two launches
 
 
 # Hopper: attention of a training step in bf16. A core of a CPU.
 RATES = {
-    "cuda": Rates(((1, 5e14),), ((1, 5e14),), 3e12, 20e-6, 10e-6, LEAST_HALF["cuda"]),
-    "cpu": Rates(((1, 2e10),), ((1, 2e10),), 1e10, 100e-6, 100e-6, LEAST_HALF["cpu"]),
+    "cuda": Rates(((1, 5e14),), ((1, 5e14),), 3e12, 20e-6, 10e-6, LEAST_HALF["cuda"], LEAST_OPENING["cuda"]),
+    "cpu": Rates(((1, 2e10),), ((1, 2e10),), 1e10, 100e-6, 100e-6, LEAST_HALF["cpu"], LEAST_OPENING["cpu"]),
 }
 
 
@@ -202,7 +203,7 @@ def estimate(layout: Layout, call: Call, head_ranks: int, links: Links, rates: R
 
     Attention: 2 products of 2 * pairs * heads * head_dim FLOP in the forward, 5 in the backward. The ring is played
     through by `ring_clock`, with the pairs and rows of every rank and step. The all-to-all before and after it hides
-    behind nothing. Copies, such as packing, take the time that their bytes take in memory.
+    behind nothing. Copies, such as those around it, take the time that their bytes take in memory.
     """
     copies = kv_copies(call.heads, call.kv_heads, head_ranks)
     heads, kv_heads = call.heads // head_ranks, call.kv_heads * copies // head_ranks
@@ -253,10 +254,10 @@ def _ring_passes(layout: Layout, call: Call, distance: int, links: Links, rates:
         return Wires(sizes.shifts, layout.world, lambda a, b: links.between(a * distance, b * distance),
                      _latency(links, rates))
 
-    owned = np.array([layout.tokens(rank) for rank in range(layout.world)]) * call.kv_heads * (D + E)
+    kv_rows = np.array([layout.tokens(rank) for rank in range(layout.world)]) * call.kv_heads
+    owned = kv_rows * (D + E)
     come = sizes.keys * call.kv_heads * (D + E)  # elements of K/V; as many of dK/dV go
     home = np.take_along_axis(come, wires().destinations, axis=0)  # those that come back
-    packing = copying(np.minimum(owned, home[:, 1:].sum(axis=1)), 2 * size)  # of what some other rank needs
     head_bytes = sizes.keys.max(axis=0) * (D + E) * sum_size
     parts = [len(backward_parts(call.kv_heads, int(each), rates.least_half)) for each in head_bytes]
     # A remote step reads and writes the running out, and dK/dV three times with the zeros that they begin with.
@@ -264,9 +265,10 @@ def _ring_passes(layout: Layout, call: Call, distance: int, links: Links, rates:
     summing = copying(come, 3 * sum_size) + rates.step_seconds * np.array(parts)
     finishing = copying(owned, 2 * sum_size + size)  # own dK/dV: zeros at first, rounded at last
     opening = backward[:, 0] * (OPENING_CAUSAL if (call.window_left, call.window_right) == (None, 0) else OPENING)
+    opening = np.where(kv_rows < rates.least_opening, 0.0, opening)
     ends = (
-        forward_end(wires(), packing, np.column_stack((forward[:, 0], (forward + continuing)[:, 1:])), come * size),
-        backward_end(wires(), packing, opening, backward + summing, backward[:, 0] - opening, come * size,
+        forward_end(wires(), np.column_stack((forward[:, 0], (forward + continuing)[:, 1:])), come * size),
+        backward_end(wires(), opening, backward + summing, backward[:, 0] - opening, come * size,
                      come * sum_size, copying(home, 3 * sum_size), parts) + finishing,
     )
     passes = [Pass(float(most), float(end.max() - most)) for most, end in zip(busiest, ends)]

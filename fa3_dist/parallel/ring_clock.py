@@ -49,14 +49,13 @@ class Wires:
         return np.maximum(ready, np.maximum(arrived, arrived[destination]))
 
 
-def forward_end(wires: Wires, before: np.ndarray, work: np.ndarray, message: np.ndarray) -> np.ndarray:
+def forward_end(wires: Wires, work: np.ndarray, message: np.ndarray) -> np.ndarray:
     """Seconds after which each rank is through with the forward.
 
     Args:
-        before: (world,) seconds before the first message, for packing.
         work: (world, steps) seconds of attention. message: (world, steps) bytes of K/V that come.
     """
-    now, steps = before, work.shape[1]
+    now, steps = np.zeros(len(work)), work.shape[1]
     arriving = wires.fetch(now, 1, message[:, 1]) if steps > 1 else now
     now = now + work[:, 0]
     for step in range(1, steps):
@@ -67,17 +66,17 @@ def forward_end(wires: Wires, before: np.ndarray, work: np.ndarray, message: np.
     return now
 
 
-def backward_end(wires: Wires, before: np.ndarray, opening: np.ndarray, work: np.ndarray, closing: np.ndarray,
+def backward_end(wires: Wires, opening: np.ndarray, work: np.ndarray, closing: np.ndarray,
                  message: np.ndarray, gradient: np.ndarray, add: np.ndarray, parts: Sequence[int]) -> np.ndarray:
     """Seconds after which each rank is through with the backward.
 
     Args:
-        before, work, message: as in `forward_end`; work and message at step 0 are not looked at.
+        work, message: as in `forward_end`; what they say of step 0 is not looked at.
         opening, closing: (world,) seconds of the two parts of the local step.
         gradient: (world, steps) bytes of dK/dV that go home. add: (world, steps) seconds to add up those that come.
         parts: (steps,) launches of a step, each of as many heads; the dK/dV of one travel while the next computes.
     """
-    now, steps = before, work.shape[1]
+    now, steps = np.zeros(len(work)), work.shape[1]
     arriving = wires.fetch(now, 1, message[:, 1]) if steps > 1 else now
     now = now + opening
     returning: list[tuple[np.ndarray, np.ndarray]] = []  # when a message is there, and the seconds to add it up
