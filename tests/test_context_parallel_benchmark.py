@@ -197,6 +197,7 @@ def peaks_without_arithmetic(rank: int, world: int, problems: list[Case], folder
     exchange = DistributedExchange(timeout=30)
     ring.ops.forward_into = ring.ops.backward = lambda *args, **options: None  # type: ignore[assignment]
     ring.ops.delta = lambda dout, out, dlse: dout.new_zeros(*out.shape[1::-1], dtype=torch.float32)  # type: ignore
+    ring._add_rows = lambda *rows: None  # type: ignore[assignment]  # on a CPU, a sum that is rounded takes memory
     found = []
     for case in problems:
         layout = (packed if case.packed else zigzag)(case.lengths, world)
@@ -465,7 +466,8 @@ def test_two_ranks_write_figures_and_timelines(tmp_path: Path) -> None:
         kinds = [(step["kind"], step["what"], step["step"]) for step in steps if step["rank"] == 1]
         forward = [("communication", "K/V", 1), ("compute", "forward", 0), ("compute", "forward", 1)]
         half = [("compute", "backward", 1), ("communication", "dK/dV", 1)]
-        backward = [("communication", "K/V", 1), ("compute", "backward", 0), *half, *half, ("compute", "backward", 0)]
+        # With 32 tokens a rank, the local step is one launch.
+        backward = [("communication", "K/V", 1), *half, *half, ("compute", "backward", 0)]
         assert kinds == forward + (backward if which == "forward_backward" else [])
     for text in ("gqa_8k: 64 tokens on 2 ranks, 32:8 heads of 128", "torch's context_parallel is for CUDA",
                  "forward + backward, rank 1, step 1: dK/dV", "not judged", "ring_margin_3 over ring: "):

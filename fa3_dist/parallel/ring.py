@@ -193,11 +193,10 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
         while before:
             before.pop(0).add_to(own)
     add_gradients(0, closing, _KeyRows(k, v), own, exchange.sm_margin if plan.remote else 0)
-    dq = dq.to(q.dtype)
     result = _KeyRows(*(x.new_empty(x.shape, dtype=kv_dtype) for x in own)) if returning else own
     while returning:
         returning.pop(0).add_to(own, result)
-    return dq, result.k.to(kv_dtype), result.v.to(kv_dtype)
+    return dq.to(q.dtype), result.k.to(kv_dtype), result.v.to(kv_dtype)
 
 
 # --------------------------------------------------------------------------- parts of the local step, and of the heads
