@@ -272,7 +272,7 @@ class DistributedExchange:
         self.stats = Traffic()
         self.observer: Observer | None = None
         self._stream: Any = None
-        self._has_posted = False  # on the stream, since `let_begin`
+        self._posted: _StreamPending | None = None  # the last one since `let_begin`
         self._watchdog: Watchdog | None = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
@@ -304,9 +304,10 @@ class DistributedExchange:
         A kernel that takes all processors, and was queued on the current stream behind what a transfer waits for, would
         start before the transfer's own, which would then find no room until it ends. So the stream pauses first.
         """
-        if self._has_posted and HEAD_START > 0:
-            torch.cuda._sleep(round(HEAD_START * SM_CLOCK))
-        self._has_posted = False
+        if self._posted is not None and self._posted.buffers and HEAD_START > 0:
+            with torch.cuda.device(self.device):
+                torch.cuda._sleep(round(HEAD_START * SM_CLOCK))
+        self._posted = None
 
     def _post_on_stream(self, transfer: _Transfer, send: Parts, receive: Parts) -> Pending:
         assert self._watchdog is not None
@@ -323,8 +324,7 @@ class DistributedExchange:
                 observer.end(begun)
             done = torch.cuda.Event()
             done.record(self._stream)
-        self._has_posted = True
-        pending = _StreamPending(self._watchdog, transfer, (*send, *receive), done, self.device)
+        self._posted = pending = _StreamPending(self._watchdog, transfer, (*send, *receive), done, self.device)
         # NOTE: an event that is part of a CUDA graph being captured must not be queried.
         if not torch.cuda.is_current_stream_capturing():
             self._watchdog.watch(pending)
@@ -400,7 +400,7 @@ class _StreamPending:
     def wait(self) -> None:
         self.watchdog.raise_failure()
         torch.cuda.current_stream(self.device).wait_event(self.event)
-        self.buffers = ()
+        self.buffers = ()  # as long as there are any, the transfer is not waited for
 
     def done(self) -> bool:
         with torch.cuda.device(self.device):  # the watchdog's thread would otherwise wake GPU 0
