@@ -151,8 +151,14 @@ Tensor zero_counter(int32_t device) {
 class CurrentDevice {
  public:
   explicit CurrentDevice(int32_t device) {
-    // NOTE: a guard takes longer than the question whether one is needed.
-    if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard_.emplace(device);
+    // NOTE: a guard takes longer than the question whether one is needed. And a thread that has done nothing on the device
+    // yet has no context there, without which the driver describes no tensor.
+    static thread_local bool has_context = false;
+    if (torch::stable::accelerator::getCurrentDeviceIndex() != device) {
+      guard_.emplace(device);
+    } else if (!has_context) {
+      has_context = cudaSetDevice(device) == cudaSuccess;
+    }
   }
 
  private:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -804,3 +805,34 @@ def test_the_library_takes_no_tensor_that_is_yet_to_be_negated(launches):
         call[at] = negated
         assert ops._direct_forward(*call, *[None] * 6, 0.125, None, None, 0.0, None, False, 0) is None
     assert torch.equal(ops.forward(torch.complex(q, q).conj().imag, k, v)[0], expected[0])
+
+
+@pytest.mark.gpu
+def test_a_thread_may_begin_with_a_call():
+    """The driver describes tensors only where there is a context, and a new thread has none yet."""
+    q, k, v, dout = torch.randn(4, 2, 256, 4, 64, device="cuda", dtype=torch.bfloat16)
+    lse, delta = torch.zeros(2, 2, 4, 256, device="cuda")
+    state = torch.zeros(256, 4, 64, device="cuda")
+    start, length = (torch.tensor([i], dtype=torch.int32, device="cuda") for i in (0, 256))
+    ranges = dict(zip(ops.RANGES, [start, length] * 2))
+    calls = {
+        "forward": lambda: ops.forward(q, k, v, window_right=0),
+        "forward_into": lambda: ops.forward_into(q[0], k[0], v[0], state, lse[0], None, **ranges, flags=start),
+        "backward": lambda: ops.backward(dout, q, k, v, lse, delta, *(torch.empty_like(q) for _ in range(3))),
+        "delta": lambda: ops.delta(dout, q),
+    }
+    torch.cuda.synchronize()
+    for name, call in calls.items():
+        failed: list[BaseException] = []
+
+        def run(call=call, failed=failed):
+            try:
+                call()
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert not failed, f"{name}: {failed[0]}"
+    torch.cuda.synchronize()
