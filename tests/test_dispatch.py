@@ -814,10 +814,10 @@ def test_a_thread_may_begin_with_a_call():
     lse, delta = torch.zeros(2, 2, 4, 256, device="cuda")
     state = torch.zeros(256, 4, 64, device="cuda")
     start, length = (torch.tensor([i], dtype=torch.int32, device="cuda") for i in (0, 256))
-    ranges = dict(zip(ops.RANGES, [start, length] * 2))
+    visit = dict(zip(ops.RANGES, [start, length] * 2), offsets=start, flags=start)
     calls = {
         "forward": lambda: ops.forward(q, k, v, window_right=0),
-        "forward_into": lambda: ops.forward_into(q[0], k[0], v[0], state, lse[0], None, **ranges, flags=start),
+        "forward_into": lambda: ops.forward_into(q[0], k[0], v[0], state, lse[0], None, **visit),
         "backward": lambda: ops.backward(dout, q, k, v, lse, delta, *(torch.empty_like(q) for _ in range(3))),
         "delta": lambda: ops.delta(dout, q),
     }

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fa3_dist.parallel.exchange import (
+    HEAD_START,
     DistributedExchange,
     Exchange,
     InProcessExchange,
@@ -218,26 +219,35 @@ def test_a_rank_that_never_connects_is_named():
     assert outcome.result.startswith("rank 1, ring step 1: the greeting from rank 0 did not arrive within 0.5 s")
 
 
-def margins(rank: int, world: int) -> list[object]:
-    """What an exchange has for a margin, by argument and environment, and what it says to those that are none."""
+def numbers(rank: int, world: int, name: str, variable: str) -> list[object]:
+    """What an exchange has for a number, by argument and environment, and what it says to those that are none."""
     found: list[object] = []
     for given, environment in ((None, None), (None, "4"), (8, "4"), (-1, None), (None, "four"), (None, "-2")):
-        os.environ.pop("FA3_DIST_SM_MARGIN", None)
+        os.environ.pop(variable, None)
         if environment is not None:
-            os.environ["FA3_DIST_SM_MARGIN"] = environment
+            os.environ[variable] = environment
         try:
-            found.append(DistributedExchange(sm_margin=given).sm_margin)
+            found.append(getattr(DistributedExchange(**{name: given}), name))
         except ValueError as error:
             found.append(str(error))
     return found
 
 
 def test_margin_of_sms_comes_from_the_argument_or_the_environment():
-    for found in run_distributed(2, margins):
+    for found in run_distributed(2, numbers, "sm_margin", "FA3_DIST_SM_MARGIN"):
         assert found[:3] == [0, 4, 8]
         assert all("expected a number of SMs, 0 or more" in str(error) for error in found[3:])
         assert [str(error).split(":")[0] for error in found[3:]] == [
             "sm_margin is -1", "FA3_DIST_SM_MARGIN is 'four'", "FA3_DIST_SM_MARGIN is '-2'",
+        ]  # fmt: skip
+
+
+def test_head_start_comes_from_the_argument_or_the_environment():
+    for found in run_distributed(2, numbers, "head_start", "FA3_DIST_HEAD_START"):
+        assert found[:3] == [HEAD_START, 4.0, 8]
+        assert all("expected microseconds, 0 or more" in str(error) for error in found[3:])
+        assert [str(error).split(":")[0] for error in found[3:]] == [
+            "head_start is -1", "FA3_DIST_HEAD_START is 'four'", "head_start is -2.0",
         ]  # fmt: skip
 
 

@@ -227,8 +227,8 @@ def _bytes(parts: Parts) -> int:
 # ----------------------------------------------------------------------------------------- torch.distributed
 
 
-# Seconds that a transfer gets before a kernel that fills the device: to be waited for by NCCL's stream, and launched.
-HEAD_START = float(os.environ.get("FA3_DIST_HEAD_START", 20e-6))
+# Microseconds that a transfer gets before a kernel that fills the device: for NCCL's stream to reach and launch it.
+HEAD_START = 20.0
 SM_CLOCK = 2e9  # Hz; no Hopper GPU runs faster, so a pause is no shorter than it says
 
 
@@ -251,13 +251,17 @@ class DistributedExchange:
             this error, which names the peer, comes before the group's own).
         sm_margin: SMs that attention kernels leave to the transfers (CUDA); None: FA3_DIST_SM_MARGIN of the
             environment, or 0. `make context` times some margins.
+        head_start: microseconds by which a transfer is ahead of the attention that hides it (CUDA; see `let_begin`);
+            None: FA3_DIST_HEAD_START of the environment, or HEAD_START.
     Raises:
-        ValueError: this process is not in the group, the timeout is not positive, or the margin is no number of SMs.
+        ValueError: this process is not in the group, the timeout is not positive, the margin is no number of SMs, or
+            the head start no time.
         RingError: a peer did not answer.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, device: torch.device | None = None,
-                 timeout: float | timedelta | None = None, sm_margin: int | None = None):
+                 timeout: float | timedelta | None = None, sm_margin: int | None = None,
+                 head_start: float | None = None):
         self.group: dist.ProcessGroup = _world_group() if group is None else group
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
@@ -269,6 +273,9 @@ class DistributedExchange:
         self.sm_margin = _default_sm_margin() if sm_margin is None else sm_margin
         if self.sm_margin < 0:
             raise ValueError(f"sm_margin is {self.sm_margin}: expected a number of SMs, 0 or more")
+        self.head_start = _default_head_start() if head_start is None else head_start
+        if not 0 <= self.head_start < float("inf"):
+            raise ValueError(f"head_start is {self.head_start}: expected microseconds, 0 or more")
         self.stats = Traffic()
         self.observer: Observer | None = None
         self._stream: Any = None
@@ -304,9 +311,9 @@ class DistributedExchange:
         A kernel that takes all processors, and was queued on the current stream behind what a transfer waits for, would
         start before the transfer's own, which would then find no room until it ends. So the stream pauses first.
         """
-        if self._posted is not None and self._posted.buffers and HEAD_START > 0:
+        if self._posted is not None and self._posted.buffers and self.head_start > 0:
             with torch.cuda.device(self.device):
-                torch.cuda._sleep(round(HEAD_START * SM_CLOCK))
+                torch.cuda._sleep(round(self.head_start * 1e-6 * SM_CLOCK))
         self._posted = None
 
     def _post_on_stream(self, transfer: _Transfer, send: Parts, receive: Parts) -> Pending:
@@ -525,6 +532,14 @@ def _default_sm_margin() -> int:
     if not given.isdecimal():
         raise ValueError(f"FA3_DIST_SM_MARGIN is {given!r}: expected a number of SMs, 0 or more")
     return int(given)
+
+
+def _default_head_start() -> float:
+    given = os.environ.get("FA3_DIST_HEAD_START", str(HEAD_START))
+    try:
+        return float(given)
+    except ValueError:
+        raise ValueError(f"FA3_DIST_HEAD_START is {given!r}: expected microseconds, 0 or more") from None
 
 
 def _seconds(timeout: float | timedelta) -> float:
