@@ -159,18 +159,15 @@ def ring_memory(case: Case, layout: Layout, rank: int, which: str, device_type: 
         return memory | {"out in fp32": sums, "messages": max(fetched)}
     memory |= {"dout": tokens * row.out, "delta": tokens * row.lse, "dq in fp32": tokens * row.dq_sum}
     memory["dk, dv in fp32"] = tokens * row.dkv_sum
-    held, coming_back = _gradients_held(case, layout, come, go, device_type)
-    in_steps = [sum(each) for each in zip(fetched, held)]
-    dkv = tokens * row.kv if steps else 0  # rounded while the last sums come back
-    at_the_end = row.kv * come[-2] + max(dkv + coming_back, tokens * (row.q + row.kv))
-    name = "messages" if max(in_steps) >= at_the_end else "results and the last messages"
+    in_steps = [sum(each) for each in zip(fetched, _gradients_held(case, layout, come, go, device_type))]
+    results = tokens * (row.q + row.kv)
+    at_the_end = results + row.kv * come[-2]
+    name = "messages" if max(in_steps) >= at_the_end else "dq, dk, dv and the last K/V"
     return memory | {name: max(*in_steps, at_the_end)}
 
 
-def _gradients_held(case: Case, layout: Layout, come: list[int], go: list[int],
-                    device_type: str) -> tuple[list[int], int]:
-    """Most bytes of dK/dV in each step: those of the step before until they are added, and this one's, part by part;
-    and those that are left after the last.
+def _gradients_held(case: Case, layout: Layout, come: list[int], go: list[int], device_type: str) -> list[int]:
+    """Most bytes of dK/dV in each step: those of the step before until they are added, and this one's, part by part.
 
     come, go: rows of K/V that come to this rank and leave it, in each step, with one more at either end.
     """
@@ -190,7 +187,7 @@ def _gradients_held(case: Case, layout: Layout, come: list[int], go: list[int],
             most = max(most, sum(now) + sum(before))
         held.append(most)
         before = now
-    return held, sum(before)
+    return held
 
 
 def describe(problem: Problem, layout: Layout) -> dict[str, Any]:

@@ -40,12 +40,9 @@ CASES = (CAUSAL, PACKED, WINDOW, FULL, SOFTCAP, BLIND, LONG_BF16)
 # -------------------------------------------------------------------------------------------------- mutants
 
 
-def dkv_lost(returning, own, result=None) -> None:
+def dkv_lost(returning, own) -> None:
     """What came back is not added."""
     returning.arrival.wait()
-    if result is not None:
-        for x, to in zip(*map(returning.heads.of_kv, (own, result)), strict=True):
-            to.copy_(x)
 
 
 def dkv_never_returns():
@@ -94,8 +91,8 @@ def second_half_never_computed():
 def second_half_added_to_the_first_ones_heads():
     add_to = ring._Returning.add_to
 
-    def misplaced(returning, *sums):
-        add_to(returning._replace(heads=returning.heads._replace(kv_start=0)), *sums)
+    def misplaced(returning, own):
+        add_to(returning._replace(heads=returning.heads._replace(kv_start=0)), own)
 
     return patched(ring._Returning, "add_to", misplaced)
 
@@ -224,7 +221,7 @@ def spans_sent_in_the_wrong_order():
 
 def spans_added_in_the_wrong_order():
     add_rows = ring._add_rows
-    return patched(ring, "_add_rows", lambda x, rows, spans, result: add_rows(x, rows, spans[::-1], result))
+    return patched(ring, "_add_rows", lambda x, rows, spans: add_rows(x, rows, spans[::-1]))
 
 
 def first_flag_lost():

@@ -193,10 +193,9 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
         while before:
             before.pop(0).add_to(own)
     add_gradients(0, closing, _KeyRows(k, v), own, exchange.sm_margin if plan.remote else 0)
-    result = _KeyRows(*(x.new_empty(x.shape, dtype=kv_dtype) for x in own)) if returning else own
     while returning:
-        returning.pop(0).add_to(own, result)
-    return dq.to(q.dtype), result.k.to(kv_dtype), result.v.to(kv_dtype)
+        returning.pop(0).add_to(own)
+    return dq.to(q.dtype), own.k.to(kv_dtype), own.v.to(kv_dtype)
 
 
 # --------------------------------------------------------------------------- parts of the local step, and of the heads
@@ -281,11 +280,10 @@ class _Returning(NamedTuple):
     heads: _Heads  # of the message
     arrival: _Arrival
 
-    def add_to(self, own: _KeyRows, result: _KeyRows | None = None) -> None:
-        """Waits for the rows and adds them where they belong: in place, or `result` gets all sums, rounded once."""
-        rows, own = self.arrival.wait(), self.heads.of_kv(own)
-        for x, come, to in zip(own, rows, own if result is None else self.heads.of_kv(result), strict=True):
-            _add_rows(x, come, self.arrival.spans, to)
+    def add_to(self, own: _KeyRows) -> None:
+        """Waits for the rows and adds them where they belong."""
+        for x, rows in zip(self.heads.of_kv(own), self.arrival.wait(), strict=True):
+            _add_rows(x, rows, self.arrival.spans)
 
 
 def _fetch(kv: _KeyRows, step: Step, exchange: Exchange) -> _Arrival:
@@ -312,16 +310,10 @@ def _gather(x: Tensor, spans: Sequence[Span]) -> Tensor:
     return torch.cat(parts) if parts else x.new_empty(0, *x.shape[1:])
 
 
-def _add_rows(x: Tensor, rows: Tensor, spans: Sequence[Span], result: Tensor) -> None:
-    """result = x, plus the rows in `spans`, where they lie one behind the other; result may be x."""
-    end = 0  # of what has been written
-    for (start, length), come in zip(spans, rows.split([span.length for span in spans]), strict=True):
-        if result is not x:
-            result[end:start].copy_(x[end:start])
-        end = start + length
-        torch.add(x[start:end], come, out=result[start:end])
-    if result is not x:
-        result[end:].copy_(x[end:])
+def _add_rows(x: Tensor, rows: Tensor, spans: Sequence[Span]) -> None:
+    """Adds rows, which lie one behind the other, to the rows of x in `spans`."""
+    for (start, length), part in zip(spans, rows.split([span.length for span in spans]), strict=True):
+        x.narrow(0, start, length).add_(part)
 
 
 def _total(spans: Iterable[Span]) -> int:
