@@ -178,8 +178,6 @@ def backward(
             kernel then takes them one after the other, a launch each.
         others: as in `forward`.
 
-    As in `forward`, an infinity or a NaN in a short range may reach the gradients of its neighbours in memory.
-
     Raises:
         TypeError, ValueError: an argument is not of the form above; the message names it.
     """

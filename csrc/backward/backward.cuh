@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     if (threadIdx.x == 0) load_key_tiles<Config>(arguments, shared);
-    if (threadIdx.x >= 32 && threadIdx.x < 64) draw_key_tiles<Config>(arguments, shared);
+    if (threadIdx.x == 32) draw_key_tiles<Config>(arguments, shared);
     if (threadIdx.x >= 64 && threadIdx.x < 96) load_row_values<Config>(arguments, shared);
     if constexpr (Config::kBulkDQ) {
       if (threadIdx.x == 96) add_query_blocks<Config>(arguments, shared);

@@ -28,8 +28,7 @@ __device__ __forceinline__ void for_each_step(const BackwardArguments& arguments
 
 // ---- tiles -----------------------------------------------------------------------------------------------------------
 
-// The tiles of a launch, in the order in which they are drawn; of a KV head those with the most queries first. Called by
-// all lanes of a warp, of which one draws and the others help to describe a tile that ranges share.
+// The tiles of a launch, in the order in which they are drawn; of a KV head those with the most queries first.
 template <class Config>
 __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
   const ForwardParams& params = arguments.transposed;
@@ -47,60 +46,48 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
   // Each block's first tile is known without asking, unless tiles take turns (turns.cuh).
   const int known = arguments.params.turns == nullptr ? gridDim.x : 0;
   TurnEnds<Config> ends(shared);
-  const bool first_lane = threadIdx.x % 32 == 0;
   const auto wait = [&](auto& barrier, uint32_t parity) {
-    if (first_lane && known > 0) {
+    if (known > 0) {
       barrier.wait(parity);
-    } else if (first_lane) {
+    } else {
       while (!barrier.test_wait(parity)) ends.count_one();
       asm volatile("" ::: "memory");
     }
-    __syncwarp();
   };
   uint32_t loaded_parity = 1;
   const auto draw = [&] {
     // Who draws long before keeps a tile from a block that is free earlier; and tiles that begin in the order in which they
     // are drawn have their queries, and turns, in common.
     wait(shared.nearly_loaded, loaded_parity);
-    int drawn = 0;
-    if (first_lane) drawn = known + atomicAdd(&counter.drawn, 1);
-    return __shfl_sync(0xffffffffu, drawn, 0);
+    return known + atomicAdd(&counter.drawn, 1);
   };
 #pragma unroll 1
   for (int index = known > 0 ? blockIdx.x : draw(); index < order.size(); index = draw()) {
     const auto [unit, rank] = order[index];
     const int batch = unit / params.kv_heads;
-    // Under a causal mask the first keys are those that most queries see.
-    const TileRecord record = packed ? schedule_records(params.workspace)[rank]
-                                     : TileRecord{sequence_at(params, batch), rank * Config::kKeys, kOneRange};
-    const Sequence& sequence = record.sequence;
-    const int first_key = record.first_query;
+    Sequence sequence;
+    int first_key;
+    if (packed) {
+      const TileRecord record = schedule_records(params.workspace)[rank];
+      sequence = record.sequence;
+      first_key = record.first_query;
+    } else {
+      sequence = sequence_at(params, batch);
+      first_key = rank * Config::kKeys;  // under a causal mask the first keys are those that most queries see
+    }
     KeyBlocks blocks = visible_blocks(sequence, first_key, Config::kKeys, Config::kQueries);
     if (blocks.first == blocks.end) continue;  // the gradients of keys that nobody sees are 0 from the start
-    const bool is_shared = record.first_range != kOneRange;
-    if (is_shared) blocks = all_masked(blocks);
     // Keys past the end are hidden one by one.
     if (first_key + Config::kKeys > sequence.q_len) blocks.end_open = blocks.first_plain;
     wait(shared.tile_empty[ring.stage], ring.parity ^ 1);
-    KeyTile& tile = shared.tile[ring.stage];
-    if (is_shared) fill_bounds(tile.bounds, params, record);
-    if (first_lane) {
-      tile.end = false;
-      tile.batch = batch;
-      tile.kv_head = unit - batch * params.kv_heads;
-      tile.first_key = first_key;
-      tile.sequence = sequence;
-      tile.blocks = blocks;
-      tile.is_shared = is_shared;
-    }
+    shared.tile[ring.stage] = {false, batch, unit - batch * params.kv_heads, first_key, sequence, blocks};
     shared.tile_full[ring.stage].arrive();
     ring.advance();
     loaded_parity ^= 1;
   }
   wait(shared.tile_empty[ring.stage], ring.parity ^ 1);
-  if (first_lane) shared.tile[ring.stage].end = true;
+  shared.tile[ring.stage].end = true;
   shared.tile_full[ring.stage].arrive();
-  if (!first_lane) return;
   while (known == 0 && ends.count_one()) {
   }
   // The last block to get here leaves the counter as it found it.

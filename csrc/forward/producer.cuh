@@ -32,7 +32,7 @@ class TileOrder {
       const auto* record = reinterpret_cast<const int*>(schedule_records(params.workspace) + rank);
       if (lane < kRecordElements) reinterpret_cast<int*>(&tile.record)[lane] = record[lane];
       __syncwarp();
-      if (tile.record.first_range != kOneRange) fill_bounds(bounds, params, tile.record);
+      if (tile.record.first_range != kOneRange) fill_bounds(bounds, tile.record);
     }
     if (threadIdx.x % 32 != 0) return;
 
@@ -77,6 +77,35 @@ class TileOrder {
   }
 
  private:
+  // Which keys the queries of a shared tile see. A lane knows a range, and all go through its queries.
+  __device__ __forceinline__ void fill_bounds(KeyBounds8 (&bounds)[Config::kQueries], const TileRecord& record) const {
+    const ForwardParams& params = arguments_.params;
+    const int lane = threadIdx.x % 32;
+    const int begin = record.sequence.q_base, end = begin + record.sequence.q_len;
+    int done = begin;
+#pragma unroll 1
+    for (int first = record.first_range; done < end && first < params.ranges; first += 32) {
+      const Sequence own = sequence_at(params, min(first + lane, params.ranges - 1));
+#pragma unroll 1
+      for (int i = 0; i < min(32, params.ranges - first) && done < end; ++i) {
+        const auto of_range = [&](int value) { return __shfl_sync(0xffffffffu, value, i); };
+        Sequence range{};
+        range.q_base = of_range(own.q_base);
+        range.k_len = of_range(own.k_len);
+        range.first_diagonal = of_range(own.first_diagonal);
+        range.last_diagonal = of_range(own.last_diagonal);
+        const int shift = of_range(own.k_base) - record.sequence.k_base;
+        const int range_end = range.q_base + of_range(own.q_len);
+        for (int token = max(begin, range.q_base) + lane; token < min(end, range_end); token += 32) {
+          const KeyBounds keys = visible_keys(range, token - range.q_base);
+          bounds[token - begin] = {static_cast<uint8_t>(keys.first + shift), static_cast<uint8_t>(keys.end + shift)};
+        }
+        done = max(done, range_end);
+      }
+    }
+    __syncwarp();
+  }
+
   static __device__ __forceinline__ TileSequence sequence_of(const ForwardArguments& arguments) {
     const ForwardParams& params = arguments.params;
     const int units = arguments.units * params.batch;
@@ -136,8 +165,8 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
     if (first_lane) {
       tile.kind = kind;
       tile.only_warp = only_warp;
+      shared.tile_full[ring.stage].arrive();
     }
-    shared.tile_full[ring.stage].arrive();
     __syncwarp();
     const bool is_long = tile.blocks.end - tile.blocks.first > kLongTile;
     ring.advance();

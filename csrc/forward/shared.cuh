@@ -60,6 +60,11 @@ struct TileRow {
 };
 constexpr int kNoQuery = INT16_MAX;
 
+// KeyBounds of a shared tile, which has no more keys than queries.
+struct KeyBounds8 {
+  uint8_t first;
+  uint8_t end;
+};
 constexpr int kTileSlots = 3;
 constexpr int kLongTile = 4;  // blocks of keys; a longer tile's successor is drawn when no more than these are to come
 
@@ -124,7 +129,7 @@ __device__ __forceinline__ void init_shared(ForwardShared<Config>& shared, bool 
     shared.v_empty[stage].init(kConsumerWarps);
   }
   for (int slot = 0; slot < kTileSlots; ++slot) {
-    shared.tile_full[slot].init(32);  // lanes of the warp that draws, any of which may have written
+    shared.tile_full[slot].init(1);
     // All who read a tile: consumers, the thread that loads, and the warp that prefetches a running state.
     shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + (continues ? 32 : 0));
   }
