@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from fa3_dist.parallel import observe
 from fa3_dist.parallel.all_to_all import all_to_all_attention
-from fa3_dist.parallel.exchange import DistributedExchange, Subgroup, _Transfer
+from fa3_dist.parallel.exchange import DistributedExchange, Pending, Subgroup, _Transfer
 from fa3_dist.parallel.observe import COMMUNICATION, COMPUTE, Span, Timeline
 from fa3_dist.parallel.ring import ring_attention
 from fa3_dist.parallel.schedule import zigzag
@@ -124,13 +125,13 @@ def test_on_cuda_spans_lie_between_events_of_the_messages_stream(monkeypatch: py
         _stream=SimpleNamespace(wait_stream=lambda other: order.append("side waits for main")),
         _watchdog=SimpleNamespace(raise_failure=lambda: None),
     )
-    message = torch.zeros(5)
+    message = (torch.zeros(5),)
     transfer = _Transfer(0, 2, "K/V", 1, None)
-    exchange._post_on_stream(transfer, message, None)
+    exchange._post_on_stream(transfer, message, ())
     assert order == ["side waits for main", "transfer", "done on side"], "nothing is recorded unobserved"
     order.clear()
     exchange.observer = timeline = Timeline(exchange.device)
-    exchange._post_on_stream(transfer, message, None)
+    exchange._post_on_stream(transfer, message, ())
     with observe.computing(timeline, "forward", 1):
         order.append("attention")
     assert order == [
@@ -140,6 +141,41 @@ def test_on_cuda_spans_lie_between_events_of_the_messages_stream(monkeypatch: py
     order.clear()
     assert timeline.spans() == [Span(COMMUNICATION, "K/V", 2, 1, 2, 20), Span(COMPUTE, "forward", 1, 4, 5)]
     assert order == ["host waits"] * 4
+
+
+def test_messages_under_way_get_a_head_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[int] = []
+    stream = SimpleNamespace(wait_stream=lambda other: None, wait_event=lambda event: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", pauses.append)
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda which: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda where: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(dist, "P2POp", lambda *args, **options: None)
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: [])
+    exchange = DistributedExchange.__new__(DistributedExchange)
+    exchange.__dict__.update(
+        rank=0, device=torch.device("cuda"), group=None, observer=None, head_start=10.0, _posted=None, _stream=stream,
+        _watchdog=SimpleNamespace(raise_failure=lambda: None),
+    )
+
+    def post() -> Pending:
+        return exchange._post_on_stream(_Transfer(0, 2, "K/V", 1, None), (torch.zeros(5),), ())
+
+    exchange.let_begin()
+    assert pauses == [], "there is no message"
+    post()
+    exchange.let_begin()
+    exchange.let_begin()
+    assert pauses == [10 * 2000], "10 us of the fastest clock, once"
+    post().wait()
+    exchange.let_begin()
+    assert len(pauses) == 1, "the message is through before what comes now"
+    exchange.head_start = 0.0
+    post()
+    exchange.let_begin()
+    assert len(pauses) == 1
 
 
 def ring_of_three(rank: int, world: int) -> list[tuple]:
@@ -181,7 +217,7 @@ def test_what_three_ranks_tell_of_a_ring_and_an_all_to_all() -> None:
         forward, backward = ([(COMPUTE, what, step, 0) for step in range(3)] for what in ("forward", "backward"))
         assert ring == [
             kv[1], forward[0], kv[2], forward[1], forward[2],
-            kv[1], backward[0], kv[2], *home[1], *home[2], backward[0],
+            kv[1], kv[2], *home[1], *home[2], backward[0],  # 40 tokens stay whole
         ]
         assert [span[:3] for span in swap if span[0] == COMPUTE] == [
             (COMPUTE, "forward", 0), (COMPUTE, "backward", 0)

@@ -226,16 +226,20 @@ __device__ __forceinline__ void write_keys(const Gradient& rG, float scale, void
       continue;
     }
     float* const row = static_cast<float*>(to) + rows[r].at * head_dim;
+    const int columns = rows[r].exists ? head_dim : 0;
+    const auto for_each_pair = [&](auto visit) __attribute__((always_inline)) {
 #pragma unroll
-    for (int i = 0; i < decltype(size(rG))::value / 4; ++i) {
-      const int column = first_column + 8 * i + 2 * (threadIdx.x % 4);
-      if (!rows[r].exists || column >= head_dim) continue;
-      const float2 value = make_float2(scale * rG(4 * i + 2 * r), scale * rG(4 * i + 2 * r + 1));
-      if (accumulate) {
-        add_global(row + column, value.x, value.y);
-      } else {
-        *reinterpret_cast<float2*>(row + column) = value;
+      for (int i = 0; i < decltype(size(rG))::value / 4; ++i) {
+        const int column = first_column + 8 * i + 2 * (threadIdx.x % 4);
+        if (column < columns) visit(row + column, scale * rG(4 * i + 2 * r), scale * rG(4 * i + 2 * r + 1));
       }
+    };
+    if (accumulate) {
+      for_each_pair([](float* to, float a, float b) __attribute__((always_inline)) { add_global(to, a, b); });
+    } else {
+      for_each_pair([](float* to, float a, float b) __attribute__((always_inline)) {
+        *reinterpret_cast<float2*>(to) = make_float2(a, b);
+      });
     }
   }
 }
