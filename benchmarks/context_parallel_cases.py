@@ -148,8 +148,7 @@ def ring_memory(case: Case, layout: Layout, rank: int, which: str, device_type: 
     """
     row, tokens = Row.of(case), layout.tokens(rank)
     steps = _remote_steps(case, layout, rank)
-    memory = {"q": tokens * row.q, "k, v": tokens * row.kv}
-    memory |= {"out": tokens * row.out, "lse": tokens * row.lse}
+    memory = {"q": tokens * row.q, "k, v": tokens * row.kv, "out": tokens * row.out, "lse": tokens * row.lse}
     come = [0, *(_rows(step.receive) for step in steps), 0]  # the local step and one after the last move nothing
     go = [0, *(_rows(step.send) for step in steps), 0]
     gathered = [0, *(_rows(step.send) * (len(step.send) > 1) for step in steps), 0]  # copies of several spans

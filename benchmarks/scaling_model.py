@@ -351,7 +351,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     links, links_origin = make_links(parsed, measured)
-    rates = Rates(forward, backward, parsed.memory, parsed.step_seconds, parsed.latency, *RATES["cuda"][-2:])
+    rates = RATES["cuda"]._replace(
+        forward=forward, backward=backward, memory=parsed.memory, step_seconds=parsed.step_seconds,
+        latency=parsed.latency,
+    )  # fmt: skip
     machine = Machine(rates, links)
 
     problems = {gpus: Problem(call, (parsed.tokens_per_gpu or 0) * gpus or parsed.seqlen, parsed.batch)

@@ -190,7 +190,7 @@ def test_packed_mixture(heads, head_dim, mask, gap, deterministic):
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
 @pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
 @pytest.mark.parametrize("mask", [*MASKS, "offsets"])
-def test_short_neighbours_share_tiles(heads, head_dims, mask, deterministic):
+def test_runs_of_short_documents(heads, head_dims, mask, deterministic):
     """Runs of short documents, broken by longer ones and by a gap; masks and offsets cut each its own way."""
     if deterministic and head_dims[0] > ops.MOST_DETERMINISTIC:
         pytest.skip("no deterministic kernel")

@@ -12,7 +12,7 @@ import torch
 
 from fa3_dist.parallel import ring
 from tests import oracle
-from tests.ring_gate import patched
+from tests.test_ring_faults import dkv_travels_in_bf16
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -54,12 +54,8 @@ def cell_of(case: benchmark.Case) -> dict:
 
 def test_sums_in_bf16_are_seen():
     """Travelling gradients in 16 bits: the error grows with the ranks, and only a comparison over them tells."""
-    send_home = ring._send_home
     causal = SMALL[0]._replace(heads=8, kv_heads=8, head_dim=32)
-    def rounded(dkv, *rest):
-        return send_home(type(dkv)(*(x.bfloat16().to(x.dtype) for x in dkv)), *rest)
-
-    with patched(ring, "_send_home", rounded):
+    with dkv_travels_in_bf16():
         complaints = benchmark.complain([cell_of(causal)])
     assert any("ring 8: dk is off" in complaint or "ring 8: dv is off" in complaint for complaint in complaints)
     assert not any("all_to_all 8:" in complaint for complaint in complaints)

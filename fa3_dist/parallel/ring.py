@@ -261,6 +261,10 @@ class _KeyRows(NamedTuple):
     k: Tensor  # (N, G, D)
     v: Tensor  # (N, G, E)
 
+    def room_for(self, spans: Sequence[Span]) -> _KeyRows:
+        """Memory for as many rows as the spans have, like these."""
+        return _KeyRows(*(x.new_empty(_total(spans), *x.shape[1:]) for x in self))
+
 
 class _Arrival(NamedTuple):
     """A message under way to this rank."""
@@ -288,7 +292,7 @@ class _Returning(NamedTuple):
 
 def _fetch(kv: _KeyRows, step: Step, exchange: Exchange) -> _Arrival:
     """Starts bringing the K/V rows that this step needs, and sending the rows another rank needs in it."""
-    rows = _KeyRows(*(x.new_empty(_total(step.receive), *x.shape[1:]) for x in kv))
+    rows = kv.room_for(step.receive)
     pending = exchange.exchange(send=[_gather(x, step.send) for x in kv], destination=step.destination, receive=rows,
                                 source=step.source, what="K/V", step=step.shift)
     return _Arrival(pending, rows, step.receive)
@@ -296,7 +300,7 @@ def _fetch(kv: _KeyRows, step: Step, exchange: Exchange) -> _Arrival:
 
 def _send_home(dkv: _KeyRows, step: Step, exchange: Exchange) -> _Arrival:
     """Starts sending dK/dV of the rows that came in this step to their owner; what arrives belongs to rows sent."""
-    rows = _KeyRows(*(x.new_empty(_total(step.send), *x.shape[1:]) for x in dkv))
+    rows = dkv.room_for(step.send)
     pending = exchange.exchange(send=dkv, destination=step.source, receive=rows, source=step.destination,
                                 what="dK/dV", step=step.shift)
     return _Arrival(pending, rows, step.send)
@@ -305,9 +309,9 @@ def _send_home(dkv: _KeyRows, step: Step, exchange: Exchange) -> _Arrival:
 def _gather(x: Tensor, spans: Sequence[Span]) -> Tensor:
     """The rows of `spans`, one behind the other; a view if there is one span."""
     parts = [x.narrow(0, span.start, span.length) for span in spans]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts) if parts else x.new_empty(0, *x.shape[1:])
+    if not parts:
+        return x[:0]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _add_rows(x: Tensor, rows: Tensor, spans: Sequence[Span]) -> None:
@@ -366,7 +370,7 @@ def ring_plan(layout: Layout, rank: int, window_left: int | None, window_right: 
     """The schedule of this layout and mask, its visits on the device. Every layer of a model asks for the same one."""
     steps = ring_schedule(layout, rank, window_left=window_left, window_right=window_right)
     assert steps[0].shift == 0 and all(step.shift for step in steps[1:]), "the local step comes first"
-    opening, closing = _split_local(steps[0].backward)
+    opening, closing = _split_local(steps[0].backward) if len(steps) > 1 else ((), ())
     local, *forward = _upload([step.forward for step in steps], FORWARD_COLUMNS, device)
     local_backward, *backward, opening_launches, closing_launches = _upload(
         [*(step.backward for step in steps), opening, closing], BACKWARD_COLUMNS, device
