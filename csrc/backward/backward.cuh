@@ -21,12 +21,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   auto& shared = *reinterpret_cast<BackwardShared<Config>*>(storage);
   if (static_cast<uint32_t>(__cvta_generic_to_shared(storage)) % 1024 != 0) __trap();
   if (threadIdx.x == 0) init_shared(shared);
+  const ForwardParams& forward = arguments.params.forward;
+  clear_if_short<Config::kHeadDim, Config::kPanel>(shared.k, forward.head_dim);
+  clear_if_short<Config::kHeadDim, Config::kPanel>(shared.q, forward.head_dim);
+  clear_if_short<Config::kHeadDimV, Config::kPanelV>(shared.v, forward.head_dim_v);
+  clear_if_short<Config::kHeadDimV, Config::kPanelV>(shared.dout, forward.head_dim_v);
   __syncthreads();
 
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     if (threadIdx.x == 0) load_key_tiles<Config>(arguments, shared);
-    if (threadIdx.x == 32) draw_key_tiles<Config>(arguments, shared);
+    if (threadIdx.x >= 32 && threadIdx.x < 64) draw_key_tiles<Config>(arguments, shared);
     if (threadIdx.x >= 64 && threadIdx.x < 96) load_row_values<Config>(arguments, shared);
     if constexpr (Config::kBulkDQ) {
       if (threadIdx.x == 96) add_query_blocks<Config>(arguments, shared);

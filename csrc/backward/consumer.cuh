@@ -26,12 +26,25 @@ struct ThreadRows {
 template <class Config, class Scores>
 __device__ __forceinline__ void hide_queries(Scores& scores, const KeyTile& tile, ThreadRows rows, int first_query) {
   constexpr int kColumns = Config::kQueries / 4;  // a thread's
+  int first[2], end[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int key = tile.first_key + rows.row + 8 * r;
-    const int before = key + tile.sequence.first_diagonal - first_query - rows.column;
-    const int end = key + tile.sequence.last_diagonal + 1 - first_query - rows.column;
-    const int hidden = columns_before(before), seen = key < tile.sequence.q_len ? columns_before(end) : 0;
+    first[r] = key + tile.sequence.first_diagonal;
+    end[r] = key < tile.sequence.q_len ? key + tile.sequence.last_diagonal + 1 : INT32_MIN / 2;
+  }
+  if (tile.is_shared) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const KeyBounds8 queries = tile.bounds[rows.row + 8 * r];
+      first[r] = queries.first;
+      end[r] = queries.end;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int hidden = columns_before(first[r] - first_query - rows.column);
+    const int seen = columns_before(end[r] - first_query - rows.column);
 #pragma unroll
     for (int word = 0; word < kColumns; word += 32) {
       const uint32_t visible = low_bits(seen - word) & ~low_bits(hidden - word);
@@ -266,11 +279,9 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     token_before = first_token;
 
     if (steps == 0) {
-      OutputRow row[2];
-      place_keys<Config>(row, tile, forward, rows.row);
-      write_keys<Element>(rdV, 1.f, params.dv, params.dv_dtype, params.accumulate, row, 0, forward.head_dim_v);
-      write_keys<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, params.accumulate, row, 0,
-                          forward.head_dim);
+      write_keys<Element>(rdV, 1.f, params.dv, params.dv_dtype, forward.head_dim_v, params, tile, rows.row);
+      write_keys<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, forward.head_dim, params, tile,
+                          rows.row);
       shared.tile_empty[tile_ring.stage].arrive();
       tile_ring.advance();
       k_ring.advance();

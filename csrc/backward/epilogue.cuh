@@ -79,7 +79,7 @@ __device__ __forceinline__ void store_permuted_queries(const Gradient& rdQ, floa
 }
 
 // Adds panels of shared memory to dq or dq_sum, as one group of bulk operations: rows from `row` on of a range of `length`
-// that starts at `base`, of which none past the end. By one thread.
+// that starts at `base`, of which none past the end; panels that begin before `last_column`. By one thread.
 template <class Config>
 __device__ __forceinline__ void add_panels(const CUtensorMap& map, const float* first_panel, int first_column,
                                            int last_column, int base, int length, int row, int head, int batch,
@@ -172,11 +172,11 @@ __device__ __forceinline__ void add_queries(const Gradient& rdQ, const BackwardP
 
 // Stores 16-bit rows. The threads of a quad first trade columns, so that each holds 8 neighbours, 16 bytes, of a row.
 template <class Element, class Gradient>
-__device__ __forceinline__ void store_columns(const Gradient& rG, float scale, Element* row, int r, bool exists,
-                                              int first_column, int head_dim) {
+__device__ __forceinline__ void store_columns(const Gradient& rG, float scale, Element* row, int r, int columns) {
   const int lane = threadIdx.x % 4;
 #pragma unroll
   for (int block = 0; block < decltype(size(rG))::value / 16; ++block) {
+    __syncwarp();  // NOTE: blocks that the compiler interleaves take registers that are not there
     uint32_t pair[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -194,47 +194,39 @@ __device__ __forceinline__ void store_columns(const Gradient& rG, float scale, E
         (upper ? pair[j] : pair[j | bit]) = received;
       }
     }
-    const int column = first_column + 32 * block + 8 * lane;
-    if (exists && column < head_dim) {
+    const int column = 32 * block + 8 * lane;
+    if (column < columns) {
       *reinterpret_cast<uint4*>(row + column) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
     }
-  }
-}
-
-// The places of a thread's two rows of keys in dK and dV.
-template <class Config>
-__device__ __forceinline__ void place_keys(OutputRow (&row)[2], const KeyTile& tile, const ForwardParams& forward,
-                                           int first_row) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int key = tile.first_key + first_row + 8 * r;
-    row[r].exists = key < tile.sequence.q_len;
-    row[r].at = (int64_t{tile.batch} * forward.seqlen_k + tile.sequence.q_base + key) * forward.kv_heads + tile.kv_head;
   }
 }
 
 // Writes a thread's rows of dK or dV, scaled, or adds them to what is there: in one order, since the keys of a launch that
 // accumulates are disjoint; by the L2 cache, since a thread would have to wait for what is there.
 template <class Element, class Gradient>
-__device__ __forceinline__ void write_keys(const Gradient& rG, float scale, void* to, DType dtype, bool accumulate,
-                                           const OutputRow (&rows)[2], int first_column, int head_dim) {
+__device__ __forceinline__ void write_keys(const Gradient& rG, float scale, void* to, DType dtype, int head_dim,
+                                           const BackwardParams& params, const KeyTile& tile, int first_row) {
+  const ForwardParams& forward = params.forward;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    // NOTE: worked out anew each time: registers are short where a tile ends.
+    const int key = tile.first_key + first_row + 8 * r;
+    const int columns = key < tile.sequence.q_len ? head_dim : 0;
+    const int64_t at =
+        ((int64_t{tile.batch} * forward.seqlen_k + tile.sequence.q_base + key) * forward.kv_heads + tile.kv_head) * head_dim;
     if (dtype != DType::fp32) {
-      store_columns(rG, scale, static_cast<Element*>(to) + rows[r].at * head_dim, r, rows[r].exists, first_column,
-                    head_dim);
+      store_columns(rG, scale, static_cast<Element*>(to) + at, r, columns);
       continue;
     }
-    float* const row = static_cast<float*>(to) + rows[r].at * head_dim;
-    const int columns = rows[r].exists ? head_dim : 0;
+    float* const row = static_cast<float*>(to) + at;
     const auto for_each_pair = [&](auto visit) __attribute__((always_inline)) {
 #pragma unroll
       for (int i = 0; i < decltype(size(rG))::value / 4; ++i) {
-        const int column = first_column + 8 * i + 2 * (threadIdx.x % 4);
+        const int column = 8 * i + 2 * (threadIdx.x % 4);
         if (column < columns) visit(row + column, scale * rG(4 * i + 2 * r), scale * rG(4 * i + 2 * r + 1));
       }
     };
-    if (accumulate) {
+    if (params.accumulate) {
       for_each_pair([](float* to, float a, float b) __attribute__((always_inline)) { add_global(to, a, b); });
     } else {
       for_each_pair([](float* to, float a, float b) __attribute__((always_inline)) {

@@ -234,9 +234,7 @@ __device__ __forceinline__ void consume_weights(const BackwardArguments& argumen
       warpgroup_fence_operand(rdQ);
       arrive_as_warp(thread, shared.k_empty[at.k_ring.stage]);
       dq.add(rdQ, at, kWarpgroup, thread, head_before, block_before);
-      OutputRow row[2];
-      place_keys<Config>(row, tile, forward, rows.row);
-      write_keys<Element>(rdV, 1.f, params.dv, params.dv_dtype, params.accumulate, row, 0, forward.head_dim_v);
+      write_keys<Element>(rdV, 1.f, params.dv, params.dv_dtype, forward.head_dim_v, params, tile, rows.row);
       at.end_tile();
     }
   }
@@ -325,10 +323,8 @@ __device__ __forceinline__ void consume_weight_gradients(const BackwardArguments
     at.next_block();
 
     if (at.steps == 0) {
-      OutputRow row[2];
-      place_keys<Config>(row, tile, forward, rows.row);
-      write_keys<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, params.accumulate, row, 0,
-                          forward.head_dim);
+      write_keys<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, forward.head_dim, params, tile,
+                          rows.row);
       at.end_tile();
       v_ring.advance();
     }

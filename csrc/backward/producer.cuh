@@ -6,6 +6,7 @@
 
 #include "backward/epilogue.cuh"
 #include "backward/turns.cuh"
+#include "forward/producer.cuh"
 
 namespace fa3 {
 
@@ -28,7 +29,8 @@ __device__ __forceinline__ void for_each_step(const BackwardArguments& arguments
 
 // ---- tiles -----------------------------------------------------------------------------------------------------------
 
-// The tiles of a launch, in the order in which they are drawn; of a KV head those with the most queries first.
+// The tiles of a launch, in the order in which they are drawn; of a KV head those with the most queries first. Called by
+// all lanes of a warp, of which one draws and the others help to describe a tile that ranges share.
 template <class Config>
 __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
   const ForwardParams& params = arguments.transposed;
@@ -46,48 +48,60 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
   // Each block's first tile is known without asking, unless tiles take turns (turns.cuh).
   const int known = arguments.params.turns == nullptr ? gridDim.x : 0;
   TurnEnds<Config> ends(shared);
+  const bool first_lane = threadIdx.x % 32 == 0;
   const auto wait = [&](auto& barrier, uint32_t parity) {
-    if (known > 0) {
+    if (first_lane && known > 0) {
       barrier.wait(parity);
-    } else {
+    } else if (first_lane) {
       while (!barrier.test_wait(parity)) ends.count_one();
       asm volatile("" ::: "memory");
     }
+    __syncwarp();
   };
   uint32_t loaded_parity = 1;
   const auto draw = [&] {
     // Who draws long before keeps a tile from a block that is free earlier; and tiles that begin in the order in which they
     // are drawn have their queries, and turns, in common.
     wait(shared.nearly_loaded, loaded_parity);
-    return known + atomicAdd(&counter.drawn, 1);
+    int drawn = 0;
+    if (first_lane) drawn = known + atomicAdd(&counter.drawn, 1);
+    return __shfl_sync(0xffffffffu, drawn, 0);
   };
 #pragma unroll 1
   for (int index = known > 0 ? blockIdx.x : draw(); index < order.size(); index = draw()) {
     const auto [unit, rank] = order[index];
     const int batch = unit / params.kv_heads;
-    Sequence sequence;
-    int first_key;
-    if (packed) {
-      const TileRecord record = schedule_records(params.workspace)[rank];
-      sequence = record.sequence;
-      first_key = record.first_query;
-    } else {
-      sequence = sequence_at(params, batch);
-      first_key = rank * Config::kKeys;  // under a causal mask the first keys are those that most queries see
-    }
+    // Under a causal mask the first keys are those that most queries see.
+    const TileRecord record = packed ? schedule_records(params.workspace)[rank]
+                                     : TileRecord{sequence_at(params, batch), rank * Config::kKeys, kOneRange};
+    const Sequence& sequence = record.sequence;
+    const int first_key = record.first_query;
     KeyBlocks blocks = visible_blocks(sequence, first_key, Config::kKeys, Config::kQueries);
     if (blocks.first == blocks.end) continue;  // the gradients of keys that nobody sees are 0 from the start
+    const bool is_shared = record.first_range != kOneRange;
+    if (is_shared) blocks = all_masked(blocks);
     // Keys past the end are hidden one by one.
     if (first_key + Config::kKeys > sequence.q_len) blocks.end_open = blocks.first_plain;
     wait(shared.tile_empty[ring.stage], ring.parity ^ 1);
-    shared.tile[ring.stage] = {false, batch, unit - batch * params.kv_heads, first_key, sequence, blocks};
+    KeyTile& tile = shared.tile[ring.stage];
+    if (is_shared) fill_bounds(tile.bounds, params, record);
+    if (first_lane) {
+      tile.end = false;
+      tile.batch = batch;
+      tile.kv_head = unit - batch * params.kv_heads;
+      tile.first_key = first_key;
+      tile.sequence = sequence;
+      tile.blocks = blocks;
+      tile.is_shared = is_shared;
+    }
     shared.tile_full[ring.stage].arrive();
     ring.advance();
     loaded_parity ^= 1;
   }
   wait(shared.tile_empty[ring.stage], ring.parity ^ 1);
-  shared.tile[ring.stage].end = true;
+  if (first_lane) shared.tile[ring.stage].end = true;
   shared.tile_full[ring.stage].arrive();
+  if (!first_lane) return;
   while (known == 0 && ends.count_one()) {
   }
   // The last block to get here leaves the counter as it found it.
@@ -100,29 +114,10 @@ constexpr int kStepsDrawnAhead = 2;
 
 // ---- loads -----------------------------------------------------------------------------------------------------------
 
-// Starts loading rows [first, first + kRows) of a range of `length` rows that starts at row `base`, on a
-// `barrier` that counts the bytes. Rows past the range's end read as 0.
-template <int kRows, int kColumns, int kPanel, class Element>
-__device__ __forceinline__ void load_rows(const CUtensorMap& map, LoadBarrier& barrier, Element* destination, int base,
-                                          int length, int first, int head, int batch, bool packed) {
-  int row = first, outer = batch;
-  if (packed) {
-    // The map is (head_dim, kRows, heads, tokens), and rows and tokens both step by a token: the box is moved down the
-    // rows until its part past the end of the range lies outside of the map, and reads as 0.
-    const int inside = min(length - first, kRows);
-    row = kRows - inside;
-    outer = base + first + inside;
-  }
-#pragma unroll
-  for (int column = 0; column < kColumns; column += kPanel) {
-    SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&barrier), 0, destination + column * kRows, column, row,
-                           head, outer);
-  }
-}
-
 template <class Config>
 __device__ __forceinline__ void load_key_tiles(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
-  const bool packed = arguments.transposed.q_start != nullptr;
+  const ForwardParams& forward = arguments.params.forward;
+  const bool packed = forward.q_start != nullptr;
   Ring<Config::kStagesK> k_ring;
   Ring<Config::kStagesV> v_ring;
   Ring<Config::kStages> ring;
@@ -140,7 +135,7 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
     shared.k_full[k_ring.stage].arrive_and_expect_tx(Config::kBytesK);
     load_rows<Config::kKeys, Config::kHeadDim, Config::kPanel>(arguments.k, shared.k_full[k_ring.stage],
                                                                shared.k[k_ring.stage], sequence.q_base, sequence.q_len,
-                                                               first_key, kv_head, batch, packed);
+                                                               first_key, kv_head, batch, packed, forward.head_dim);
     k_ring.advance();
     int steps_before_draw = max(arguments.group * (end_block - first_block) - kStepsDrawnAhead, 0);
     bool values_wait = true;  // V comes after the first Q: that is the order in which they are needed
@@ -152,13 +147,13 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
       q_full.arrive_and_expect_tx(Config::kBytesQ + (Config::kLoads == 1 ? Config::kBytesDO : 0));
       load_rows<Config::kQueries, Config::kHeadDim, Config::kPanel>(
           arguments.q, q_full, shared.q[ring.stage], sequence.k_base, sequence.k_len,
-          block * Config::kQueries, kv_head * arguments.group + head, batch, packed);
+          block * Config::kQueries, kv_head * arguments.group + head, batch, packed, forward.head_dim);
       if (values_wait) {
         shared.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
         shared.v_full[v_ring.stage].arrive_and_expect_tx(Config::kBytesV);
         load_rows<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(
             arguments.v, shared.v_full[v_ring.stage], shared.v[v_ring.stage], sequence.q_base, sequence.q_len,
-            first_key, kv_head, batch, packed);
+            first_key, kv_head, batch, packed, forward.head_dim_v);
         v_ring.advance();
         values_wait = false;
       }
@@ -168,7 +163,7 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
       }
       load_rows<Config::kQueries, Config::kHeadDimV, Config::kPanelV>(
           arguments.dout, dout_full, shared.dout[ring.stage], sequence.k_base, sequence.k_len,
-          block * Config::kQueries, kv_head * arguments.group + head, batch, packed);
+          block * Config::kQueries, kv_head * arguments.group + head, batch, packed, forward.head_dim_v);
       ring.advance();
     });
   }
@@ -233,6 +228,7 @@ template <class Config>
 __device__ __forceinline__ void add_query_blocks(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
   const bool packed = arguments.transposed.q_start != nullptr;
   const bool takes_turns = arguments.params.turns != nullptr;
+  const int columns = arguments.params.accumulate ? arguments.params.forward.head_dim : Config::kHeadDim;
   TurnEnds<Config> ends(shared);
   Ring<kKeyTileSlots> tile_ring;
   uint32_t parity = 0;
@@ -266,7 +262,7 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
         shared.dq_full[warpgroup].wait(parity);
         const int skipped = skipped_dq<Config>(warpgroup), column = first_column_dq<Config>(warpgroup);
         const float* const panels = panels_of(shared, warpgroup) + skipped * 64;
-        add_panels<Config>(arguments.dq, panels, column + skipped, column + Config::kColumnsDQ, sequence.k_base,
+        add_panels<Config>(arguments.dq, panels, column + skipped, min(column + Config::kColumnsDQ, columns), sequence.k_base,
                            sequence.k_len, block * Config::kQueries + (Config::kSplitsColumns ? 0 : warpgroup * 64),
                            first_head + head, batch, packed);
         tma_store_wait<0>();

@@ -23,6 +23,7 @@ struct BackwardArguments {
 
 // A tile on its way from the thread that draws it to those that load it and to the consumers, which keep it until they
 // have written its results.
+constexpr int kMostKeys = 128;  // of any tile
 struct KeyTile {
   bool end;  // no more tiles; nothing else is said
   int batch;
@@ -30,6 +31,8 @@ struct KeyTile {
   int first_key;
   Sequence sequence;  // NOTE: transposed: its "queries" are the keys
   KeyBlocks blocks;   // of queries; in [first_plain, end_open) no score is hidden
+  bool is_shared;     // by ranges; `bounds` says which queries a key is seen by
+  KeyBounds8 bounds[kMostKeys];
 };
 constexpr int kKeyTileSlots = 2;
 constexpr int kAddedSlots = 2;  // additions to dQ that have been made and not been counted
@@ -103,7 +106,7 @@ __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
     shared.added_empty[slot].init(1);
   }
   for (int slot = 0; slot < kKeyTileSlots; ++slot) {
-    shared.tile_full[slot].init(1);
+    shared.tile_full[slot].init(32);  // lanes of the warp that draws, any of which may have written
     // All who read a tile: consumers, the thread that loads, the warp that brings lse and delta, and the thread that adds
     // dQ.
     shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + 32 + Config::kBulkDQ);

@@ -114,6 +114,7 @@ __device__ __forceinline__ void store_boxes(const ForwardArguments& arguments, F
       const int inside = min(tile.mask.last_row + 1 - begin.query, arguments.box_queries);
 #pragma unroll
       for (int i = panel; i < panel + kTogether && inside > 0; ++i) {
+        if (i > 0 && i * Config::kPanelV >= arguments.params.head_dim_v) break;
         SM90_TMA_STORE_4D::copy(&arguments.out, boxes + 16 * Config::kPanelV * (i % Config::kStagesO), i * Config::kPanelV,
                                 tile.first_head + begin.head, arguments.box_queries - inside,
                                 tile.token + begin.query + inside);

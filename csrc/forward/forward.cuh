@@ -39,12 +39,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerProcessor)
   }
   if (arguments.queries * arguments.heads_in_tile < Config::kQueries) {
     // Rows of a tile that no load fills hold zeros: scores of what an earlier kernel left there may overflow.
-#pragma unroll 1
-    for (unsigned i = threadIdx.x; i < sizeof(shared.q) / 16; i += Config::kThreads) {
-      reinterpret_cast<uint4*>(shared.q)[i] = make_uint4(0, 0, 0, 0);
-    }
-    cutlass::arch::fence_view_async_shared();
+    clear_operands(shared.q);
   }
+  clear_if_short<Config::kHeadDim, Config::kPanel>(shared.k, arguments.params.head_dim);
+  clear_if_short<Config::kHeadDimV, Config::kPanelV>(shared.v, arguments.params.head_dim_v);
   __syncthreads();
   cudaGridDependencySynchronize();  // of packed ranges: until their tiles are listed
 
@@ -61,7 +59,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerProcessor)
   }
 }
 
-// Describes K or V. A packed one as load_block wants it: (head_dim, rows, heads, tokens).
+// Describes K or V. A packed one as load_rows wants it: (head_dim, rows, heads, tokens).
 inline bool make_key_map(CUtensorMap& map, DType dtype, const void* data, const Strides& stride, bool packed,
                          const ForwardParams& params, int head_dim, int rows, int columns) {
   if (!packed) {
@@ -70,8 +68,8 @@ inline bool make_key_map(CUtensorMap& map, DType dtype, const void* data, const 
     const int box[4] = {columns, rows, 1, 1};
     return make_tensor_map<4>(map, dtype, data, extents, strides, box);
   }
-  // NOTE: the map starts `rows` tokens before the tensor, where nothing is ever read: load_block's boxes begin so much
-  // further on.
+  // NOTE: the map starts `rows` tokens before the tensor, where there may be no memory and nothing is ever read: load_rows'
+  // boxes begin so much further on. (A box that lay outside of the map with all of its rows would touch its start.)
   const int64_t token = stride.seqlen == 0 ? 8 : stride.seqlen;  // of one token there is no stride: any will do
   const auto* start = static_cast<const char*>(data) - rows * token * 2;
   const int64_t extents[4] = {head_dim, rows, params.kv_heads, int64_t{params.seqlen_k} + 1};

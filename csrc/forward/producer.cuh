@@ -32,7 +32,7 @@ class TileOrder {
       const auto* record = reinterpret_cast<const int*>(schedule_records(params.workspace) + rank);
       if (lane < kRecordElements) reinterpret_cast<int*>(&tile.record)[lane] = record[lane];
       __syncwarp();
-      if (tile.record.first_range != kOneRange) fill_bounds(bounds, tile.record);
+      if (tile.record.first_range != kOneRange) fill_bounds(bounds, params, tile.record);
     }
     if (threadIdx.x % 32 != 0) return;
 
@@ -77,35 +77,6 @@ class TileOrder {
   }
 
  private:
-  // Which keys the queries of a shared tile see. A lane knows a range, and all go through its queries.
-  __device__ __forceinline__ void fill_bounds(KeyBounds8 (&bounds)[Config::kQueries], const TileRecord& record) const {
-    const ForwardParams& params = arguments_.params;
-    const int lane = threadIdx.x % 32;
-    const int begin = record.sequence.q_base, end = begin + record.sequence.q_len;
-    int done = begin;
-#pragma unroll 1
-    for (int first = record.first_range; done < end && first < params.ranges; first += 32) {
-      const Sequence own = sequence_at(params, min(first + lane, params.ranges - 1));
-#pragma unroll 1
-      for (int i = 0; i < min(32, params.ranges - first) && done < end; ++i) {
-        const auto of_range = [&](int value) { return __shfl_sync(0xffffffffu, value, i); };
-        Sequence range{};
-        range.q_base = of_range(own.q_base);
-        range.k_len = of_range(own.k_len);
-        range.first_diagonal = of_range(own.first_diagonal);
-        range.last_diagonal = of_range(own.last_diagonal);
-        const int shift = of_range(own.k_base) - record.sequence.k_base;
-        const int range_end = range.q_base + of_range(own.q_len);
-        for (int token = max(begin, range.q_base) + lane; token < min(end, range_end); token += 32) {
-          const KeyBounds keys = visible_keys(range, token - range.q_base);
-          bounds[token - begin] = {static_cast<uint8_t>(keys.first + shift), static_cast<uint8_t>(keys.end + shift)};
-        }
-        done = max(done, range_end);
-      }
-    }
-    __syncwarp();
-  }
-
   static __device__ __forceinline__ TileSequence sequence_of(const ForwardArguments& arguments) {
     const ForwardParams& params = arguments.params;
     const int units = arguments.units * params.batch;
@@ -165,8 +136,8 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
     if (first_lane) {
       tile.kind = kind;
       tile.only_warp = only_warp;
-      shared.tile_full[ring.stage].arrive();
     }
+    shared.tile_full[ring.stage].arrive();
     __syncwarp();
     const bool is_long = tile.blocks.end - tile.blocks.first > kLongTile;
     ring.advance();
@@ -196,25 +167,39 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
 
 // ---- loads -----------------------------------------------------------------------------------------------------------
 
-// Starts loading a block of rows of K or V, and has `barrier` count its bytes.
+// Starts loading rows [first, first + kRows) of a sequence of `length` rows that starts at row `base`, on a `barrier` that
+// counts the bytes of kColumns columns. Rows past the sequence's end read as 0; so do columns past head_dim, except for those
+// of whole panels, which are not loaded.
 template <int kRows, int kColumns, int kPanel, class Element>
-__device__ __forceinline__ void load_block(const CUtensorMap& map, LoadBarrier& barrier, Element* destination,
-                                           const Tile& tile, int group, int first_key, bool packed) {
-  int row = first_key, outer = tile.batch;
+__device__ __forceinline__ void load_rows(const CUtensorMap& map, LoadBarrier& barrier, Element* destination, int base,
+                                          int length, int first, int head, int batch, bool packed, int head_dim) {
+  int row = first, outer = batch;
   if (packed) {
     // The map is (head_dim, kRows, heads, tokens), and rows and tokens both step by a token: the box is moved down the
     // rows until its part past the end of the range lies outside of the map, and reads as 0.
-    const int inside = min(tile.record.sequence.k_len - first_key, kRows);
+    const int inside = min(length - first, kRows);
     row = kRows - inside;
-    outer = tile.record.sequence.k_base + first_key + inside;
+    outer = base + first + inside;
   }
-  const int kv_head = tile.first_head / group;
-  barrier.arrive_and_expect_tx(kRows * kColumns * sizeof(Element));
 #pragma unroll
   for (int column = 0; column < kColumns; column += kPanel) {
-    SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&barrier), 0, destination + column * kRows, column, row,
-                           kv_head, outer);
+    if (column == 0 || column < head_dim) {
+      SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t*>(&barrier), 0, destination + column * kRows, column, row,
+                             head, outer);
+    } else {
+      barrier.complete_transaction(kRows * kPanel * sizeof(Element));
+    }
   }
+}
+
+// Starts loading a block of rows of K or V, and has `barrier` count its bytes.
+template <int kRows, int kColumns, int kPanel, class Element>
+__device__ __forceinline__ void load_block(const CUtensorMap& map, LoadBarrier& barrier, Element* destination,
+                                           const Tile& tile, int group, int first_key, bool packed, int head_dim) {
+  const Sequence& sequence = tile.record.sequence;
+  barrier.arrive_and_expect_tx(kRows * kColumns * sizeof(Element));
+  load_rows<kRows, kColumns, kPanel>(map, barrier, destination, sequence.k_base, sequence.k_len, first_key,
+                                     tile.first_head / group, tile.batch, packed, head_dim);
 }
 
 template <class Config>
@@ -250,7 +235,7 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
     shared.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
     load_block<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(arguments.v, shared.v_full[v_ring.stage],
                                                                   shared.v[v_ring.stage], shared.tile[behind_slot],
-                                                                  group, behind_key, packed);
+                                                                  group, behind_key, packed, params.head_dim_v);
     v_ring.advance();
     if (last) shared.tile_empty[behind_slot].arrive();
     behind_slot = -1;
@@ -277,7 +262,7 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
       shared.k_empty[k_ring.stage].wait(k_ring.parity ^ 1);
       load_block<Config::kKeys, Config::kHeadDim, Config::kPanel>(arguments.k, shared.k_full[k_ring.stage],
                                                                   shared.k[k_ring.stage], tile, group,
-                                                                  block * Config::kKeys, packed);
+                                                                  block * Config::kKeys, packed, params.head_dim);
       k_ring.advance();
       load_behind(block == blocks.end - 1);
       behind_slot = slot;

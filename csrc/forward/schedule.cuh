@@ -62,8 +62,8 @@ __device__ __forceinline__ void find_shared_tiles(const ScheduleArguments& argum
   const int own = threadIdx.x;
   const Sequence& first = shared.range[own];
   int next = min(own + 1, ranges);
-  // Visits share no tiles: each has flags of its own. Nor do tiles of keys.
-  const bool shares = arguments.params.flags == nullptr && !arguments.params.transposed && own < ranges;
+  // Visits share no tiles: each has flags of its own.
+  const bool shares = arguments.params.flags == nullptr && own < ranges;
   while (shares && next < ranges && follows(shared.range[next], shared.range[next - 1], arguments.queries) &&
          shared.range[next].q_base + shared.range[next].q_len - first.q_base <= arguments.queries) {
     ++next;

@@ -60,11 +60,6 @@ struct TileRow {
 };
 constexpr int kNoQuery = INT16_MAX;
 
-// KeyBounds of a shared tile, which has no more keys than queries.
-struct KeyBounds8 {
-  uint8_t first;
-  uint8_t end;
-};
 constexpr int kTileSlots = 3;
 constexpr int kLongTile = 4;  // blocks of keys; a longer tile's successor is drawn when no more than these are to come
 
@@ -129,7 +124,7 @@ __device__ __forceinline__ void init_shared(ForwardShared<Config>& shared, bool 
     shared.v_empty[stage].init(kConsumerWarps);
   }
   for (int slot = 0; slot < kTileSlots; ++slot) {
-    shared.tile_full[slot].init(1);
+    shared.tile_full[slot].init(32);  // lanes of the warp that draws, any of which may have written
     // All who read a tile: consumers, the thread that loads, and the warp that prefetches a running state.
     shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + (continues ? 32 : 0));
   }
@@ -137,6 +132,25 @@ __device__ __forceinline__ void init_shared(ForwardShared<Config>& shared, bool 
   shared.nearly_loaded.init(1);
   shared.repeats = 0;
   cutlass::arch::fence_barrier_init();
+}
+
+// Fills an array of operands with zeros. Called by all threads of a block.
+template <class Array>
+__device__ __forceinline__ void clear_operands(Array& array) {
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i < sizeof(array) / 16; i += blockDim.x) {
+    reinterpret_cast<uint4*>(array)[i] = make_uint4(0, 0, 0, 0);
+  }
+  cutlass::arch::fence_view_async_shared();
+}
+
+// The same of an array of rows with kColumns columns if the rows of memory are so short that whole panels are never loaded
+// (load_rows).
+template <int kColumns, int kPanel, class Array>
+__device__ __forceinline__ void clear_if_short(Array& array, int head_dim) {
+  if constexpr (kColumns > kPanel) {
+    if (head_dim <= kColumns - kPanel) clear_operands(array);
+  }
 }
 
 // Position in a ring of stages, with the parity its barriers are waited for with.

@@ -92,6 +92,41 @@ __device__ __forceinline__ KeyBounds visible_keys(const Sequence& sequence, int 
           min(max(query + sequence.last_diagonal + 1, 0), sequence.k_len)};
 }
 
+// KeyBounds of a shared tile, which has no more keys than queries.
+struct KeyBounds8 {
+  uint8_t first;
+  uint8_t end;
+};
+
+// Writes which keys the queries of a shared tile see, counted from sequence.k_base. Called by all lanes of a warp: each knows
+// a range, and all go through its queries.
+__device__ __forceinline__ void fill_bounds(KeyBounds8* bounds, const ForwardParams& params, const TileRecord& record) {
+  const int lane = threadIdx.x % 32;
+  const int begin = record.sequence.q_base, end = begin + record.sequence.q_len;
+  int done = begin;
+#pragma unroll 1
+  for (int first = record.first_range; done < end && first < params.ranges; first += 32) {
+    const Sequence own = sequence_at(params, min(first + lane, params.ranges - 1));
+#pragma unroll 1
+    for (int i = 0; i < min(32, params.ranges - first) && done < end; ++i) {
+      const auto of_range = [&](int value) { return __shfl_sync(0xffffffffu, value, i); };
+      Sequence range{};
+      range.q_base = of_range(own.q_base);
+      range.k_len = of_range(own.k_len);
+      range.first_diagonal = of_range(own.first_diagonal);
+      range.last_diagonal = of_range(own.last_diagonal);
+      const int shift = of_range(own.k_base) - record.sequence.k_base;
+      const int range_end = range.q_base + of_range(own.q_len);
+      for (int token = max(begin, range.q_base) + lane; token < min(end, range_end); token += 32) {
+        const KeyBounds keys = visible_keys(range, token - range.q_base);
+        bounds[token - begin] = {static_cast<uint8_t>(keys.first + shift), static_cast<uint8_t>(keys.end + shift)};
+      }
+      done = max(done, range_end);
+    }
+  }
+  __syncwarp();
+}
+
 // The order in which a launch's tiles are drawn: group of units after group of units; inside a group rank after rank, the
 // units side by side. What is left over joins the last group: in a small one of its own, long tiles would be begun last of
 // all.
