@@ -17,7 +17,7 @@ from fa3_dist import _build, ops
 from fa3_dist.ops import FIRST, LAST
 from tests import hopper, oracle
 from tests.accuracy import assert_close_to_oracle
-from tests.hopper import DTYPES, MASKS, ONLY_THE_COMPILED_KERNEL, column
+from tests.hopper import DTYPES, MASKS, ONLY_THE_COMPILED_KERNEL, column, poison_memory
 
 pytestmark = ONLY_THE_COMPILED_KERNEL
 
@@ -27,12 +27,6 @@ LENGTHS = [
     (1, 1), (1, 239), (3, 799), (127, 512), (113, 203), (128, 217), (256, 512), (384, 256), (640, 128), (512, 256),
     (1024, 1024), (1023, 1024), (1024, 1023), (4096, 4096), (4224, 4224),
 ]  # fmt: skip
-
-
-def poison_memory() -> None:
-    """Leaves NaN in the memory that the next outputs are allocated from."""
-    for size in (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 25):
-        torch.full((size,), torch.nan, device="cuda")
 
 
 def qkv(seed, seqlen_q, seqlen_k, heads, kv_heads, head_dim, head_dim_v=None, dtype=torch.bfloat16, batch=2):

@@ -4,6 +4,7 @@
 // (consumer.cuh, paired_consumers.cuh), dq is summed up in fp32 in global memory and then converted (convert.cuh).
 #pragma once
 
+#include "backward/clear.cuh"
 #include "backward/convert.cuh"
 #include "backward/paired_consumers.cuh"
 #include "backward/producer.cuh"
@@ -164,7 +165,7 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
     if (error == cudaSuccess) error = cudaMemsetAsync(to, 0, elements * (dtype == DType::fp32 ? 4 : 2), stream);
   };
   if (params.turns != nullptr) clear(params.turns, int64_t{forward.batch} * forward.seqlen_q * forward.heads, DType::fp32);  // as wide
-  if (!params.accumulate) {
+  if (!params.accumulate && !packed) {
     clear(params.dq_sum, elements_of_sum(forward, kHeadDim), DType::fp32);
     if (!sees_every_key(forward)) {
       clear(params.dk, key_rows * forward.head_dim, params.dk_dtype);
@@ -173,11 +174,13 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   }
   if (error == cudaSuccess && packed) {
     error = launch_schedule(arguments.transposed, {Config::kKeys, Config::kQueries}, stream);
+    if (error == cudaSuccess && !params.accumulate) {
+      error = launch(clear_kernel<Config>, processors, kScanThreads, 0, stream, true, params, arguments.transposed);
+    }
   }
   if (error != cudaSuccess) return error;
   const int64_t blocks = std::min<int64_t>(tiles, std::max(1, processors - forward.sm_margin));
-  backward_kernel<Config><<<dim3(static_cast<unsigned>(blocks)), Config::kThreads, kSharedBytes, stream>>>(arguments);
-  error = cudaGetLastError();
+  error = launch(backward_kernel<Config>, blocks, Config::kThreads, kSharedBytes, stream, packed, arguments);
   if (error != cudaSuccess || params.accumulate) return error;
   const auto convert = [&](auto order) {
     constexpr SumOrder kOrder = decltype(order)::value;

@@ -78,12 +78,12 @@ __device__ __forceinline__ void store_permuted_queries(const Gradient& rdQ, floa
   }
 }
 
-// Adds panels of shared memory to dq or dq_sum, as one group of bulk operations: rows from `row` on of a range of `length`
-// that starts at `base`, of which none past the end; panels that begin before `last_column`. By one thread.
+// Adds panels of shared memory to dq or dq_sum, or stores them there, as one group of bulk operations: rows from `row` on of a
+// range of `length` that starts at `base`, of which none past the end; panels that begin before `last_column`. By one thread.
 template <class Config>
-__device__ __forceinline__ void add_panels(const CUtensorMap& map, const float* first_panel, int first_column,
-                                           int last_column, int base, int length, int row, int head, int batch,
-                                           bool packed) {
+__device__ __forceinline__ void add_panels(const CUtensorMap& map, bool stores, const float* first_panel,
+                                           int first_column, int last_column, int base, int length, int row, int head,
+                                           int batch, bool packed) {
   int inside_at = row, outer = batch;
   if (packed) {
     // As in load_rows.
@@ -94,7 +94,11 @@ __device__ __forceinline__ void add_panels(const CUtensorMap& map, const float* 
   }
 #pragma unroll 1
   for (int column = first_column; column < last_column; column += Config::kColumnsPanelDQ) {
-    SM90_TMA_REDUCE_ADD_4D::copy(&map, first_panel, column, inside_at, head, outer);
+    if (stores) {
+      SM90_TMA_STORE_4D::copy(&map, first_panel, column, inside_at, head, outer);
+    } else {
+      SM90_TMA_REDUCE_ADD_4D::copy(&map, first_panel, column, inside_at, head, outer);
+    }
     first_panel += Config::kElementsPanelDQ;
   }
   tma_store_arrive();
@@ -219,19 +223,16 @@ __device__ __forceinline__ void write_keys(const Gradient& rG, float scale, void
       continue;
     }
     float* const row = static_cast<float*>(to) + at;
-    const auto for_each_pair = [&](auto visit) __attribute__((always_inline)) {
 #pragma unroll
-      for (int i = 0; i < decltype(size(rG))::value / 4; ++i) {
-        const int column = 8 * i + 2 * (threadIdx.x % 4);
-        if (column < columns) visit(row + column, scale * rG(4 * i + 2 * r), scale * rG(4 * i + 2 * r + 1));
+    for (int i = 0; i < decltype(size(rG))::value / 4; ++i) {
+      const int column = 8 * i + 2 * (threadIdx.x % 4);
+      if (column >= columns) continue;
+      const float2 value = make_float2(scale * rG(4 * i + 2 * r), scale * rG(4 * i + 2 * r + 1));
+      if (params.accumulate) {
+        add_global(row + column, value.x, value.y);
+      } else {
+        *reinterpret_cast<float2*>(row + column) = value;
       }
-    };
-    if (params.accumulate) {
-      for_each_pair([](float* to, float a, float b) __attribute__((always_inline)) { add_global(to, a, b); });
-    } else {
-      for_each_pair([](float* to, float a, float b) __attribute__((always_inline)) {
-        *reinterpret_cast<float2*>(to) = make_float2(a, b);
-      });
     }
   }
 }

@@ -35,6 +35,8 @@ template <class Config>
 __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
   const ForwardParams& params = arguments.transposed;
   const bool packed = params.q_start != nullptr;
+  // Until tiles are listed and memory is cleared; all others do what they do for a tile that comes from here.
+  cudaGridDependencySynchronize();
   int per_unit = (params.seqlen_q + Config::kKeys - 1) / Config::kKeys;
   int units_per_group = arguments.units_per_group;
   if (packed) {
@@ -223,7 +225,7 @@ __device__ __forceinline__ void load_row_values(const BackwardArguments& argumen
   }
 }
 
-// Adds dQ, a warpgroup's part at a time, as the consumers leave it in shared memory.
+// Adds dQ, or stores it, a warpgroup's part at a time, as the consumers leave it in shared memory.
 template <class Config>
 __device__ __forceinline__ void add_query_blocks(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
   const bool packed = arguments.transposed.q_start != nullptr;
@@ -239,6 +241,8 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
     const Sequence sequence = tile.sequence;
     const int batch = tile.batch, first_head = tile.kv_head * arguments.group, first_key = tile.first_key;
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
+    // What comes from one tile alone is not added to zeros (clear.cuh).
+    const bool stores = packed && !arguments.params.accumulate && (tile.is_shared || sequence.q_len <= Config::kKeys);
     shared.tile_empty[tile_ring.stage].arrive();
     tile_ring.advance();
     int* last = nullptr;  // where additions are to be counted that are on their way
@@ -262,9 +266,10 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
         shared.dq_full[warpgroup].wait(parity);
         const int skipped = skipped_dq<Config>(warpgroup), column = first_column_dq<Config>(warpgroup);
         const float* const panels = panels_of(shared, warpgroup) + skipped * 64;
-        add_panels<Config>(arguments.dq, panels, column + skipped, min(column + Config::kColumnsDQ, columns), sequence.k_base,
-                           sequence.k_len, block * Config::kQueries + (Config::kSplitsColumns ? 0 : warpgroup * 64),
-                           first_head + head, batch, packed);
+        add_panels<Config>(arguments.dq, stores, panels, column + skipped, min(column + Config::kColumnsDQ, columns),
+                           sequence.k_base, sequence.k_len,
+                           block * Config::kQueries + (Config::kSplitsColumns ? 0 : warpgroup * 64), first_head + head,
+                           batch, packed);
         tma_store_wait<0>();
         shared.dq_empty[warpgroup].arrive();
       }

@@ -106,6 +106,23 @@ cudaError_t allow_shared_memory(int device, int bytes) {
   return error;
 }
 
+// Launches a kernel; `early`: its blocks may get ready while the kernel before runs, and wait for it themselves.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
+                   bool early, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 template <class Config>
 cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t stream) {
   constexpr DType kDType = Config::kDType;
@@ -150,18 +167,7 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
   if (error == cudaSuccess && packed) error = launch_schedule(params, Config::kTile, stream);
   if (error != cudaSuccess) return error;
   const int64_t blocks = std::min<int64_t>(tiles, Config::kBlocksPerProcessor * std::max(1, processors - params.sm_margin));
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(blocks));
-  launch.blockDim = dim3(Config::kThreads);
-  launch.dynamicSmemBytes = kSharedBytes;
-  launch.stream = stream;
-  // Blocks may get ready while the tiles are listed.
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  launch.attrs = &early;
-  launch.numAttrs = packed ? 1 : 0;
-  return cudaLaunchKernelEx(&launch, forward_kernel<Config>, arguments);
+  return launch(forward_kernel<Config>, blocks, Config::kThreads, kSharedBytes, stream, packed, arguments);
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV>

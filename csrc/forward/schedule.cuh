@@ -3,13 +3,13 @@
 // ascending order where that is asked for (ForwardParams::ascending).
 #pragma once
 
+#include "common/scan.cuh"
 #include "forward/forward.h"
 #include "forward/schedule.h"
 #include "forward/tiles.cuh"
 
 namespace fa3 {
 
-constexpr int kScheduleThreads = 1024;
 constexpr int kCostClasses = 1024;
 
 struct ScheduleArguments {
@@ -20,34 +20,15 @@ struct ScheduleArguments {
   int capacity;       // records that the workspace holds
 };
 
-// Inclusive sum over the block's threads; every thread gets the total, too.
-__device__ __forceinline__ int block_scan(int value, int (&warp_sums)[32], int& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const auto warp_scan = [&](int of_lane) {
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, of_lane, distance);
-      if (lane >= distance) of_lane += other;
-    }
-    return of_lane;
-  };
-  value = warp_scan(value);
-  __syncthreads();  // an earlier scan has been read
-  if (lane == 31) warp_sums[warp] = value;
-  __syncthreads();
-  const int sums = warp_scan(warp_sums[lane]);  // every warp for itself
-  const int before = __shfl_sync(0xffffffffu, sums, max(warp - 1, 0));
-  total = __shfl_sync(0xffffffffu, sums, 31);
-  return warp == 0 ? value : value + before;
-}
-
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// A chunk of kScheduleThreads ranges, and which of them share tiles.
+// A chunk of kScanThreads ranges, and which of them share tiles.
 struct ScheduleShared {
-  Sequence range[kScheduleThreads];
-  int ends[kScheduleThreads];     // of the tiles of a range and of those before it
-  int next[2][kScheduleThreads];  // the range that a tile which begins with this one leaves to the next
-  bool begins[kScheduleThreads];  // whether a tile begins with this range
+  Sequence range[kScanThreads];
+  int ends[kScanThreads];     // of the tiles of a range and of those before it
+  int next[2][kScanThreads];  // the range that a tile which begins with this one leaves to the next
+  bool begins[kScanThreads];  // whether a tile begins with this range
+  int tiles;                  // of all of them
   int scan[32];
 };
 
@@ -108,50 +89,50 @@ __device__ __forceinline__ int most_blocks_from(const ScheduleArguments& argumen
                               width / arguments.keys + 2));
 }
 
-// Calls visit(record, blocks of keys) for every tile, each on one thread; if they are to be in ascending order, for those of
-// a range on the same thread, one after the other.
-template <class Visit>
-__device__ __forceinline__ void for_each_tile(const ScheduleArguments& arguments, ScheduleShared& shared, Visit visit) {
-  const ForwardParams& params = arguments.params;
-  for (int chunk = 0; chunk < params.ranges; chunk += kScheduleThreads) {
-    const int own = threadIdx.x, ranges = min(kScheduleThreads, params.ranges - chunk);
-    Sequence sequence{};
-    if (own < ranges) sequence = sequence_at(params, chunk + own);
-    __syncthreads();  // the chunk before has been read
-    shared.range[own] = sequence;
-    __syncthreads();
-    find_shared_tiles(arguments, shared, ranges);
-    int tiles = 0, total = 0;
-    if (own < ranges && shared.begins[own]) {
-      const Sequence& last = shared.range[shared.next[0][own] - 1];
-      tiles = ceil_div(last.q_base + last.q_len - sequence.q_base, arguments.queries);
-    }
-    if (params.ascending) {
-      for (int tile = 0; tile < tiles; ++tile) {
-        const TileRecord record = tile_record(shared, chunk, own, tile * arguments.queries);
-        visit(record, most_blocks_from(arguments, record));
-      }
-      continue;
-    }
-    shared.ends[own] = block_scan(tiles, shared.scan, total);
-    __syncthreads();
-    for (int tile = threadIdx.x; tile < total; tile += kScheduleThreads) {
-      int low = 0, high = kScheduleThreads - 1;  // the first range whose tiles end after this one
-      while (low < high) {
-        const int middle = (low + high) / 2;
-        if (shared.ends[middle] > tile) high = middle;
-        else low = middle + 1;
-      }
-      const int in_range = tile - (low == 0 ? 0 : shared.ends[low - 1]);
-      const TileRecord record = tile_record(shared, chunk, low, in_range * arguments.queries);
-      const KeyBlocks blocks = visible_blocks(record.sequence, record.first_query, arguments.queries, arguments.keys);
-      visit(record, blocks.end - blocks.first);
-    }
-  }
+// The tiles of a range, or of those that share them, if they begin with it.
+__device__ __forceinline__ int tiles_from(const ScheduleArguments& arguments, const ScheduleShared& shared, int range) {
+  const Sequence& last = shared.range[shared.next[0][range] - 1];
+  return shared.begins[range] ? ceil_div(last.q_base + last.q_len - shared.range[range].q_base, arguments.queries) : 0;
+}
+
+// Fills in what tiles the ranges of a chunk have.
+__device__ __forceinline__ void count_tiles(const ScheduleArguments& arguments, ScheduleShared& shared, int chunk,
+                                            int ranges) {
+  const int own = threadIdx.x;
+  Sequence sequence{};
+  if (own < ranges) sequence = sequence_at(arguments.params, chunk + own);
+  __syncthreads();  // the chunk before has been read
+  shared.range[own] = sequence;
+  __syncthreads();
+  find_shared_tiles(arguments, shared, ranges);
+  int total = 0;
+  shared.ends[own] = block_scan(own < ranges ? tiles_from(arguments, shared, own) : 0, shared.scan, total);
+  if (own == 0) shared.tiles = total;
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const ScheduleArguments arguments) {
+// Calls visit(record, blocks of keys) for the tiles of a chunk, each on one thread; if they are to be in ascending order, for
+// those of a range on the same thread, one after the other.
+template <class Visit>
+__device__ __forceinline__ void for_each_tile(const ScheduleArguments& arguments, const ScheduleShared& shared, int chunk,
+                                              int ranges, Visit visit) {
+  const bool ascending = arguments.params.ascending;
+  const int own = threadIdx.x;
+  const int end = !ascending ? shared.tiles : own < ranges ? tiles_from(arguments, shared, own) : 0;
+#pragma unroll 1
+  for (int tile = ascending ? 0 : own; tile < end; tile += ascending ? 1 : kScanThreads) {
+    int range = own, in_range = tile;
+    if (!ascending) {
+      range = first_above(shared.ends, tile);
+      in_range = tile - (range == 0 ? 0 : shared.ends[range - 1]);
+    }
+    const TileRecord record = tile_record(shared, chunk, range, in_range * arguments.queries);
+    const KeyBlocks blocks = visible_blocks(record.sequence, record.first_query, arguments.queries, arguments.keys);
+    visit(record, ascending ? most_blocks_from(arguments, record) : blocks.end - blocks.first);
+  }
+}
+
+__global__ void __launch_bounds__(kScanThreads) schedule_kernel(const ScheduleArguments arguments) {
   __shared__ ScheduleShared shared;
   __shared__ int position[kCostClasses];
   __shared__ int longest_keys[32];  // of a warp's ranges
@@ -166,7 +147,7 @@ __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const Schedu
   position[threadIdx.x] = 0;
   int longest = 0;
   int64_t queries = 0;
-  for (int i = threadIdx.x; i < params.ranges; i += kScheduleThreads) {
+  for (int i = threadIdx.x; i < params.ranges; i += kScanThreads) {
     const Sequence sequence = sequence_at(params, i);
     longest = max(longest, sequence.k_len);
     queries += sequence.q_len;
@@ -179,25 +160,31 @@ __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const Schedu
     longest_keys[threadIdx.x / 32] = longest;
     covered[threadIdx.x / 32] = queries;
   }
-  __syncthreads();
-  for_each_tile(arguments, shared, [&](const TileRecord&, int blocks) {
-    atomicAdd(&position[cost_class(blocks)], 1);
-  });
-  __syncthreads();
-  const int own = position[threadIdx.x];
-  int total = 0;
-  const int end = block_scan(own, shared.scan, total);
-  position[threadIdx.x] = end - own;
-  __syncthreads();
-
   auto* records = const_cast<TileRecord*>(schedule_records(params.workspace));
-  for_each_tile(arguments, shared, [&](const TileRecord& record, int blocks) {
-    const int at = atomicAdd(&position[cost_class(blocks)], 1);
-    // NOTE: ranges of queries that overlap are an error of the caller's, which must not write past the workspace.
-    if (at < arguments.capacity) records[at] = record;
-  });
+  int total = 0;
+  // How many tiles each class has; then where each tile comes.
+  // NOTE: one copy of the code, which a launch fetches while nothing else goes on.
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < params.ranges; chunk += kScanThreads) {
+      const int ranges = min(kScanThreads, params.ranges - chunk);
+      if (pass == 0 || params.ranges > kScanThreads) count_tiles(arguments, shared, chunk, ranges);
+      for_each_tile(arguments, shared, chunk, ranges, [&](const TileRecord& record, int blocks) {
+        const int at = atomicAdd(&position[cost_class(blocks)], 1);
+        // NOTE: ranges of queries that overlap are an error of the caller's, which must not write past the workspace.
+        if (pass == 1 && at < arguments.capacity) records[at] = record;
+      });
+    }
+    __syncthreads();
+    if (pass == 0) {
+      const int own = position[threadIdx.x];
+      position[threadIdx.x] = block_scan(own, shared.scan, total) - own;
+      __syncthreads();
+    }
+  }
   if (threadIdx.x == 0) {
-    for (int warp = 1; warp < kScheduleThreads / 32; ++warp) {
+    for (int warp = 1; warp < kScanThreads / 32; ++warp) {
       longest = max(longest, longest_keys[warp]);
       queries += covered[warp];
     }
@@ -212,7 +199,7 @@ cudaError_t launch_schedule(const ForwardParams& params, TileShape tile, cudaStr
   const int64_t elements = workspace_elements(params.seqlen_q, params.heads, params.kv_heads, params.ranges);
   const ScheduleArguments arguments{params, tile.queries / heads, tile.keys, heads,
                                     static_cast<int>((elements - kHeaderElements) / kRecordElements)};
-  schedule_kernel<<<1, kScheduleThreads, 0, stream>>>(arguments);
+  schedule_kernel<<<1, kScanThreads, 0, stream>>>(arguments);
   return cudaGetLastError();
 }
 

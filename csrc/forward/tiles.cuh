@@ -127,6 +127,22 @@ __device__ __forceinline__ void fill_bounds(KeyBounds8* bounds, const ForwardPar
   __syncwarp();
 }
 
+// Whether each query of a sequence sees a key, and whether each key is seen by a query.
+// NOTE: what queries see moves on with them: if the first and the last one see a key, all do; and so for keys.
+__device__ __forceinline__ bool sees_with_all(const Sequence& sequence) {
+  const auto sees = [&](int query) {
+    const KeyBounds keys = visible_keys(sequence, query);
+    return keys.first < keys.end;
+  };
+  return sequence.q_len == 0 || (sees(0) && sees(sequence.q_len - 1));
+}
+__device__ __forceinline__ bool sees_all(const Sequence& sequence) {
+  const auto is_seen = [&](int key) {
+    return max(key - sequence.last_diagonal, 0) <= min(key - sequence.first_diagonal, sequence.q_len - 1);
+  };
+  return sequence.k_len == 0 || (is_seen(0) && is_seen(sequence.k_len - 1));
+}
+
 // The order in which a launch's tiles are drawn: group of units after group of units; inside a group rank after rank, the
 // units side by side. What is left over joins the last group: in a small one of its own, long tiles would be begun last of
 // all.
