@@ -44,23 +44,23 @@ class Instruction(NamedTuple):
 class Rule:
     """What the kernels of a row must hold.
 
-    `opcodes` by prefix; kernels with the word `exempt` in their names need not. Where `loops` is an opcode, registers
+    `opcodes` by prefix; kernels with a word of `exempt` in their names need not. Where `loops` is an opcode, registers
     may be spilled outside of the innermost loops that hold it; otherwise nowhere. In these loops `hidden` stands
     between two waits for asynchronous products, with no product started in between. A compiler that moves the second
     wait up lets nothing overlap.
     """
 
     opcodes: tuple[str, ...] = ()
-    exempt: str | None = None
+    exempt: tuple[str, ...] = ()
     loops: str | None = None
     hidden: str | None = None
 
 
 RULES = {
-    "memory": Rule(opcodes=("LDG.E.128",), exempt="strided"),
+    "memory": Rule(opcodes=("LDG.E.128",), exempt=("strided",)),
     "control": Rule(),
     "matrix": Rule(opcodes=("HGMMA", "UTMALDG"), loops="HGMMA", hidden="MUFU.EX2"),
-    "gradient": Rule(opcodes=("HGMMA", "UTMALDG"), exempt="convert", loops="HGMMA"),
+    "gradient": Rule(opcodes=("HGMMA", "UTMALDG"), exempt=("clear", "convert"), loops="HGMMA"),
     "matrix8": Rule(opcodes=("QGMMA", "UTMALDG"), loops="QGMMA", hidden="MUFU.EX2"),
 }
 _WAIT = "WARPGROUP.DEPBAR"
@@ -163,7 +163,7 @@ def hidden_share(loop: list[Instruction], opcode: str, product: str) -> float:
 def is_exempt(kernel: dict) -> bool:
     """Whether a kernel's name frees it from its rule's opcodes."""
     rule = RULES.get(kernel["kind"])
-    return rule is not None and rule.exempt is not None and rule.exempt in kernel["kernel"]
+    return rule is not None and any(word in kernel["kernel"] for word in rule.exempt)
 
 
 def problems_of(kernel: dict, code: list[Instruction] | None) -> list[str]:
