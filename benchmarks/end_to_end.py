@@ -9,6 +9,12 @@ apart, so differences of neighbouring steps depend on each other and those of di
 Student's, at 95 %, over the seeds' means. The exit status is 1 if attention differs before the first step, if a loss
 is not finite or if the GPU is slow (see attention.py).
 
+The whole takes half an hour. Seeds may run apart, and at the same time on several GPUs:
+
+    python benchmarks/end_to_end.py --seeds 1 --output 0.json                             # seed 0
+    python benchmarks/end_to_end.py --seeds 2 --first-seed 1 --output 1.json              # seeds 1 and 2
+    python benchmarks/end_to_end.py --continue 0.json 1.json --output all.json            # all three: none is left
+
 What it trades away: one GPU, no FSDP2, no ring; that is examples/train.py.
 """
 
@@ -17,6 +23,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import json
 import math
 import os
 import statistics
@@ -48,7 +55,11 @@ DEVICE = "cuda"
 BACKEND = SDPBackend.CUDNN_ATTENTION
 WARMUPS = 2  # steps of a seed that are not timed
 LARGEST_DIFFERENCE = 0.01  # relative L2 of what the first layers' attention gives for equal weights
-SEEDS, STEPS = 3, 100
+SEEDS, STEPS = 3, 200
+SETTINGS = (  # what seeds must have in common to be averaged
+    "model", "parameters", "seqlen", "batch", "steps", "lr", "compile", "checkpoint_activations", "text", "device",
+    "torch", "csrc_hash",
+)
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided, by seeds - 2
 
 
@@ -138,6 +149,23 @@ def train_seed(
         last = time.monotonic() - began
     gib = torch.cuda.max_memory_allocated() / 2**30  # of both models
     return {"seed": seed, "difference": difference, "memory_gib": gib, "losses": losses, "seconds": seconds}
+
+
+class OtherSettings(ValueError):
+    """Result files that do not go together."""
+
+
+def earlier_seeds(files: Sequence[Path], settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The seeds of result files that went all the way. OtherSettings if these are not those of one of them."""
+    found: dict[int, dict[str, Any]] = {}
+    for file in files:
+        result = json.loads(file.read_text())
+        for name in SETTINGS:
+            if result.get(name) != settings[name]:
+                got = result.get(name)
+                raise OtherSettings(f"{file} has {name} {got}: expected {settings[name]}; run its seeds again")
+        found |= {seed["seed"]: seed for seed in result["seeds"] if len(seed["losses"]["ours"]) == settings["steps"]}
+    return found
 
 
 # ---- what the steps come to ------------------------------------------------------------------------------------------
@@ -241,6 +269,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=1, help="sequences of a step (default: 1)")
     add("--steps", type=int, default=STEPS, help=f"of each seed, both models (default: {STEPS})")
     add("--seeds", type=int, default=SEEDS, help=f"of weights and order of data (default: {SEEDS})")
+    add("--first-seed", type=int, default=0, help="default: 0")
+    add("--continue", type=Path, nargs="+", default=[], dest="earlier", metavar="FILE", help="result files, of the "
+        "same flags, that have some of the seeds already")
     add("--lr", type=float, default=3e-4, help="peak learning rate (default: 3e-4)")
     add("--seconds", type=float, default=math.inf, help="measure no longer than this; each seed gets its share")
     add("--data", type=Path, default=python_sources(), help="folder of text (default: Python's own sources)")
@@ -251,6 +282,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if min(parsed.seqlen, parsed.batch, parsed.steps) < 1:
         parser.error("--seqlen, --batch and --steps: expected 1 or more")
+    if parsed.first_seed < 0:
+        parser.error(f"--first-seed is {parsed.first_seed}: expected 0 or more")
     if not 1 <= parsed.seeds <= len(T_95) + 1:
         parser.error(f"--seeds is {parsed.seeds}: expected 1 to {len(T_95) + 1}")
     parsed.is_whole = all(value == parser.get_default(name) for name, value in vars(parsed).items() if name != "output")
@@ -271,26 +304,32 @@ def run(
     with torch.device("meta"):
         shape = Transformer(config)
     step_flop = shape.flops_per_token(arguments.seqlen) * arguments.seqlen * arguments.batch
+    settings = {
+        **header, "model": arguments.model, **sizes, "parameters": shape.number_of_parameters(),
+        "seqlen": arguments.seqlen, "batch": arguments.batch, "steps": arguments.steps, "lr": arguments.lr,
+        "compile": arguments.compile, "checkpoint_activations": arguments.checkpoint_activations,
+        "text": f"{text}, {text.digest()}", "step_flop": step_flop,
+    }
+    earlier = earlier_seeds(arguments.earlier, settings)
+    wanted = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    seeds = [earlier[seed] for seed in wanted if seed in earlier]
     gemm_ms = time_gemm()
-    seeds: list[dict[str, Any]] = []
 
     def result() -> dict[str, Any]:
         product = timing.speed(gemm_ms, timing.GEMM_FLOP)
         return {
-            **header, "model": arguments.model, **sizes, "parameters": shape.number_of_parameters(),
-            "seqlen": arguments.seqlen, "batch": arguments.batch, "steps": arguments.steps, "lr": arguments.lr,
-            "compile": arguments.compile, "checkpoint_activations": arguments.checkpoint_activations,
-            "text": f"{text}, {text.digest()}", "step_flop": step_flop, "gemm": product,
-            "valid": product["tflops"]["median"] >= GEMM_LEAST, "seeds": seeds,
+            **settings, "gemm": product, "valid": product["tflops"]["median"] >= GEMM_LEAST, "seeds": seeds,
             "summary": summarise(seeds, step_flop),
         }
 
-    for seed in range(arguments.seeds):
-        deadline = started + arguments.seconds * (seed + 1) / arguments.seeds
+    missing = [seed for seed in wanted if seed not in earlier]
+    for i, seed in enumerate(missing):
+        deadline = started + arguments.seconds * (i + 1) / len(missing)
         sequences = Sequences(text, arguments.seqlen, packing=False, size=arguments.batch, seed=seed)
-        seeds.append(train_seed(config, sequences, seed, arguments, deadline))
+        trained = train_seed(config, sequences, seed, arguments, deadline)
+        seeds = sorted([*seeds, trained], key=lambda of_seed: of_seed["seed"])
         gc.collect()
-        print(f"[seed {seed}, {time.monotonic() - started:.0f} s] {len(seeds[-1]['losses']['ours'])} steps", flush=True)
+        print(f"[seed {seed}, {time.monotonic() - started:.0f} s] {len(trained['losses']['ours'])} steps", flush=True)
         save(result())
     gemm_ms += time_gemm()
     save(result())
@@ -317,7 +356,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def time_gemm() -> list[float]:
         return timing.time_in_turn({"gemm": timing.gemm()}, timing.Flush().overwrite, repeats=20)["gemm"]
 
-    result = run(parsed, header, time_gemm, save)
+    try:
+        result = run(parsed, header, time_gemm, save)
+    except OtherSettings as error:
+        print(error, file=sys.stderr)
+        return 2
     print_result(result)
     if output:
         print(f"written: {output}")

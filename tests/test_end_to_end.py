@@ -110,6 +110,27 @@ def test_it_ends_when_the_time_is_up(
     assert "no seed came further than its 2 warm-up steps" in printed.err and "ours / cudnn" not in printed.out
 
 
+def test_seeds_may_run_apart(
+    tmp_path: Path, on_the_cpu: list[str], small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*small, "--steps", "4", "--lr", "3e-3"]
+    files = [tmp_path / f"{name}.json" for name in ("all", "first", "last", "joined", "other")]
+    whole, first, last, joined, other = map(str, files)
+    assert end_to_end.main([*flags, "--seeds", "3", "--output", whole]) == 0
+    assert end_to_end.main([*flags, "--seeds", "1", "--output", first]) == 0
+    assert end_to_end.main([*flags, "--seeds", "1", "--first-seed", "2", "--output", last]) == 0
+    del on_the_cpu[:]
+    assert end_to_end.main([*flags, "--seeds", "3", "--continue", last, first, "--output", joined]) == 0
+    assert len(on_the_cpu) == 2 * (1 + 4 * SIZES["layers"]), "one seed is left"
+    expected, result = (json.loads(Path(file).read_text()) for file in (whole, joined))
+    assert [seed["seed"] for seed in result["seeds"]] == [0, 1, 2]
+    for a, b in zip(expected["seeds"], result["seeds"], strict=True):
+        assert a["losses"] == b["losses"]
+    assert result["summary"]["loss_difference"] == expected["summary"]["loss_difference"]
+    assert end_to_end.main([*flags, "--steps", "5", "--continue", first, "--output", other]) == 2
+    assert "first.json has steps 4: expected 5" in capsys.readouterr().err and not Path(other).exists()
+
+
 def seed_of(losses: dict[str, list[float]], seconds: dict[str, list[float]]) -> dict[str, Any]:
     return {"seed": 0, "difference": 0.0, "losses": losses, "seconds": seconds}
 
@@ -153,7 +174,9 @@ def test_attention_that_cudnn_does_not_have_is_refused() -> None:
             end_to_end.cudnn_attention(q, q, q, **option)
 
 
-@pytest.mark.parametrize("arguments", [["--model", "9b"], ["--seeds", "11"], ["--steps", "0"], ["--seeds", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--model", "9b"], ["--seeds", "11"], ["--steps", "0"], ["--seeds", "0"], ["--first-seed", "-1"]]
+)
 def test_wrong_command_lines(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         end_to_end.main(arguments)
