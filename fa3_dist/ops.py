@@ -172,8 +172,9 @@ def backward(
 
     Args:
         dout: (B, Sq, Hq, Dv) or (Tq, Hq, Dv); lse: the final one; delta: from `delta`.
-        dq, dk, dv: shapes of q, k, v. accumulate=True: fp32 (fp64 for fp64 inputs), added to in place, and the ranges
-            of keys of one call are disjoint. accumulate=False: any float dtype, overwritten; rows in no range get 0.
+        dq, dk, dv: shapes of q, k, v. accumulate=True: fp32 (fp64 for fp64 inputs), added to in place.
+            accumulate=False: any float dtype, overwritten; rows in no range get 0. The ranges of keys of one call are
+            disjoint, and without accumulate those of queries, too.
         deterministic: bitwise equal gradients from run to run. Ranges that accumulate may share queries: the compiled
             kernel then takes them one after the other, a launch each.
         others: as in `forward`.
@@ -532,8 +533,22 @@ def _check_contents(op: str, args: tuple[Any, ...]) -> None:
     ranges = reference.read_ranges(
         q_start, q_len, k_start, k_len, offsets, call.get("offset"), call.get("flags"), total_q, total_k
     )
+    if op == "backward":
+        _check_disjoint("keys", [(r.k_start, r.k_len) for r in ranges])
+    if not call.get("accumulate"):
+        _check_disjoint("queries", [(r.q_start, r.q_len) for r in ranges])
     if op == "forward_into" and call["out"] is None and any(r.flags & LAST for r in ranges):
         raise ValueError("out is None, but a visit has the flag LAST: expected a tensor for its result; pass out")
+
+
+def _check_disjoint(name: str, ranges: list[tuple[int, int]]) -> None:
+    filled = sorted((start, length, i) for i, (start, length) in enumerate(ranges) if length > 0)
+    for (start, length, i), (following, _, j) in zip(filled, filled[1:]):
+        if start + length > following:
+            raise ValueError(
+                f"ranges {i} and {j} share {name} from row {following} on: expected the ranges of {name} of one call "
+                "to be disjoint; make a call for each"
+            )
 
 
 def _compiled_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -405,6 +405,31 @@ def test_debug_mode_reads_what_the_kernels_take_on_trust(way, library, monkeypat
         assert not library.calls
 
 
+APART, TOGETHER = ([4, 0, 4], [3, 4, 0]), ([0, 3, 3], [4, 3, 0])  # starts and lengths
+
+
+@pytest.mark.parametrize("shared", ["queries", "keys", "nothing"])
+@pytest.mark.parametrize("op", ["forward", "backward", "backward that accumulates"])
+def test_debug_mode_finds_ranges_that_share_rows(op, shared):
+    """Queries may be shared in a backward that accumulates, and keys in a forward."""
+    q, k, v, dout = (x[0] for x in random_qkv("cpu", FP32, seqlen_q=8, seqlen_k=8, head_dim=16))
+    columns = [*(TOGETHER if shared == "queries" else APART), *(TOGETHER if shared == "keys" else APART)]
+    ranges = (*(torch.tensor(column, dtype=torch.int32) for column in columns), None, None)
+    mask = (0.25, None, None, 0.0)
+    if op == "forward":
+        call, wrong = ("forward", (q, k, v, *ranges, *mask, None, False, 0)), {"queries"}
+    else:
+        accumulate = op != "backward"
+        rows = torch.zeros(2, 2, 8)
+        call = ("backward", (dout, q, k, v, *rows, q, k, v, *ranges, *mask, accumulate, False, 0))
+        wrong = {"keys"} if accumulate else {"queries", "keys"}
+    if shared not in wrong:
+        ops._check_contents(*call)
+        return
+    with pytest.raises(ValueError, match=f"ranges 0 and 1 share {shared} from row 3 on"):
+        ops._check_contents(*call)
+
+
 # ---- direct calls ----------------------------------------------------------------------------------------------------
 
 
