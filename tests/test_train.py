@@ -188,6 +188,23 @@ def test_wrong_flags(
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("steps", "warm_up"), [(1, 1), (4, 1), (20, 4), (50, 7), (300, 7), (500, 12)])
+def test_the_learning_rate_rises_in_steps_that_a_short_run_has_too(steps: int, warm_up: int) -> None:
+    shares = [train.schedule(step, steps) for step in range(steps)]
+    assert shares[:warm_up] == pytest.approx([(step + 1) / warm_up for step in range(warm_up)])
+    assert shares[warm_up:] == sorted(shares[warm_up:], reverse=True) and all(0.05 <= share <= 1 for share in shares)
+
+
+@pytest.mark.parametrize(("flags", "rate"), [(["--model", "tiny"], 0.006), (["--model", "1b3"], 4e-4),
+                                             (["--model", "1b3", "--adam-lr", "0.001"], 1e-3)])  # fmt: skip
+def test_a_wide_model_has_a_learning_rate_of_its_own(
+    flags: list[str], rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    assert train.parse_arguments().adam_lr == rate
+
+
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
