@@ -91,7 +91,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--precision", choices=("fp32", "bf16"), help="of computation; weights stay fp32; default: fp32, on GPUs bf16")
     add("--steps", type=int, help="default: 500, on GPUs 300")
     add("--lr", type=float, default=0.02, help="peak learning rate of weight matrices (Muon); default: 0.02")
-    add("--adam-lr", type=float, help="of embedding, head and norms (AdamW); default: 0.006, for 1b3 0.0004")
+    add("--adam-lr", type=float, help="of embedding, head and norms (AdamW); default: that of the model, "
+        + ", ".join(f"{model} {rate}" for model, rate in ADAM_LR.items()))
     add("--seed", type=int, default=0, help="of weights, order of data, and sample; default: 0")
     add("--eval-every", type=int, help="steps between scores of held-out text; default: a third of --steps")
     add("--eval-sequences", type=int, help="held-out sequences that are scored; default: 48, on GPUs 16")
