@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 DOCUMENTS = Path(__file__).with_name("packed_documents.json")
+LARGEST_SUMMED = 128  # the largest head dim whose dq is summed up in memory: separates_dq of csrc/backward/backward.h
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Case:
         return self.flop * 5 // 2
 
     def backward_memory(self) -> dict[str, int]:
-        """Bytes that a backward of ours has reason to allocate beside its results: dq summed up in fp32, and delta."""
+        """Bytes that a backward of ours has reason to allocate beside its results: delta, and dq summed up in fp32."""
         rows = sum(self.lengths) * self.heads
-        return {"dq_fp32": 4 * rows * self.head_dim, "delta": 4 * rows}
+        return {"dq_fp32": 4 * rows * self.head_dim if self.head_dim <= LARGEST_SUMMED else 0, "delta": 4 * rows}
 
     def visible_pairs(self) -> int:
         """(query, key) pairs that the mask leaves; of a dense causal batch half the square, as the field counts."""

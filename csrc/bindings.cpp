@@ -142,7 +142,7 @@ Tensor empty(int32_t device, const std::vector<int64_t>& shape, ScalarType dtype
 
 // The 2 zeros of a tile counter.
 Tensor zero_counter(int32_t device) {
-  Tensor counter = empty(device, {2}, ScalarType::Int);
+  Tensor counter = empty(device, {fa3::kCounterElements}, ScalarType::Int);
   torch::stable::zero_(counter);
   return counter;
 }
@@ -450,17 +450,23 @@ Launcher existing(const char* op, Launcher launch, const Call& call) {
   return launch;
 }
 
+// Where a packed call's tiles, of keys or of queries, are listed; `owner` keeps it.
+int32_t* workspace(const Call& call, bool tiles_of_keys, std::optional<Tensor>& owner) {
+  const fa3::ForwardParams& params = call.params;
+  const int64_t elements =
+      tiles_of_keys ? fa3::workspace_elements(params.seqlen_k, params.kv_heads, params.kv_heads, params.ranges)
+                    : fa3::workspace_elements(params.seqlen_q, params.heads, params.kv_heads, params.ranges);
+  owner = empty(call.device, {elements}, ScalarType::Int);
+  return static_cast<int32_t*>(owner->mutable_data_ptr());
+}
+
 // Gives a call that is not empty its kernel's scratch memory, which `owner` keeps; returns the stream to launch it on.
 // `tiles_of_keys`: the launch draws tiles of keys, not of queries.
 cudaStream_t prepare_launch(Call& call, bool tiles_of_keys, std::optional<Tensor>& owner) {
   const cudaStream_t stream = current_stream(call.device);
   fa3::ForwardParams& params = call.params;
   if (call.packed) {
-    const int64_t elements =
-        tiles_of_keys ? fa3::workspace_elements(params.seqlen_k, params.kv_heads, params.kv_heads, params.ranges)
-                      : fa3::workspace_elements(params.seqlen_q, params.heads, params.kv_heads, params.ranges);
-    owner = empty(call.device, {elements}, ScalarType::Int);
-    params.workspace = static_cast<int32_t*>(owner->mutable_data_ptr());
+    params.workspace = workspace(call, tiles_of_keys, owner);
   } else {
     params.tile_counter = tile_counter(call.device, stream, owner);
   }
@@ -590,8 +596,6 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   const fa3::DType dtype = *dtype_of(call.dtype);
   const BackwardKernel kernel = find_backward(dtype, call.params.head_dim, call.params.head_dim_v);
   const BackwardLauncher launch = existing(kOp, kernel.launch, call);
-  FA3_CHECK(!deterministic || fa3::takes_turns(kernel.head_dim), "backward: this library has no deterministic kernel for "
-            "head dims ", call.params.head_dim, " and ", call.params.head_dim_v, "; deterministic=False runs the ordinary one");
   const Shapes shapes = result_shapes(call);
   const auto has = [&](const View& tensor, const std::vector<int64_t>& shape, ScalarType wanted) {
     return std::equal(tensor.sizes, tensor.sizes + tensor.dims, shape.begin(), shape.end()) && tensor.dtype == wanted &&
@@ -633,15 +637,18 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   }
   params.dout = dout_view.data;
   params.dout_stride = mapped_strides(kOp, "dout", dout_view);
-  std::optional<Tensor> dq_sum, turns, scratch;
-  if (!accumulate) {
+  params.deterministic = deterministic;
+  const bool separate = fa3::separates_dq(kernel.head_dim);
+  std::optional<Tensor> dq_sum, turns, query_scratch, scratch;
+  if (!accumulate && !separate) {
     dq_sum = empty(call.device, {fa3::elements_of_sum(call.params, kernel.head_dim)}, ScalarType::Float);
     params.dq_sum = static_cast<float*>(dq_sum->mutable_data_ptr());
   }
-  if (deterministic) {
+  if (deterministic && !separate) {
     turns = empty(call.device, shapes.lse, ScalarType::Int);
     params.turns = static_cast<int32_t*>(turns->mutable_data_ptr());
   }
+  if (separate && call.packed) params.query_workspace = workspace(call, false, query_scratch);
   const cudaStream_t stream = prepare_launch(call, true, scratch);
   params.forward = call.params;
   check_launch(launch(params, stream), kOp);

@@ -6,6 +6,7 @@
 namespace fa3 {
 
 enum class DType { bf16, fp16, fp32 };
+constexpr int bytes_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
 
 // Distances in elements between neighbours along each dim of a (batch, seqlen, heads, head_dim) tensor.
 // NOTE: 64 bits: a tensor with more than 2**31 elements is normal here. A packed tensor has batch 1; dims of
@@ -39,6 +40,9 @@ struct DeltaParams {
 constexpr int32_t kVisitFirst = 1;  // it is not read
 constexpr int32_t kVisitLast = 2;   // the result goes to out instead
 
+// Of ForwardParams::tile_counter: two counters, since a backward may be two kernels.
+constexpr int32_t kCounterElements = 4;
+
 // A diagonal that bounds nothing.
 constexpr int32_t kNoBound = -1;
 
@@ -62,7 +66,7 @@ struct ForwardParams {
   const int32_t* flags;    // (ranges,) of kVisit*; given together with out_acc
   int32_t ranges;
   int32_t* workspace;      // packed only: workspace_elements() of scratch memory
-  int32_t* tile_counter;   // dense only: 2 elements that are 0 before and after every launch, used by one at a time
+  int32_t* tile_counter;   // dense only: kCounterElements that are 0 before and after every launch, used by one at a time
 
   Strides q_stride;
   Strides k_stride;
@@ -97,13 +101,15 @@ struct BackwardParams {
   void* dq;
   void* dk;
   void* dv;
-  float* dq_sum;       // scratch memory of elements_of_sum(forward, the row's head_dim), unless accumulate is set
+  float* dq_sum;       // scratch memory of elements_of_sum(forward, the row's head_dim), unless accumulate or separates_dq
   Strides dout_stride;
   DType dq_dtype;      // the inputs' or fp32
   DType dk_dtype;
   DType dv_dtype;
-  bool accumulate;     // dq, dk, dv are fp32 and added to; the ranges' keys are disjoint
-  int32_t* turns;      // gradients that are bitwise equal from run to run: scratch memory, shaped as lse; or nullptr
+  bool accumulate;     // dq, dk, dv are fp32 and added to; the ranges' keys are disjoint, and without it the queries, too
+  bool deterministic;  // gradients are bitwise equal from run to run
+  int32_t* turns;      // deterministic, unless separates_dq: scratch memory, shaped as lse
+  int32_t* query_workspace;  // packed, and separates_dq: as forward.workspace, for tiles of queries (that one has those of keys)
 };
 
 constexpr int32_t kMaxSequence = 1 << 30;

@@ -55,7 +55,6 @@ _VARIANT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32:
 # Operators with an `<op>_sm90` implementation in the compiled library, and the family of rows in csrc/instances.def
 # that says which dtypes and head dims it has.
 COMPILED = {"forward": "forward", "forward_into": "forward", "delta": "delta", "backward": "backward"}
-MOST_DETERMINISTIC = 192  # the largest head dim of deterministic gradients: takes_turns of csrc/backward/backward.h
 VECTOR = 8  # the compiled attention takes head dims that are multiples of it: 16 bytes of bf16 or fp16
 
 
@@ -421,10 +420,7 @@ def _request(op: str, args: tuple[Any, ...]) -> _Request:
         if odd:
             needs.append(f"a state whose head dims are not multiples of {VECTOR}")
     elif op == "backward":
-        call = dict(zip(SCHEMA_ARGS[op], args))
-        if call.get("deterministic") and max(request.head_dims) > MOST_DETERMINISTIC:
-            needs.append(f"deterministic gradients of head dims above {MOST_DETERMINISTIC}")
-        if odd and call.get("accumulate"):
+        if odd and dict(zip(SCHEMA_ARGS[op], args)).get("accumulate"):
             needs.append(f"a state whose head dims are not multiples of {VECTOR}")
     return request._replace(needs=tuple(needs))
 

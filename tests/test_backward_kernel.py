@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 
 import pytest
 import torch
@@ -155,8 +154,6 @@ def test_gradients_with_strides_of_their_own():
 @pytest.mark.parametrize("gap", [0, 5])
 def test_packed_mixture(heads, head_dim, mask, gap, deterministic):
     """Empty, one-token, short and long documents; what lies between them is NaN and must not be seen."""
-    if deterministic and head_dim > ops.MOST_DETERMINISTIC:
-        pytest.skip("no deterministic kernel")
     lengths_q, lengths_k = [0, 1, 17, 5, 700, 130, 64, 1, 300, 128], [3, 1, 17, 0, 700, 100, 64, 1, 450, 128]
     (q_start, total_q), (k_start, total_k) = pack(lengths_q, gap), pack(lengths_k, gap)
     q, _, _, dout = (x[0] for x in problem_tensors(9, total_q, 1, *heads, head_dim, batch=1))
@@ -193,8 +190,6 @@ def test_packed_mixture(heads, head_dim, mask, gap, deterministic):
 @pytest.mark.parametrize("mask", [*MASKS, "offsets"])
 def test_runs_of_short_documents(heads, head_dims, mask, deterministic):
     """Runs of short documents, broken by longer ones and perhaps by a gap; masks and offsets cut each its own way."""
-    if deterministic and head_dims[0] > ops.MOST_DETERMINISTIC:
-        pytest.skip("no deterministic kernel")
     lengths = torch.randint(0, 70, (90,), generator=torch.Generator().manual_seed(32)).tolist()
     lengths[20], lengths[21], lengths[40], lengths[60] = 128, 127, 129, 300
     start, _ = pack(lengths)
@@ -240,8 +235,6 @@ def test_ranges_that_lie_are_cut_to_the_tensors(deterministic):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_visits_in_parts_are_the_whole(mask, head_dim, deterministic):
     """What a ring does: keys in three launches, two ranges of queries each, all added up in place."""
-    if deterministic and head_dim > ops.MOST_DETERMINISTIC:
-        pytest.skip("no deterministic kernel")
     q, k, v, dout = (x[0] for x in problem_tensors(12, 700, 1000, 4, 2, head_dim, batch=1))
     shift = 300  # bottom-right alignment
     whole = {"offset": shift, **MASKS[mask]}
@@ -271,10 +264,21 @@ def test_gradients_of_keys_are_bitwise_equal_from_run_to_run():
         assert torch.equal(grads[1], first[1]) and torch.equal(grads[2], first[2])
 
 
-DETERMINISTIC = [row for row in VARIANTS if int(row[1]) <= ops.MOST_DETERMINISTIC]
+@pytest.mark.parametrize("head_dims", [(192, 128), (256, 256)], ids=str)
+def test_gradients_of_wide_heads_are_bitwise_equal_unasked(head_dims):
+    q, k, v, dout = tensors = problem_tensors(17, 1500, 1500, 8, 2, *head_dims)
+    rows = rows_of(*tensors, window_right=0)
+    wanted = None
+    for deterministic in (True, *[False] * 6):
+        grads = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+        ops.backward(dout, q, k, v, *rows, *grads, window_right=0, deterministic=deterministic)
+        wanted = wanted or grads
+        assert all(map(torch.equal, grads, wanted))
+
+
 DOCUMENTS = [0, 1, 17, 128, 3000, 64, 0, 5, 777, 1, 129, 5000, 300]
 # Lengths of queries and of keys, heads, KV heads, and the mask. Where many tiles meet a block of queries, the order of
-# additions shows: without turns almost every launch differs at these lengths.
+# additions shows: of ordinary gradients almost every launch differs at these lengths.
 REPEATED = {
     "full": (4096, 4096, 4, 4, {}),
     "causal": (4096, 4096, 4, 4, {"window_right": 0}),
@@ -316,7 +320,7 @@ def assert_every_run_is_equal(dout, q, k, v, accumulate=False, **call) -> None:
 
 
 @pytest.mark.parametrize("case", REPEATED)
-@pytest.mark.parametrize("variant", DETERMINISTIC, ids="_".join)
+@pytest.mark.parametrize("variant", VARIANTS, ids="_".join)
 def test_deterministic_gradients_are_bitwise_equal(variant, case):
     dtype, head_dim, head_dim_v = variant
     seqlen_q, seqlen_k, heads, kv_heads, mask = REPEATED[case]
@@ -328,7 +332,7 @@ def test_deterministic_gradients_are_bitwise_equal(variant, case):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("variant", DETERMINISTIC, ids="_".join)
+@pytest.mark.parametrize("variant", VARIANTS, ids="_".join)
 def test_deterministic_gradients_of_documents_are_bitwise_equal(variant, mask):
     dtype, head_dim, head_dim_v = variant
     start, total = pack(DOCUMENTS)
@@ -343,7 +347,7 @@ def test_deterministic_gradients_of_documents_are_bitwise_equal(variant, mask):
         )
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_deterministic_sums_of_ranges_that_share_queries(head_dim):
     """As a ring's visits do: three ranges of keys, whose queries overlap without beginning at the same ones."""
     q, k, v, dout = (x[0] for x in problem_tensors(22, 3000, 4000, 4, 2, head_dim, batch=1))
@@ -356,7 +360,7 @@ def test_deterministic_sums_of_ranges_that_share_queries(head_dim):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("lengths", [(113, 203), (1024, 1023), (300, 2500)], ids=lambda x: f"{x[0]}x{x[1]}")
-@pytest.mark.parametrize("variant", DETERMINISTIC, ids="_".join)
+@pytest.mark.parametrize("variant", VARIANTS, ids="_".join)
 def test_deterministic_gradients_are_right(variant, lengths, mask):
     dtype, head_dim, head_dim_v = variant
     heads = random.Random(str((variant, lengths, mask))).choice([(2, 2), (4, 2), (3, 1)])
@@ -364,15 +368,22 @@ def test_deterministic_gradients_are_right(variant, lengths, mask):
     judge(gradients(*tensors, **MASKS[mask], deterministic=True), *tensors, **MASKS[mask])
 
 
-def test_deterministic_gradients_of_graphs_and_of_many_streams():
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_deterministic_gradients_of_graphs_and_of_many_streams(head_dim, packed):
     """Two launches that share the SMs: a block of one must never wait for a block that the other keeps out."""
-    q, k, v, dout = tensors = problem_tensors(24, 4096, 4096, 8, 8, 128, batch=1)
+    q, k, v, dout = tensors = problem_tensors(24, 4096, 4096, 8, 8, head_dim, batch=1)
     rows = rows_of(*(x[:, :, :1] for x in tensors))
     rows = [x.expand(1, 8, 4096).contiguous() for x in rows]
+    ranges = {}
+    if packed:
+        q, k, v, dout, *rows = (x[0] for x in (*tensors, *rows))
+        starts, lengths = column([0, 100, 150, 1000]), column([100, 50, 850, 3096])
+        ranges = {"q_start": starts, "q_len": lengths, "k_start": starts, "k_len": lengths}
 
     def run():
         grads = [torch.full_like(x, torch.nan) for x in (q, k, v)]
-        ops.backward(dout, q, k, v, *rows, *grads, deterministic=True)
+        ops.backward(dout, q, k, v, *rows, *grads, deterministic=True, **ranges)
         return grads
 
     wanted = run()
@@ -405,22 +416,9 @@ def test_torch_asks_for_deterministic_gradients():
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0]))
 
 
-def test_deterministic_gradients_are_never_quietly_refused(monkeypatch):
-    q, k, v, dout = tensors = problem_tensors(14, 200, 300, 2, 2, 256)
-    grads = [torch.empty_like(x) for x in (q, k, v)]
-    rows = rows_of(*tensors)
-    with pytest.raises(RuntimeError, match="deterministic"):
-        ops.backward(dout, q, k, v, *rows, *grads, deterministic=True)
-    monkeypatch.delenv("FA3_DIST_STRICT")
-    ops._has_compiled_kernel.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ops.backward(dout, q, k, v, *rows, *grads, deterministic=True)
-    judge(grads, *tensors)
-
-
-def test_launches_on_many_streams_at_once():
-    problems = [problem_tensors(30 + i, 1024, 1024, 8, 8, 64) for i in range(6)]
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_launches_on_many_streams_at_once(head_dim):
+    problems = [problem_tensors(30 + i, 1024, 1024, 8, 8, head_dim) for i in range(6)]
     rows = [rows_of(*problem, window_right=0) for problem in problems]
 
     def run(problem, rows):
@@ -442,8 +440,9 @@ def test_launches_on_many_streams_at_once():
             assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
 
 
-def test_cuda_graph():
-    q, k, v, dout = tensors = problem_tensors(15, 500, 700, 4, 2, 128)
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_cuda_graph(head_dim):
+    q, k, v, dout = tensors = problem_tensors(15, 500, 700, 4, 2, head_dim)
     rows = rows_of(*tensors, window_right=0)
     grads = [torch.full_like(x, torch.nan) for x in (q, k, v)]
     ops.backward(dout, q, k, v, *rows, *grads, window_right=0)

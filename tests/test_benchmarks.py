@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,6 +34,8 @@ import tune  # noqa: E402
 from attention import Setup  # noqa: E402
 from attention_cases import Case  # noqa: E402
 from attention_peers import Peer  # noqa: E402
+
+BACKWARD = timing.ROOT / "csrc" / "backward" / "backward.h"
 
 
 def fake_time(calls: timing.Calls) -> dict[str, list[float]]:
@@ -128,6 +131,9 @@ def test_backward_cases() -> None:
 def test_memory_of_a_backward() -> None:
     case = small("gqa", (3, 5), kv_heads=2, head_dim=24)
     assert case.backward_memory() == {"dq_fp32": 8 * 4 * 24 * 4, "delta": 8 * 4 * 4}
+    assert small("wide", (3, 5), head_dim=256).backward_memory() == {"dq_fp32": 0, "delta": 8 * 4 * 4}
+    (largest,) = re.findall(r"separates_dq\(.*\) \{ return head_dim > (\d+); \}", BACKWARD.read_text())
+    assert attention_cases.LARGEST_SUMMED == int(largest)
 
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)

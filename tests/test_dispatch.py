@@ -28,7 +28,6 @@ VARIANTS = [
     "delta_fp32",
 ]  # fmt: skip
 README = Path(__file__).resolve().parent.parent / "README.md"
-BACKWARD = README.parent / "csrc" / "backward" / "backward.h"
 
 
 class Library:
@@ -189,10 +188,7 @@ def test_requests_name_what_no_kernel_has():
     assert not ops._request("backward", tuple(backward.values())).needs
     assert not ops._request("backward", tuple((backward | {"deterministic": True}).values())).needs
     wide = {name: torch.empty(5, 2, 200, dtype=BF16) for name in "qk"}
-    assert not ops._request("backward", tuple((backward | wide).values())).needs
-    assert "with deterministic gradients of head dims above 192" in str(
-        ops._request("backward", tuple((backward | wide | {"deterministic": True}).values()))
-    )
+    assert not ops._request("backward", tuple((backward | wide | {"deterministic": True}).values())).needs
     odd = {name: torch.empty(5, 2, 33, dtype=BF16) for name in "qkv"}
     assert not ops._request("backward", tuple((backward | odd).values())).needs
     assert ops._request("backward", tuple((backward | odd | {"accumulate": True}).values())).needs
@@ -201,14 +197,6 @@ def test_requests_name_what_no_kernel_has():
     assert "with a state whose head dims are not multiples of 8" in str(
         ops._request("forward_into", (q, q, narrow, None, None, None, *ranges))
     )
-
-
-def test_deterministic_gradients_are_asked_of_kernels_that_give_them():
-    (most,) = re.findall(r"bool takes_turns\(.*\) \{ return head_dim <= (\d+); \}", BACKWARD.read_text())
-    assert ops.MOST_DETERMINISTIC == int(most)
-    # The row that a call runs on is the smallest that holds its head dims: none of these may need a larger one.
-    rows = {tuple(map(int, row.traits[1:])) for row in _build.instances() if row.family == "backward"}
-    assert (ops.MOST_DETERMINISTIC, ops.MOST_DETERMINISTIC) in rows
 
 
 @pytest.mark.parametrize("built", [True, False], ids=["", "no library"])

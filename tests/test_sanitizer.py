@@ -47,7 +47,7 @@ for dims in ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
     starts, total = pack(lengths, gap=3)
     ranges = dict(zip(ops.RANGES, map(column, (starts, lengths, starts, lengths))))
     packed = [x[0] for x in problem_tensors(1, total, total, 4, 2, *dims, batch=1)]
-    for deterministic in (False, True) if dims[0] <= ops.MOST_DETERMINISTIC else (False,):
+    for deterministic in (False, True):
         call(*dense, window_left=150, window_right=0, deterministic=deterministic)
         call(*dense, accumulate=True, softcap=5.0, deterministic=deterministic)
         call(*packed, **ranges, window_right=0, deterministic=deterministic)

@@ -195,14 +195,19 @@ def test_the_learning_rate_rises_in_steps_that_a_short_run_has_too(steps: int, w
     assert shares[warm_up:] == sorted(shares[warm_up:], reverse=True) and all(0.05 <= share <= 1 for share in shares)
 
 
-@pytest.mark.parametrize(("flags", "rate"), [(["--model", "tiny"], 0.006), (["--model", "1b3"], 4e-4),
-                                             (["--model", "1b3", "--adam-lr", "0.001"], 1e-3)])  # fmt: skip
-def test_a_wide_model_has_a_learning_rate_of_its_own(
-    flags: list[str], rate: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("flags", "rates"), [
+    (["--model", "tiny"], (0.02, 0.006)),
+    (["--model", "1b3"], (1e-3, 4e-4)),
+    (["--model", "1b3", "--lr", "0.01"], (0.01, 4e-4)),
+    (["--model", "1b3", "--adam-lr", "0.001"], (1e-3, 1e-3)),
+])  # fmt: skip
+def test_a_wide_model_has_learning_rates_of_its_own(
+    flags: list[str], rates: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    assert train.parse_arguments().adam_lr == rate
+    args = train.parse_arguments()
+    assert (args.lr, args.adam_lr) == rates
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 // Attention backward for Hopper, after FlashAttention-2 and -3 (arXiv:2307.08691, arXiv:2407.08608), on persistent
 // blocks: a tile is a block of keys of one KV head, and meets all blocks of queries, of all query heads of the KV head,
 // that see it. One producer warpgroup draws tiles and brings what they need (producer.cuh), consumer warpgroups compute
-// (consumer.cuh, paired_consumers.cuh), dq is summed up in fp32 in global memory and then converted (convert.cuh).
+// (consumer.cuh, paired_consumers.cuh). dq is summed up in fp32 in global memory and then converted (convert.cuh), or has a
+// kernel of its own, whose tiles are blocks of queries (query_gradient.cuh).
 #pragma once
 
 #include "backward/clear.cuh"
 #include "backward/convert.cuh"
 #include "backward/paired_consumers.cuh"
 #include "backward/producer.cuh"
+#include "backward/query_gradient.cuh"
 #include "forward/forward.cuh"
 #undef FA3_INSTANTIATE  // the forward's
 
@@ -21,8 +23,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char storage[];
   auto& shared = *reinterpret_cast<BackwardShared<Config>*>(storage);
   if (static_cast<uint32_t>(__cvta_generic_to_shared(storage)) % 1024 != 0) __trap();
-  if (threadIdx.x == 0) init_shared(shared);
   const ForwardParams& forward = arguments.params.forward;
+  if (threadIdx.x == 0) init_shared(shared, forward.q_start != nullptr);
   clear_if_short<Config::kHeadDim, Config::kPanel>(shared.k, forward.head_dim);
   clear_if_short<Config::kHeadDim, Config::kPanel>(shared.q, forward.head_dim);
   clear_if_short<Config::kHeadDimV, Config::kPanelV>(shared.v, forward.head_dim_v);
@@ -34,7 +36,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x == 0) load_key_tiles<Config>(arguments, shared);
     if (threadIdx.x >= 32 && threadIdx.x < 64) draw_key_tiles<Config>(arguments, shared);
     if (threadIdx.x >= 64 && threadIdx.x < 96) load_row_values<Config>(arguments, shared);
-    if constexpr (Config::kBulkDQ) {
+    if constexpr (!Config::kSharesKeys) {
       if (threadIdx.x == 96) add_query_blocks<Config>(arguments, shared);
     }
   } else {
@@ -81,12 +83,14 @@ inline int kv_heads_per_group(const ForwardParams& transposed, bool takes_turns,
                                             int64_t{transposed.kv_heads} * transposed.batch));
 }
 
-// Whether every key of a dense batch is known to be seen by some query: gradients of others are never written.
-inline bool sees_every_key(const ForwardParams& params) {
+// Whether every query of a dense batch, or every key if `params` are transposed, is known to take part in some score:
+// gradients of others are never written.
+inline bool sees_with_every_row(const ForwardParams& params) {
   if (params.q_start != nullptr || params.offsets != nullptr) return false;
-  const int64_t shift = params.default_offset ? int64_t{params.seqlen_k} - params.seqlen_q : params.offset;
-  const bool first = params.window_left == kNoBound || shift - params.window_left <= 0;
-  const bool last = params.window_right == kNoBound || shift + params.window_right + params.seqlen_q >= params.seqlen_k;
+  int64_t shift = params.default_offset ? int64_t{params.seqlen_k} - params.seqlen_q : params.offset;
+  if (params.transposed && !params.default_offset) shift = -shift;
+  const bool first = params.window_right == kNoBound || shift + params.window_right >= 0;
+  const bool last = params.window_left == kNoBound || params.seqlen_q + shift - params.window_left <= params.seqlen_k;
   return first && last;
 }
 
@@ -119,10 +123,63 @@ inline bool make_sum_map(CUtensorMap& map, const BackwardParams& params, bool pa
   return make_tensor_map<4>(map, DType::fp32, data - 64 * token, extents, strides, box);
 }
 
-template <class Config>
-cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
-  using Element = typename Config::Element;
+// Processors of the current device, and what a kernel needs to have so much shared memory on it.
+template <auto kKernel>
+cudaError_t prepare_device(int shared_bytes, int& processors) {
+  int device = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  return allow_shared_memory<kKernel>(device, shared_bytes);
+}
+
+// Tiles of so many rows.
+// NOTE: of packed ranges this is an upper bound, since each may end in a tile of its own.
+inline int64_t count_tiles(const ForwardParams& params, int rows) {
+  return ((int64_t{params.seqlen_q} + rows - 1) / rows + params.ranges) * params.heads * params.batch;
+}
+
+// Describes Q, dO, K and V, of whose rows a kernel loads so many at a time.
+template <class Config, class Arguments>
+bool make_operand_maps(Arguments& arguments, const BackwardParams& params) {
+  const ForwardParams& forward = params.forward;
+  const bool packed = forward.q_start != nullptr;
   constexpr DType kDType = Config::kDType;
+  return make_query_map(arguments.q, kDType, forward.q, forward.q_stride, packed, forward, forward.head_dim,
+                        Config::kQueries, Config::kPanel) &&
+         make_query_map(arguments.dout, kDType, params.dout, params.dout_stride, packed, forward, forward.head_dim_v,
+                        Config::kQueries, Config::kPanelV) &&
+         make_key_map(arguments.k, kDType, forward.k, forward.k_stride, packed, forward, forward.head_dim, Config::kKeys,
+                      Config::kPanel) &&
+         make_key_map(arguments.v, kDType, forward.v, forward.v_stride, packed, forward, forward.head_dim_v,
+                      Config::kKeys, Config::kPanelV);
+}
+
+// dQ by tiles of queries, beside the last of the tiles of keys; packed ones have been listed.
+template <class Config>
+cudaError_t launch_query_tiles(const BackwardParams& params, cudaStream_t stream) {
+  QueryGradientArguments arguments{};
+  arguments.params = params;
+  ForwardParams& forward = arguments.params.forward;
+  forward.workspace = params.query_workspace;
+  arguments.units_per_group =
+      units_per_group(forward, 1, forward.seqlen_k, (forward.seqlen_q + Config::kQueries - 1) / Config::kQueries);
+  arguments.counter = forward.q_start != nullptr
+                          ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
+                          : reinterpret_cast<TileCounter*>(forward.tile_counter) + 1;
+  if (!make_operand_maps<Config>(arguments, params)) return cudaErrorInvalidValue;
+  constexpr int kSharedBytes = sizeof(QueryGradientShared<Config>);
+  static_assert(kSharedBytes <= 227 * 1024);
+  int processors = 0;
+  const cudaError_t error = prepare_device<query_gradient_kernel<Config>>(kSharedBytes, processors);
+  if (error != cudaSuccess) return error;
+  const int64_t blocks =
+      std::min<int64_t>(count_tiles(forward, Config::kQueries), std::max(1, processors - forward.sm_margin));
+  return launch(query_gradient_kernel<Config>, blocks, Config::kThreads, kSharedBytes, stream, true, arguments);
+}
+
+// dK and dV by tiles of keys, and dQ with them or after them.
+template <class Config, class QueryConfig>
+cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   constexpr int kHeadDim = Config::kHeadDim;
   const ForwardParams& forward = params.forward;
   const bool packed = forward.q_start != nullptr;
@@ -136,44 +193,41 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
                                                  (forward.seqlen_k + Config::kKeys - 1) / Config::kKeys);
   arguments.counter = packed ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
                              : reinterpret_cast<TileCounter*>(forward.tile_counter);
-  const bool mapped =
-      make_query_map(arguments.q, kDType, forward.q, forward.q_stride, packed, forward, forward.head_dim,
-                     Config::kQueries, Config::kPanel) &&
-      make_query_map(arguments.dout, kDType, params.dout, params.dout_stride, packed, forward, forward.head_dim_v,
-                     Config::kQueries, Config::kPanelV) &&
-      make_key_map(arguments.k, kDType, forward.k, forward.k_stride, packed, forward, forward.head_dim, Config::kKeys,
-                   Config::kPanel) &&
-      make_key_map(arguments.v, kDType, forward.v, forward.v_stride, packed, forward, forward.head_dim_v,
-                   Config::kKeys, Config::kPanelV) &&
-      (!Config::kBulkDQ ||
-       make_sum_map(arguments.dq, params, packed, kHeadDim, Config::kColumnsPanelDQ));
-  if (!mapped) return cudaErrorInvalidValue;
-
-  // NOTE: of packed ranges this is an upper bound, since each may end in a tile of its own.
-  const int64_t tiles = ((int64_t{forward.seqlen_k} + Config::kKeys - 1) / Config::kKeys + forward.ranges) *
-                        forward.kv_heads * forward.batch;
-  if (tiles > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
-  int device = 0, processors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (!make_operand_maps<Config>(arguments, params)) return cudaErrorInvalidValue;
+  if (!Config::kSharesKeys && !make_sum_map(arguments.dq, params, packed, kHeadDim, Config::kColumnsPanelDQ)) {
+    return cudaErrorInvalidValue;
+  }
+  const int64_t tiles = count_tiles(arguments.transposed, Config::kKeys);
+  if (std::max(tiles, count_tiles(forward, QueryConfig::kQueries)) > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
   constexpr int kSharedBytes = sizeof(BackwardShared<Config>);
   static_assert(kSharedBytes <= 227 * 1024);
-  cudaError_t error = allow_shared_memory<backward_kernel<Config>>(device, kSharedBytes);
+  int processors = 0;
+  cudaError_t error = prepare_device<backward_kernel<Config>>(kSharedBytes, processors);
 
-  const int64_t key_rows = int64_t{forward.batch} * forward.seqlen_k * forward.kv_heads;
   const auto clear = [&](void* to, int64_t elements, DType dtype) {
-    if (error == cudaSuccess) error = cudaMemsetAsync(to, 0, elements * (dtype == DType::fp32 ? 4 : 2), stream);
+    if (error == cudaSuccess) error = cudaMemsetAsync(to, 0, elements * bytes_of(dtype), stream);
   };
-  if (params.turns != nullptr) clear(params.turns, int64_t{forward.batch} * forward.seqlen_q * forward.heads, DType::fp32);  // as wide
+  const int64_t query_rows = int64_t{forward.batch} * forward.seqlen_q * forward.heads;
+  if (params.turns != nullptr) clear(params.turns, query_rows, DType::fp32);  // as wide
   if (!params.accumulate && !packed) {
-    clear(params.dq_sum, elements_of_sum(forward, kHeadDim), DType::fp32);
-    if (!sees_every_key(forward)) {
+    const int64_t key_rows = int64_t{forward.batch} * forward.seqlen_k * forward.kv_heads;
+    if (!Config::kSharesKeys) {
+      clear(params.dq_sum, elements_of_sum(forward, kHeadDim), DType::fp32);
+    } else if (!sees_with_every_row(forward)) {
+      clear(params.dq, query_rows * forward.head_dim, params.dq_dtype);
+    }
+    if (!sees_with_every_row(arguments.transposed)) {
       clear(params.dk, key_rows * forward.head_dim, params.dk_dtype);
       clear(params.dv, key_rows * forward.head_dim_v, params.dv_dtype);
     }
   }
   if (error == cudaSuccess && packed) {
-    error = launch_schedule(arguments.transposed, {Config::kKeys, Config::kQueries}, stream);
+    error = launch_schedule(arguments.transposed, {Config::kKeys, Config::kQueries}, 1, stream);
+    if (error == cudaSuccess && Config::kSharesKeys) {
+      ForwardParams queries = forward;
+      queries.workspace = params.query_workspace;
+      error = launch_schedule(queries, QueryConfig::kTile, 1, stream, true);
+    }
     if (error == cudaSuccess && !params.accumulate) {
       error = launch(clear_kernel<Config>, processors, kScanThreads, 0, stream, true, params, arguments.transposed);
     }
@@ -181,27 +235,22 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const int64_t blocks = std::min<int64_t>(tiles, std::max(1, processors - forward.sm_margin));
   error = launch(backward_kernel<Config>, blocks, Config::kThreads, kSharedBytes, stream, packed, arguments);
-  if (error != cudaSuccess || params.accumulate) return error;
-  const auto convert = [&](auto order) {
-    constexpr SumOrder kOrder = decltype(order)::value;
-    return params.dq_dtype == DType::fp32 ? convert_dq<float, kHeadDim, kOrder>(params, stream)
-                                          : convert_dq<Element, kHeadDim, kOrder>(params, stream);
-  };
-  if constexpr (Config::kBulkDQ) {
-    return convert(std::integral_constant<SumOrder, SumOrder::kSwapped>{});
-  } else {
-    return packed ? convert(std::integral_constant<SumOrder, SumOrder::kPermuted>{})
-                  : convert(std::integral_constant<SumOrder, SumOrder::kTiles>{});
-  }
+  if (error != cudaSuccess) return error;
+  if constexpr (Config::kSharesKeys) return launch_query_tiles<QueryConfig>(params, stream);
+  if (params.accumulate) return cudaSuccess;
+  return params.dq_dtype == DType::fp32 ? convert_dq<float, kHeadDim>(params, stream)
+                                        : convert_dq<typename Config::Element, kHeadDim>(params, stream);
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   using Config = BackwardConfig<kDType, kHeadDim, kHeadDimV>;
+  using QueryConfig = QueryGradientConfig<kDType, kHeadDim, kHeadDimV>;
   const ForwardParams& forward = params.forward;
-  const bool packed = forward.q_start != nullptr;
-  if (params.turns == nullptr || !params.accumulate || !packed) return launch_ranges<Config>(params, stream);
-  // Ranges that accumulate may share queries, and turns are taken inside a range: one launch after the other.
+  if (!params.deterministic || !params.accumulate || forward.q_start == nullptr) {
+    return launch_ranges<Config, QueryConfig>(params, stream);
+  }
+  // Ranges that accumulate may share queries, and are added up in their order: one launch after the other.
   for (int range = 0; range < forward.ranges; ++range) {
     BackwardParams alone = params;
     for (const int32_t** column : {&alone.forward.q_start, &alone.forward.q_len, &alone.forward.k_start,
@@ -209,7 +258,7 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
       if (*column != nullptr) *column += range;
     }
     alone.forward.ranges = 1;
-    const cudaError_t error = launch_ranges<Config>(alone, stream);
+    const cudaError_t error = launch_ranges<Config, QueryConfig>(alone, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -1,4 +1,4 @@
-// What a packed backward finds in memory: zeros in dq_sum where it adds, and in dK and dV where it writes nothing.
+// What a packed backward finds in memory: zeros in dq_sum where it adds, and in dQ, dK and dV where it writes nothing.
 #pragma once
 
 #include "backward/shared.cuh"
@@ -8,7 +8,7 @@ namespace fa3 {
 
 // Called by all threads of a grid.
 __device__ __forceinline__ void clear_memory(void* to, int64_t elements, DType dtype) {
-  const int64_t pieces = elements * (dtype == DType::fp32 ? 4 : 2) / 16;
+  const int64_t pieces = elements * bytes_of(dtype) / 16;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < pieces; i += int64_t{gridDim.x} * blockDim.x) {
     static_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
   }
@@ -22,21 +22,30 @@ __global__ void __launch_bounds__(kScanThreads) clear_kernel(const BackwardParam
   const ForwardParams& forward = params.forward;
   cudaTriggerProgrammaticLaunchCompletion();
   int64_t keys = 0, queries = 0;
-  bool unseen = false;  // keys of a range: tiles of such are not even computed
+  // Tiles of rows that see nothing are not even computed.
+  bool unseen_keys = false, unseen_queries = false;
   for (int i = threadIdx.x; i < transposed.ranges; i += kScanThreads) {
     const Sequence range = sequence_at(transposed, i);
     keys += range.q_len;
     queries += range.k_len;
-    unseen = unseen || !sees_with_all(range);
+    unseen_keys = unseen_keys || !every_query_sees_a_key(range);
+    unseen_queries = unseen_queries || !every_key_is_seen(range);
   }
   keys = block_sum(keys, sums);
   queries = block_sum(queries, sums);
-  if (__syncthreads_or(unseen) || keys != forward.seqlen_k) {
+  if (__syncthreads_or(unseen_keys) || keys != forward.seqlen_k) {
     const int64_t rows = int64_t{forward.seqlen_k} * forward.kv_heads;
     clear_memory(params.dk, rows * forward.head_dim, params.dk_dtype);
     clear_memory(params.dv, rows * forward.head_dim_v, params.dv_dtype);
   }
-  if (!Config::kBulkDQ || queries != forward.seqlen_q) {
+  if constexpr (Config::kSharesKeys) {
+    if (__syncthreads_or(unseen_queries) || queries != forward.seqlen_q) {
+      clear_memory(params.dq, int64_t{forward.seqlen_q} * forward.heads * forward.head_dim, params.dq_dtype);
+    }
+    cudaGridDependencySynchronize();
+    return;
+  }
+  if (queries != forward.seqlen_q) {
     clear_memory(params.dq_sum, int64_t{forward.seqlen_q} * forward.heads * Config::kHeadDim, DType::fp32);
     cudaGridDependencySynchronize();
     return;
@@ -46,7 +55,7 @@ __global__ void __launch_bounds__(kScanThreads) clear_kernel(const BackwardParam
     const int index = chunk + threadIdx.x;
     const Sequence range = index < transposed.ranges ? sequence_at(transposed, index) : Sequence{};
     // A tile that has all of a range's keys stores what it has for its queries (add_query_blocks), in all blocks of them.
-    const bool is_stored = range.q_len > 0 && range.q_len <= Config::kKeys && sees_all(range);
+    const bool is_stored = range.q_len > 0 && range.q_len <= Config::kKeys && every_key_is_seen(range);
     int total = 0;
     const int end = block_scan(is_stored ? 0 : range.k_len, scan, total);
     starts[threadIdx.x] = range.k_base + range.k_len - end;  // of row 0 of the chunk, if the range had all rows

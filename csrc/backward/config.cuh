@@ -15,6 +15,26 @@ constexpr TileShape backward_tile(int head_dim) {
   return {64, 64};
 }
 
+// How operands of products lie in shared memory: as panels of kPanel columns.
+template <class Element>
+struct OperandLayouts {
+  // Panels of 32 columns where 64 would not divide what there is.
+  static constexpr int panel_of(int columns) { return columns % 64 == 0 ? 64 : 32; }
+  template <int kPanel>
+  using RowMajorAtom =
+      std::conditional_t<kPanel == 64, GMMA::Layout_K_SW128_Atom<Element>, GMMA::Layout_K_SW64_Atom<Element>>;
+  template <int kPanel>
+  using ColumnMajorAtom =
+      std::conditional_t<kPanel == 64, GMMA::Layout_MN_SW128_Atom<Element>, GMMA::Layout_MN_SW64_Atom<Element>>;
+  // Rows of a tensor as an operand that is contracted over columns, and the same memory, transposed, as one that is
+  // contracted over rows.
+  template <int kRows, int kColumns, int kPanel>
+  using Rows = decltype(tile_to_shape(RowMajorAtom<kPanel>{}, Shape<Int<kRows>, Int<kColumns>>{}));
+  template <int kRows, int kColumns, int kPanel>
+  using Transposed =
+      decltype(tile_to_shape(ColumnMajorAtom<kPanel>{}, Shape<Int<kColumns>, Int<kRows>>{}, Step<_2, _1>{}));
+};
+
 // A tile is kKeys keys of a KV head; it meets blocks of kQueries queries.
 template <DType kDType_, int kHeadDim_, int kHeadDimV_>
 struct BackwardConfig {
@@ -26,29 +46,27 @@ struct BackwardConfig {
   static constexpr int kQueries = kTile.queries;
   static constexpr int kKeys = kTile.keys;
   static constexpr int kConsumers = 2;
-  // Each consumer warpgroup has 64 keys of its own (consumer.cuh); or, where one's registers would not hold dK and dV of
-  // 64 keys, both share them, and one has dV, the other dK (paired_consumers.cuh).
+  // Each consumer warpgroup has 64 keys of its own, and both add up dQ (consumer.cuh); or, where one's registers would not
+  // hold dK and dV of 64 keys, both share them, one has dV, the other dK (paired_consumers.cuh), and dQ has a kernel of its own.
   static constexpr bool kSharesKeys = kKeys == 64;
   static_assert(kQueries % 64 == 0 && kKeys == (kSharesKeys ? 64 : 64 * kConsumers));
   static_assert(!kSharesKeys || kQueries == 64);
+  static_assert(kSharesKeys == separates_dq(kHeadDim));
 
   static constexpr int kBytesK = kKeys * kHeadDim * sizeof(Element);
   static constexpr int kBytesV = kKeys * kHeadDimV * sizeof(Element);
   static constexpr int kBytesQ = kQueries * kHeadDim * sizeof(Element);
   static constexpr int kBytesDO = kQueries * kHeadDimV * sizeof(Element);
-  // Of Q and dO; and of dS, of which one is written while the other warpgroup still reads the one before.
+  // Of Q and dO; and of dS, of which one is written while the other warpgroup still reads the one before; or of P.
   static constexpr int kStages = 2;
-  static constexpr int kElementsDS = kQueries * kKeys;
+  static constexpr int kElementsDS = kSharesKeys ? 8 : kQueries * kKeys;
   static constexpr int kElementsP = kSharesKeys ? kQueries * kKeys : 8;
-  static constexpr int kBytesSteps =
-      kStages * (kBytesQ + kBytesDO + (kElementsDS + (kSharesKeys ? kElementsP : 0)) * sizeof(Element));
+  static constexpr int kBytesSteps = kStages * (kBytesQ + kBytesDO + kQueries * kKeys * sizeof(Element));
   static constexpr int kBytesShared = 225 * 1024;  // without barriers and other small things
-  // dQ leaves through shared memory, by bulk additions, in panels of 64 queries and 32 columns; where there is no room, by
-  // additions from registers.
+  // dQ leaves through shared memory, by bulk additions, in panels of 64 queries and 32 columns.
   static constexpr int kColumnsPanelDQ = 32;
   static constexpr int kElementsPanelDQ = 64 * kColumnsPanelDQ;
-  static constexpr bool kBulkDQ = kBytesSteps + kBytesK + kBytesV + kQueries * kHeadDim * 4 <= kBytesShared;
-  static constexpr int kElementsDQ = kBulkDQ ? kQueries * kHeadDim : 4;
+  static constexpr int kElementsDQ = kSharesKeys ? 4 : kQueries * kHeadDim;
   // The next tile's keys and values arrive under this tile's last blocks where there is room. A tile's values are done
   // with earlier than its keys.
   static constexpr int kBytesLeft = kBytesShared - kBytesSteps - kElementsDQ * 4 - kBytesK - kBytesV;
@@ -63,12 +81,7 @@ struct BackwardConfig {
   static constexpr int kConsumerRegisters = 240;
   static_assert(kLaunchRegisters - kProducerRegisters >= kConsumers * (kConsumerRegisters - kLaunchRegisters));
 
-  static_assert(kSharesKeys || (kBulkDQ && kStagesK == 2));
-
-  // Whether tiles can take turns at dQ (turns.cuh); and whether they then walk as is best for that.
-  static constexpr bool kTakesTurns = kBulkDQ;
-  static constexpr bool kWalksBackwards = !kSharesKeys;
-  static_assert(kTakesTurns == takes_turns(kHeadDim));
+  static_assert(kSharesKeys ? kStagesK == kStagesV : kStagesK == 2);
 
   // What a step needs comes at once, or, where one warpgroup begins with Q and the other with dO, as Q with lse and dO
   // with delta.
@@ -77,28 +90,15 @@ struct BackwardConfig {
   static constexpr bool kEarlyWeights = kQueries == 64 && kHeadDim >= 96;
 
   // Shared memory holds a tile as panels of kPanel columns, which is what one bulk load brings and one swizzle spans.
-  // Panels of 32 columns where 64 would not divide what a warpgroup takes of them.
-  static constexpr int panel_of(int columns) { return columns % 64 == 0 ? 64 : 32; }
-  static constexpr int kPanel = panel_of(kSharesKeys ? kHeadDim / 2 : kHeadDim);
-  static constexpr int kPanelV = panel_of(kHeadDimV);
-  template <int kColumns>
-  using RowMajorAtom = std::conditional_t<kColumns == 64, GMMA::Layout_K_SW128_Atom<Element>,
-                                          GMMA::Layout_K_SW64_Atom<Element>>;
-  template <int kColumns>
-  using ColumnMajorAtom = std::conditional_t<kColumns == 64, GMMA::Layout_MN_SW128_Atom<Element>,
-                                             GMMA::Layout_MN_SW64_Atom<Element>>;
-  // Rows of a tensor as an operand that is contracted over columns, and the same memory, transposed, as one that is
-  // contracted over rows.
-  template <int kRows, int kColumns, int kPanelColumns>
-  using Rows = decltype(tile_to_shape(RowMajorAtom<kPanelColumns>{}, Shape<Int<kRows>, Int<kColumns>>{}));
-  template <int kRows, int kColumns, int kPanelColumns>
-  using Transposed =
-      decltype(tile_to_shape(ColumnMajorAtom<kPanelColumns>{}, Shape<Int<kColumns>, Int<kRows>>{}, Step<_2, _1>{}));
-  using LayoutK = Rows<kKeys, kHeadDim, kPanel>;
-  using LayoutV = Rows<kKeys, kHeadDimV, kPanelV>;
-  using LayoutQ = Rows<kQueries, kHeadDim, kPanel>;
-  using LayoutDO = Rows<kQueries, kHeadDimV, kPanelV>;
-  using LayoutDS = Transposed<kKeys, kQueries, 64>;  // (queries, keys), of which a key's queries are neighbours
+  using Operand = OperandLayouts<Element>;
+  static constexpr int kPanel = Operand::panel_of(kHeadDim);
+  static constexpr int kPanelV = Operand::panel_of(kHeadDimV);
+  using LayoutK = typename Operand::template Rows<kKeys, kHeadDim, kPanel>;
+  using LayoutV = typename Operand::template Rows<kKeys, kHeadDimV, kPanelV>;
+  using LayoutQ = typename Operand::template Rows<kQueries, kHeadDim, kPanel>;
+  using LayoutDO = typename Operand::template Rows<kQueries, kHeadDimV, kPanelV>;
+  // (queries, keys), of which a key's queries are neighbours
+  using LayoutDS = typename Operand::template Transposed<kKeys, kQueries, 64>;
 
   // S^T = K Q^T and dP^T = V dO^T: transposed, so that P^T and dS^T come out in the registers that dV += P^T dO and
   // dK += dS^T Q read them from.
@@ -113,13 +113,13 @@ struct BackwardConfig {
       ByKeys{}));
   using MmaDK = MmaGradient<kHeadDim>;
   using MmaDV = MmaGradient<kHeadDimV>;
-  using LayoutQt = Transposed<kQueries, kHeadDim, kPanel>;
-  using LayoutDOt = Transposed<kQueries, kHeadDimV, kPanelV>;
-  // dQ = dS K: warpgroups have 64 queries each, or, where there are no more, half of the columns, in whole panels: if these
-  // are odd in number, both compute the one in the middle.
+  using LayoutQt = typename Operand::template Transposed<kQueries, kHeadDim, kPanel>;
+  using LayoutDOt = typename Operand::template Transposed<kQueries, kHeadDimV, kPanelV>;
+  // Where it is added up here, dQ = dS K: warpgroups have 64 queries each, or, where there are no more, half of the columns, in
+  // whole panels: if these are odd in number, both compute the one in the middle.
   static constexpr bool kSplitsColumns = kQueries == 64;
   static constexpr int kColumnsDQ = !kSplitsColumns ? kHeadDim : (kHeadDim / 2 + kPanel - 1) / kPanel * kPanel;
-  using LayoutKt = Transposed<kKeys, kColumnsDQ, kPanel>;
+  using LayoutKt = typename Operand::template Transposed<kKeys, kColumnsDQ, kPanel>;
   using MmaDQ = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, Shape<Int<kQueries>, Int<kColumnsDQ>, Int<kKeys>>, GMMA::Major::MN,
                            GMMA::Major::MN>(),

@@ -22,29 +22,30 @@ struct ThreadRows {
   int column;  // of element 0
 };
 
-// Hides the scores that the mask hides: rows are keys, columns the queries from `first_query` on.
-template <class Config, class Scores>
-__device__ __forceinline__ void hide_queries(Scores& scores, const KeyTile& tile, ThreadRows rows, int first_query) {
-  constexpr int kColumns = Config::kQueries / 4;  // a thread's
+// Hides the scores that the mask hides, and those of columns from `end_column` on; they begin at column `first_column`.
+template <class Scores>
+__device__ __forceinline__ void hide_scores(Scores& scores, const RowTile& tile, ThreadRows rows, int first_column,
+                                            int end_column) {
+  constexpr int kColumns = decltype(size(scores))::value / 2;  // a thread's of a row
   int first[2], end[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int key = tile.first_key + rows.row + 8 * r;
-    first[r] = key + tile.sequence.first_diagonal;
-    end[r] = key < tile.sequence.q_len ? key + tile.sequence.last_diagonal + 1 : INT32_MIN / 2;
+    const int row = tile.first_row + rows.row + 8 * r;
+    first[r] = row + tile.sequence.first_diagonal;
+    end[r] = row < tile.sequence.q_len ? row + tile.sequence.last_diagonal + 1 : INT32_MIN / 2;
   }
   if (tile.is_shared) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const KeyBounds8 queries = tile.bounds[rows.row + 8 * r];
-      first[r] = queries.first;
-      end[r] = queries.end;
+      const KeyBounds8 columns = tile.bounds[rows.row + 8 * r];
+      first[r] = columns.first;
+      end[r] = columns.end;
     }
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int hidden = columns_before(first[r] - first_query - rows.column);
-    const int seen = columns_before(end[r] - first_query - rows.column);
+    const int hidden = columns_before(first[r] - first_column - rows.column);
+    const int seen = columns_before(min(end[r], end_column) - first_column - rows.column);
 #pragma unroll
     for (int word = 0; word < kColumns; word += 32) {
       const uint32_t visible = low_bits(seen - word) & ~low_bits(hidden - word);
@@ -128,7 +129,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
   Tensor rdV = partition_fragment_C(mma_dv, Shape<Int<Config::kKeys>, Int<Config::kHeadDimV>>{});
   constexpr int kScores = decltype(size(rS))::value;
 
-  Ring<kKeyTileSlots> tile_ring;
+  Ring<kRowTileSlots> tile_ring;
   Ring<Config::kStagesK> k_ring;
   Ring<Config::kStagesV> v_ring;
   Ring<Config::kStages> ring;
@@ -158,10 +159,10 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
   };
 
   while (true) {
-    const KeyTile& tile = shared.tile[tile_ring.stage];
+    const RowTile& tile = shared.tiles.tile[tile_ring.stage];
     const bool fresh = steps == 0;
     if (fresh) {
-      shared.tile_full[tile_ring.stage].wait(tile_ring.parity);
+      shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
       if (tile.end) break;
       first_plain = tile.blocks.first_plain;
       end_open = tile.blocks.end_open;
@@ -206,7 +207,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
         rdP(i) = (rdP(i) - delta) * (1.f - rS(i) * rS(i)) + delta;
       }
     }
-    if (block < first_plain || block >= end_open) hide_queries<Config>(rS, tile, rows, block * Config::kQueries);
+    if (block < first_plain || block >= end_open) hide_scores(rS, tile, rows, block * Config::kQueries, INT32_MAX);
     Tensor rP = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kQueries / 16>>>{});
     static_assert(size(rS) == size(rP));
 #pragma unroll
@@ -279,10 +280,11 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     token_before = first_token;
 
     if (steps == 0) {
-      write_keys<Element>(rdV, 1.f, params.dv, params.dv_dtype, forward.head_dim_v, params, tile, rows.row);
-      write_keys<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, forward.head_dim, params, tile,
-                          rows.row);
-      shared.tile_empty[tile_ring.stage].arrive();
+      write_rows<Element>(rdV, 1.f, params.dv, params.dv_dtype, forward.head_dim_v, forward.seqlen_k, forward.kv_heads,
+                          params.accumulate, tile, rows.row);
+      write_rows<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, forward.head_dim, forward.seqlen_k,
+                          forward.kv_heads, params.accumulate, tile, rows.row);
+      shared.tiles.empty[tile_ring.stage].arrive();
       tile_ring.advance();
       k_ring.advance();
       v_ring.advance();

@@ -8,10 +8,6 @@ namespace fa3 {
 
 constexpr int kConvertThreads = 256;
 
-// How dq_sum is arranged: rows whose columns are permuted by dq_sum_column; the same, but in odd rows the halves of each 32
-// have changed places (store_permuted_queries); tiles of 16 queries (add_queries).
-enum class SumOrder { kPermuted, kSwapped, kTiles };
-
 // Writes 8 columns of a row of dq, scaled.
 template <class Output, class Sum>
 __device__ __forceinline__ void store_scaled(const Sum& sum, float scale, Output* to) {
@@ -21,57 +17,36 @@ __device__ __forceinline__ void store_scaled(const Sum& sum, float scale, Output
   *reinterpret_cast<Vec<Output, 8>*>(to) = result;
 }
 
-// A thread takes 16 elements: columns of a row, or 8 columns of two rows. The heads of dq_sum are in the order (batch, heads,
-// seqlen), the rows of dq in (batch, seqlen, heads).
-template <class Output, int kHeadDim, SumOrder kOrder>
+// A thread takes 16 columns of a row. The heads of dq_sum are in the order (batch, heads, seqlen), the rows of dq in (batch,
+// seqlen, heads); columns of dq_sum are as store_permuted_queries writes them.
+template <class Output, int kHeadDim>
 __global__ void __launch_bounds__(kConvertThreads)
     convert_dq_kernel(const float* dq_sum, Output* dq, int64_t rows, int seqlen, int heads, int head_dim, float scale) {
   const int64_t at = int64_t{blockIdx.x} * kConvertThreads + threadIdx.x;
-  if constexpr (kOrder == SumOrder::kTiles) {
-    constexpr int kBlocks = kHeadDim / 8, kPairs = kSumTileRows / 2;
-    const int column = static_cast<int>(at % kBlocks) * 8;
-    // Of the 8 pairs of a tile's rows, of which the second comes 8 rows later: so consecutive threads write a row.
-    const int64_t pair = at / kBlocks;
-    const int64_t tile = pair / kPairs;
-    const int first = static_cast<int>(pair % kPairs);
-    const int64_t tiles = (int64_t{seqlen} + kSumTileRows - 1) / kSumTileRows;
-    const int64_t unit = tile / tiles;  // batch and head
-    if (unit * seqlen >= rows || column >= head_dim) return;
-    const auto sum = load_global<16>(dq_sum + (tile * kHeadDim + column) * kSumTileRows + first * 16);
+  constexpr int kPieces = kHeadDim / 16;
+  const int64_t row = at / kPieces;
+  const int column = static_cast<int>(at % kPieces) * 16;
+  if (row >= rows || column >= head_dim) return;
+  const int64_t token = row / heads, batch = token / seqlen;
+  const int64_t sum_row = (batch * heads + row % heads) * seqlen + token % seqlen;
+  const int from = column ^ (token % seqlen % 2 * 16);
+  const auto sum = load_global<16>(dq_sum + sum_row * kHeadDim + from);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int64_t token = tile % tiles * kSumTileRows + first + 8 * r;
-      if (token >= seqlen) break;
-      const int64_t row = (unit / heads * seqlen + token) * heads + unit % heads;
-      store_scaled<Output>([&](int i) { return sum.value[i / 2 * 4 + 2 * r + i % 2]; }, scale,
-                           dq + row * head_dim + column);
-    }
-  } else {
-    constexpr int kPieces = kHeadDim / 16;
-    const int64_t row = at / kPieces;
-    const int column = static_cast<int>(at % kPieces) * 16;
-    if (row >= rows || column >= head_dim) return;
-    const int64_t token = row / heads, batch = token / seqlen;
-    const int64_t sum_row = (batch * heads + row % heads) * seqlen + token % seqlen;
-    const int from = kOrder == SumOrder::kSwapped ? column ^ (token % seqlen % 2 * 16) : column;
-    const auto sum = load_global<16>(dq_sum + sum_row * kHeadDim + from);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (column + 8 * half >= head_dim) break;
-      store_scaled<Output>([&](int i) { return sum.value[dq_sum_column(8 * half + i)]; }, scale,
-                           dq + row * head_dim + column + 8 * half);
-    }
+  for (int half = 0; half < 2; ++half) {
+    if (column + 8 * half >= head_dim) break;
+    store_scaled<Output>([&](int i) { return sum.value[dq_sum_column(8 * half + i)]; }, scale,
+                         dq + row * head_dim + column + 8 * half);
   }
 }
 
-template <class Output, int kHeadDim, SumOrder kOrder>
+template <class Output, int kHeadDim>
 cudaError_t convert_dq(const BackwardParams& params, cudaStream_t stream) {
   const ForwardParams& forward = params.forward;
   const int64_t rows = int64_t{forward.batch} * forward.seqlen_q * forward.heads;
   const int64_t threads = elements_of_sum(forward, kHeadDim) / 16;
   const int64_t blocks = (threads + kConvertThreads - 1) / kConvertThreads;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  convert_dq_kernel<Output, kHeadDim, kOrder><<<dim3(static_cast<unsigned>(blocks)), kConvertThreads, 0, stream>>>(
+  convert_dq_kernel<Output, kHeadDim><<<dim3(static_cast<unsigned>(blocks)), kConvertThreads, 0, stream>>>(
       params.dq_sum, static_cast<Output*>(params.dq), rows, forward.seqlen_q, forward.heads, forward.head_dim,
       forward.softmax_scale);
   return cudaGetLastError();

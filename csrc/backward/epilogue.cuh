@@ -1,4 +1,5 @@
-// From a tile's accumulators to memory: dK and dV once a tile, dQ once a block of queries, by additions in fp32.
+// From a tile's accumulators to memory: the gradients of its rows once a tile, dQ of tiles of keys once a block of queries,
+// by additions in fp32.
 #pragma once
 
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -104,75 +105,17 @@ __device__ __forceinline__ void add_panels(const CUtensorMap& map, bool stores, 
   tma_store_arrive();
 }
 
-// Additions from registers.
-//
-// Of packed sequences, dq_sum has rows whose columns are permuted, so that a thread's elements of two neighbouring blocks of
-// 8 columns are neighbours, and a quad's fill 64 bytes: column 16 j + 8 h + 2 q + e is at 16 j + 4 q + 2 h + e.
+// Where a column of dQ lies in dq_sum, whose columns are permuted, so that a thread's elements of two neighbouring blocks
+// of 8 columns are neighbours, and a quad's fill 64 bytes: column 16 j + 8 h + 2 q + e is at 16 j + 4 q + 2 h + e.
 __host__ __device__ constexpr int dq_sum_column(int column) {
   return column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
 }
-// Of dense ones it has tiles of kSumTileRows queries, head after head, in which blocks of 8 columns lie as the lanes of a
-// warp hold them, 4 elements each: the 512 bytes that an instruction adds are neighbours, which the L2 cache takes a fifth
-// faster.
+
+// ---- gradients of a tile's rows --------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void add_global(float* to, float a, float b) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(a), "f"(b) : "memory");
 }
-__device__ __forceinline__ void add_global(float* to, float a, float b, float c, float d) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d)
-               : "memory");
-}
-
-// Adds a thread's part of dQ: rows `query` and `query` + 8 of those before `end_query`, columns from `first_column`.
-// `token` and `head` are where query 0 lies.
-template <class Config, class Gradient>
-__device__ __forceinline__ void add_queries(const Gradient& rdQ, const BackwardParams& params, int batch, int head,
-                                            int64_t token, int query, int end_query, int first_column) {
-  const ForwardParams& forward = params.forward;
-  constexpr int kBlocks = decltype(size(rdQ))::value / 4;  // of 8 columns
-  const int lane = threadIdx.x % 32;
-  if (!params.accumulate && forward.q_start == nullptr) {
-    const int first_query = query - lane / 4;
-    if (first_query >= end_query) return;
-    const int64_t tiles = (int64_t{forward.seqlen_q} + kSumTileRows - 1) / kSumTileRows;
-    const int64_t tile = (int64_t{batch} * forward.heads + head) * tiles + first_query / kSumTileRows;
-    float* const to = params.dq_sum + (tile * Config::kHeadDim + first_column) * kSumTileRows + lane * 4;
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      add_global(to + i * 8 * kSumTileRows, rdQ(4 * i), rdQ(4 * i + 1), rdQ(4 * i + 2), rdQ(4 * i + 3));
-    }
-    return;
-  }
-  const int lane_column = first_column + lane % 4 * (params.accumulate ? 2 : 4);
-  const int64_t row_elements = params.accumulate ? int64_t{forward.heads} * forward.head_dim : Config::kHeadDim;
-  float* first_row = params.accumulate
-                         ? static_cast<float*>(params.dq) +
-                               (int64_t{batch} * forward.seqlen_q * forward.heads + head) * forward.head_dim
-                         : params.dq_sum + int64_t{head} * forward.seqlen_q * Config::kHeadDim;
-  first_row += lane_column + (token + query) * row_elements;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    if (query + 8 * r >= end_query) break;
-    float* const to = first_row + 8 * r * row_elements;
-    if (!params.accumulate) {
-#pragma unroll
-      for (int i = 0; i < kBlocks; i += 2) {
-        const int at = 4 * i + 2 * r;
-        add_global(to + 8 * i, rdQ(at), rdQ(at + 1), rdQ(at + 4), rdQ(at + 5));
-      }
-    } else {
-      const float scale = forward.softmax_scale;
-      const int columns = forward.head_dim - lane_column;
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        if (8 * i >= columns) continue;
-        add_global(to + 8 * i, scale * rdQ(4 * i + 2 * r), scale * rdQ(4 * i + 2 * r + 1));
-      }
-    }
-  }
-}
-
-// ---- dK and dV -------------------------------------------------------------------------------------------------------
 
 // Stores 16-bit rows. The threads of a quad first trade columns, so that each holds 8 neighbours, 16 bytes, of a row.
 template <class Element, class Gradient>
@@ -205,33 +148,31 @@ __device__ __forceinline__ void store_columns(const Gradient& rG, float scale, E
   }
 }
 
-// Writes a thread's rows of dK or dV, scaled, or adds them to what is there: in one order, since the keys of a launch that
-// accumulates are disjoint; by the L2 cache, since a thread would have to wait for what is there.
+// Writes a thread's rows of a tile's gradient, scaled, or adds them to what is there: in one order, where the rows of a
+// launch's ranges are disjoint; by the L2 cache, since a thread would have to wait for what is there.
 template <class Element, class Gradient>
-__device__ __forceinline__ void write_keys(const Gradient& rG, float scale, void* to, DType dtype, int head_dim,
-                                           const BackwardParams& params, const KeyTile& tile, int first_row) {
-  const ForwardParams& forward = params.forward;
+__device__ __forceinline__ void write_rows(const Gradient& rG, float scale, void* to, DType dtype, int head_dim,
+                                           int seqlen, int heads, bool accumulate, const RowTile& tile, int first_row) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     // NOTE: worked out anew each time: registers are short where a tile ends.
-    const int key = tile.first_key + first_row + 8 * r;
-    const int columns = key < tile.sequence.q_len ? head_dim : 0;
-    const int64_t at =
-        ((int64_t{tile.batch} * forward.seqlen_k + tile.sequence.q_base + key) * forward.kv_heads + tile.kv_head) * head_dim;
+    const int row = tile.first_row + first_row + 8 * r;
+    const int columns = row < tile.sequence.q_len ? head_dim : 0;
+    const int64_t at = ((int64_t{tile.batch} * seqlen + tile.sequence.q_base + row) * heads + tile.head) * head_dim;
     if (dtype != DType::fp32) {
       store_columns(rG, scale, static_cast<Element*>(to) + at, r, columns);
       continue;
     }
-    float* const row = static_cast<float*>(to) + at;
+    float* const to_row = static_cast<float*>(to) + at;
 #pragma unroll
     for (int i = 0; i < decltype(size(rG))::value / 4; ++i) {
       const int column = 8 * i + 2 * (threadIdx.x % 4);
       if (column >= columns) continue;
       const float2 value = make_float2(scale * rG(4 * i + 2 * r), scale * rG(4 * i + 2 * r + 1));
-      if (params.accumulate) {
-        add_global(row + column, value.x, value.y);
+      if (accumulate) {
+        add_global(to_row + column, value.x, value.y);
       } else {
-        *reinterpret_cast<float2*>(row + column) = value;
+        *reinterpret_cast<float2*>(to_row + column) = value;
       }
     }
   }

@@ -2,8 +2,7 @@
 //
 // The first has S^T = K Q^T, the weights P^T and dV += P^T dO, the second dP^T = V dO^T, dS^T = P^T (dP^T - delta) and
 // dK += dS^T Q: so each has one product from shared memory for its scores, and one from registers for its gradient, and P
-// is all that passes between them. dQ = dS K is multiplied by both, each half of the columns, by the first a step late:
-// while the second computes what it adds of a step, the first is at the scores of the next.
+// is all that passes between them. dQ has a kernel of its own (query_gradient.cuh).
 #pragma once
 
 #include "backward/consumer.cuh"
@@ -15,79 +14,32 @@ template <class Config>
 struct PairedSteps {
   const BackwardArguments& arguments;
   BackwardShared<Config>& shared;
-  Ring<kKeyTileSlots> tile_ring;
-  Ring<Config::kStagesK> k_ring;
+  Ring<kRowTileSlots> tile_ring;
+  Ring<Config::kStagesK> operand_ring;  // of the tile's K, or V
   Ring<Config::kStages> ring;
-  // Of the tile: how many steps are to come, and its blocks; and the step's head and block.
-  int steps = 0, first_block = 0, end_block = 0, head = 0, block = 0;
+  // Of the tile: its blocks, how many steps are to come; and the step's block.
+  int first_block = 0, end_block = 0, steps = 0, block = 0;
 
   // Of the tile that comes next; false: there are no more.
   __device__ __forceinline__ bool begin_tile() {
-    shared.tile_full[tile_ring.stage].wait(tile_ring.parity);
+    shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
     if (tile().end) return false;
     const ForwardParams& forward = arguments.params.forward;
     first_block = tile().blocks.first;
     end_block = tile().blocks.end;
     steps = forward.heads / forward.kv_heads * (end_block - first_block);
     block = first_block;
-    head = 0;
-    shared.k_full[k_ring.stage].wait(k_ring.parity);
     return true;
   }
-  __device__ __forceinline__ const KeyTile& tile() const { return shared.tile[tile_ring.stage]; }
-  __device__ __forceinline__ void next_block() {
+  __device__ __forceinline__ const RowTile& tile() const { return shared.tiles.tile[tile_ring.stage]; }
+  __device__ __forceinline__ void next_step() {
     ring.advance();
-    if (++block == end_block) {
-      block = first_block;
-      ++head;
-    }
+    if (++block == end_block) block = first_block;
   }
   __device__ __forceinline__ void end_tile() {
-    shared.tile_empty[tile_ring.stage].arrive();
+    shared.tiles.empty[tile_ring.stage].arrive();
     tile_ring.advance();
-    k_ring.advance();
-  }
-};
-
-// dQ, half of the columns, of a step whose dS is there.
-template <class Config>
-struct PairedDQ {
-  typename Config::MmaDQ mma;
-  uint32_t parity = 1;  // of dq_empty
-
-  template <class Accumulator>
-  __device__ __forceinline__ void multiply(Accumulator& rdQ, PairedSteps<Config>& steps, int warpgroup, int stage) {
-    const auto thread_mma = mma.get_slice(0);
-    using Element = typename Config::Element;
-    Element* const sKt = steps.shared.k[steps.k_ring.stage] + first_column_dq<Config>(warpgroup) * Config::kKeys;
-    fa3::multiply(
-        mma, thread_mma.partition_fragment_A(make_tensor(make_smem_ptr(steps.shared.ds[stage]), typename Config::LayoutDS{})),
-        thread_mma.partition_fragment_B(make_tensor(make_smem_ptr(sKt), typename Config::LayoutKt{})), rdQ, false);
-  }
-
-  template <class Accumulator>
-  __device__ __forceinline__ void add(Accumulator& rdQ, PairedSteps<Config>& steps, int warpgroup, int thread, int head,
-                                      int block) {
-    const BackwardParams& params = steps.arguments.params;
-    const ForwardParams& forward = params.forward;
-    const KeyTile& tile = steps.tile();
-    static_assert(2 * Config::kColumnsDQ == Config::kHeadDim);  // no column is both warpgroups'
-    if constexpr (Config::kBulkDQ) {
-      steps.shared.dq_empty[warpgroup].wait(parity);
-      parity ^= 1;
-      float* const panels = panels_of(steps.shared, warpgroup);
-      if (params.accumulate) {
-        store_queries<Config>(rdQ, forward.softmax_scale, panels, 0, thread);
-      } else {
-        store_permuted_queries<Config>(rdQ, panels, tile.sequence.k_base, 0, thread);
-      }
-      cutlass::arch::fence_view_async_shared();
-      arrive_as_warp(thread, steps.shared.dq_full[warpgroup]);
-    } else {
-      add_queries<Config>(rdQ, params, tile.batch, tile.kv_head * (forward.heads / forward.kv_heads) + head,
-                          tile.sequence.k_base, block * Config::kQueries + thread / 32 * 16 + thread % 32 / 4,
-                          tile.sequence.k_len, first_column_dq<Config>(warpgroup));
-    }
+    operand_ring.advance();
   }
 };
 
@@ -126,7 +78,6 @@ using RoundedScores = decltype(make_tensor<typename Config::Element>(
 template <class Config>
 __device__ __forceinline__ void consume_weights(const BackwardArguments& arguments, BackwardShared<Config>& storage) {
   using Element = typename Config::Element;
-  constexpr int kWarpgroup = 0;
   auto& shared = pinned(storage);
   const BackwardParams& params = arguments.params;
   const ForwardParams& forward = params.forward;
@@ -144,22 +95,21 @@ __device__ __forceinline__ void consume_weights(const BackwardArguments& argumen
   };
   Tensor rdV = partition_fragment_C(mma_dv, Shape<Int<Config::kKeys>, Int<Config::kHeadDimV>>{});
   PairedSteps<Config> at{arguments, shared};
-  PairedDQ<Config> dq;
-  Tensor rdQ = partition_fragment_C(dq.mma, Shape<Int<Config::kQueries>, Int<Config::kColumnsDQ>>{});
-  int head_before = 0, block_before = 0;
 
   while (true) {
     const bool fresh = at.steps == 0;
-    if (fresh && !at.begin_tile()) break;
-    const KeyTile& tile = at.tile();
+    if (fresh) {
+      if (!at.begin_tile()) break;
+      shared.k_full[at.operand_ring.stage].wait(at.operand_ring.parity);
+    }
+    const RowTile& tile = at.tile();
 
     // S^T = K Q^T
-    const int stage = at.ring.stage, stage_before = stage ^ 1;
+    const int stage = at.ring.stage;
     const uint32_t parity = at.ring.parity;
-    static_assert(Config::kStages == 2);
     shared.step_full[0][stage].wait(parity);
     Tensor rS = partition_fragment_C(mma_s, Shape<Int<Config::kKeys>, Int<Config::kQueries>>{});
-    multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[at.k_ring.stage], typename Config::LayoutK{})),
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[at.operand_ring.stage], typename Config::LayoutK{})),
              thread_s.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQ{})), rS, false);
     warpgroup_wait<0>();
     warpgroup_fence_operand(rS);
@@ -183,7 +133,7 @@ __device__ __forceinline__ void consume_weights(const BackwardArguments& argumen
       }
     }
     if (at.block < tile.blocks.first_plain || at.block >= tile.blocks.end_open) {
-      hide_queries<Config>(rS, tile, rows, at.block * Config::kQueries);
+      hide_scores(rS, tile, rows, at.block * Config::kQueries, INT32_MAX);
     }
 #pragma unroll
     for (int i = 0; i < kScores / 4; ++i) {
@@ -209,32 +159,20 @@ __device__ __forceinline__ void consume_weights(const BackwardArguments& argumen
     }
     shared.p_full[stage].arrive();
 
-    // dQ = dS K of the step before, dV += P^T dO
-    // NOTE: at a tile's first step there is no step before, yet dQ is multiplied, from whatever lies there, and forgotten: a
-    // product that depends on a branch makes the compiler wait for each.
-    if (!fresh) shared.ds_full[stage_before].wait(stage == 0 ? parity ^ 1 : parity);
-    dq.multiply(rdQ, at, kWarpgroup, stage_before);
+    if (at.steps == 1) arrive_as_warp(thread, shared.k_empty[at.operand_ring.stage]);
+
+    // dV += P^T dO
     shared.step_full[1][stage].wait(parity);
     multiply(mma_dv, rP, thread_dv.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDOt{})), rdV,
              !fresh);
-    warpgroup_wait<1>();
-    warpgroup_fence_operand(rdQ);
-    if (!fresh) dq.add(rdQ, at, kWarpgroup, thread, head_before, block_before);
     warpgroup_wait<0>();
     warpgroup_fence_operand(rdV);
     shared.step_empty[1][stage].arrive();
-    head_before = at.head;
-    block_before = at.block;
-    at.next_block();
+    at.next_step();
 
     if (--at.steps == 0) {
-      shared.ds_full[stage].wait(parity);
-      dq.multiply(rdQ, at, kWarpgroup, stage);
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(rdQ);
-      arrive_as_warp(thread, shared.k_empty[at.k_ring.stage]);
-      dq.add(rdQ, at, kWarpgroup, thread, head_before, block_before);
-      write_keys<Element>(rdV, 1.f, params.dv, params.dv_dtype, forward.head_dim_v, params, tile, rows.row);
+      write_rows<Element>(rdV, 1.f, params.dv, params.dv_dtype, forward.head_dim_v, forward.seqlen_k, forward.kv_heads,
+                          params.accumulate, tile, rows.row);
       at.end_tile();
     }
   }
@@ -244,7 +182,6 @@ template <class Config>
 __device__ __forceinline__ void consume_weight_gradients(const BackwardArguments& arguments,
                                                          BackwardShared<Config>& storage) {
   using Element = typename Config::Element;
-  constexpr int kWarpgroup = 1;
   auto& shared = pinned(storage);
   const BackwardParams& params = arguments.params;
   const ForwardParams& forward = params.forward;
@@ -260,24 +197,21 @@ __device__ __forceinline__ void consume_weight_gradients(const BackwardArguments
   };
   Tensor rdK = partition_fragment_C(mma_dk, Shape<Int<Config::kKeys>, Int<Config::kHeadDim>>{});
   PairedSteps<Config> at{arguments, shared};
-  Ring<Config::kStagesV> v_ring;
-  PairedDQ<Config> dq;
-  Tensor rdQ = partition_fragment_C(dq.mma, Shape<Int<Config::kQueries>, Int<Config::kColumnsDQ>>{});
 
   while (true) {
     const bool fresh = at.steps == 0;
     if (fresh) {
       if (!at.begin_tile()) break;
-      shared.v_full[v_ring.stage].wait(v_ring.parity);
+      shared.v_full[at.operand_ring.stage].wait(at.operand_ring.parity);
     }
-    const KeyTile& tile = at.tile();
+    const RowTile& tile = at.tile();
 
     // dP^T = V dO^T
     const int stage = at.ring.stage;
     const uint32_t parity = at.ring.parity;
     shared.step_full[1][stage].wait(parity);
     Tensor rdP = partition_fragment_C(mma_s, Shape<Int<Config::kKeys>, Int<Config::kQueries>>{});
-    multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[v_ring.stage], typename Config::LayoutV{})),
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[at.operand_ring.stage], typename Config::LayoutV{})),
              thread_s.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDO{})), rdP, false);
     RoundedScores<Config> rP;
     shared.p_full[stage].wait(parity);
@@ -285,7 +219,7 @@ __device__ __forceinline__ void consume_weight_gradients(const BackwardArguments
     warpgroup_wait<0>();
     warpgroup_fence_operand(rdP);
     --at.steps;
-    if (at.steps == 0) arrive_as_warp(thread, shared.v_empty[v_ring.stage]);
+    if (at.steps == 0) arrive_as_warp(thread, shared.v_empty[at.operand_ring.stage]);
 
     // dS = P (dP - delta)
     constexpr int kScores = decltype(size(rdP))::value;
@@ -302,31 +236,21 @@ __device__ __forceinline__ void consume_weight_gradients(const BackwardArguments
       }
     }
     shared.step_empty[1][stage].arrive();
-    // NOTE: the first warpgroup's dQ of two steps ago is done, since that step's P is older than this one's.
-    // NOTE: where each step's places come from is computed in each step: kept, it costs a register that is not there.
-    store_weights<Config>(rdS, shared.ds[stage], 0, pinned(thread));
-    cutlass::arch::fence_view_async_shared();
-    shared.ds_full[stage].arrive();
 
-    // dQ = dS K, dK += dS^T Q
+    // dK += dS^T Q
+    // NOTE: P of the next step but one goes where this one's lies, but not before this step's Q, given back below, has been
+    // replaced.
     shared.step_full[0][stage].wait(parity);
-    shared.ds_full[stage].wait(parity);
-    dq.multiply(rdQ, at, kWarpgroup, stage);
     multiply(mma_dk, rdS, thread_dk.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQt{})), rdK, !fresh);
-    warpgroup_wait<1>();
-    warpgroup_fence_operand(rdQ);
-    if (at.steps == 0) arrive_as_warp(thread, shared.k_empty[at.k_ring.stage]);
-    dq.add(rdQ, at, kWarpgroup, thread, at.head, at.block);
     warpgroup_wait<0>();
     warpgroup_fence_operand(rdK);
     shared.step_empty[0][stage].arrive();
-    at.next_block();
+    at.next_step();
 
     if (at.steps == 0) {
-      write_keys<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, forward.head_dim, params, tile,
-                          rows.row);
+      write_rows<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, forward.head_dim, forward.seqlen_k,
+                          forward.kv_heads, params.accumulate, tile, rows.row);
       at.end_tile();
-      v_ring.advance();
     }
   }
 }

@@ -12,9 +12,9 @@ namespace fa3 {
 
 // Calls visit(query head of the KV head, block of queries) for the steps of a tile that sees the blocks [first, end), in
 // their order: head after head, or, where tiles take turns, as turns.cuh says.
-template <class Config, class Visit>
+template <class Visit>
 __device__ __forceinline__ void for_each_step(const BackwardArguments& arguments, int first, int end, Visit visit) {
-  const bool backwards = Config::kWalksBackwards && arguments.params.turns != nullptr;
+  const bool backwards = arguments.params.turns != nullptr;
   int head = 0, block = backwards ? end - 1 : first;
 #pragma unroll 1
   while (backwards ? block >= first : head < arguments.group) {
@@ -29,86 +29,104 @@ __device__ __forceinline__ void for_each_step(const BackwardArguments& arguments
 
 // ---- tiles -----------------------------------------------------------------------------------------------------------
 
-// The tiles of a launch, in the order in which they are drawn; of a KV head those with the most queries first. Called by
-// all lanes of a warp, of which one draws and the others help to describe a tile that ranges share.
-template <class Config>
-__device__ __forceinline__ void draw_key_tiles(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
-  const ForwardParams& params = arguments.transposed;
+// The tiles of a launch, in the order in which they are drawn; of a head those that see most first. Of each kRows rows,
+// which meet blocks of kColumns. `params`: transposed if the rows are keys. Heads that are walked together: units_per_group,
+// or, where ranges are listed, at least least_units. `known`: so many tiles go to the blocks by their numbers, without asking.
+// wait(barrier, parity), by one lane, waits for a barrier. Called by all lanes of a warp, of which one draws; if ranges may
+// share tiles, the others help to describe these.
+template <int kRows, int kColumns, class Wait>
+__device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, TileCounter& counter, int units_per_group,
+                                               int least_units, int known, RowTiles& tiles, Wait wait) {
   const bool packed = params.q_start != nullptr;
-  // Until tiles are listed and memory is cleared; all others do what they do for a tile that comes from here.
-  cudaGridDependencySynchronize();
-  int per_unit = (params.seqlen_q + Config::kKeys - 1) / Config::kKeys;
-  int units_per_group = arguments.units_per_group;
+  const bool first_lane = threadIdx.x % 32 == 0;
+  if (!packed && !first_lane) return;
+  const unsigned lanes = packed ? 0xffffffffu : 1u;
+  int per_unit = (params.seqlen_q + kRows - 1) / kRows;
   if (packed) {
     const auto& header = *reinterpret_cast<const ScheduleHeader*>(params.workspace);
     per_unit = header.records;
-    units_per_group = max(header.units_per_group, 2);  // two are faster than one for long documents
+    units_per_group = max(header.units_per_group, least_units);
   }
-  const TileSequence order(params.kv_heads * params.batch, per_unit, units_per_group);
-  Ring<kKeyTileSlots> ring;
-  TileCounter& counter = *arguments.counter;
-  // Each block's first tile is known without asking, unless tiles take turns (turns.cuh).
-  const int known = arguments.params.turns == nullptr ? gridDim.x : 0;
-  TurnEnds<Config> ends(shared);
-  const bool first_lane = threadIdx.x % 32 == 0;
-  const auto wait = [&](auto& barrier, uint32_t parity) {
-    if (first_lane && known > 0) {
-      barrier.wait(parity);
-    } else if (first_lane) {
-      while (!barrier.test_wait(parity)) ends.count_one();
-      asm volatile("" ::: "memory");
-    }
-    __syncwarp();
-  };
+  const TileSequence order(params.heads * params.batch, per_unit, units_per_group);
+  Ring<kRowTileSlots> ring;
   uint32_t loaded_parity = 1;
+  const auto wait_together = [&](auto& barrier, uint32_t parity) __attribute__((always_inline)) {
+    if (first_lane) wait(barrier, parity);
+    __syncwarp(lanes);
+  };
   const auto draw = [&] {
     // Who draws long before keeps a tile from a block that is free earlier; and tiles that begin in the order in which they
-    // are drawn have their queries, and turns, in common.
-    wait(shared.nearly_loaded, loaded_parity);
+    // are drawn have what they load in common.
+    wait_together(tiles.nearly_loaded, loaded_parity);
     int drawn = 0;
     if (first_lane) drawn = known + atomicAdd(&counter.drawn, 1);
-    return __shfl_sync(0xffffffffu, drawn, 0);
+    return __shfl_sync(lanes, drawn, 0);
   };
 #pragma unroll 1
   for (int index = known > 0 ? blockIdx.x : draw(); index < order.size(); index = draw()) {
     const auto [unit, rank] = order[index];
-    const int batch = unit / params.kv_heads;
-    // Under a causal mask the first keys are those that most queries see.
-    const TileRecord record = packed ? schedule_records(params.workspace)[rank]
-                                     : TileRecord{sequence_at(params, batch), rank * Config::kKeys, kOneRange};
+    const int batch = unit / params.heads;
+    // Under a causal mask the first keys are seen by the most queries, and the last queries see the most keys.
+    const TileRecord record =
+        packed ? schedule_records(params.workspace)[rank]
+               : TileRecord{sequence_at(params, batch), (params.transposed ? rank : per_unit - 1 - rank) * kRows, kOneRange};
     const Sequence& sequence = record.sequence;
-    const int first_key = record.first_query;
-    KeyBlocks blocks = visible_blocks(sequence, first_key, Config::kKeys, Config::kQueries);
-    if (blocks.first == blocks.end) continue;  // the gradients of keys that nobody sees are 0 from the start
+    const int first_row = record.first_query;
+    KeyBlocks blocks = visible_blocks(sequence, first_row, kRows, kColumns);
+    if (blocks.first == blocks.end) continue;  // the gradients of rows that see nothing are 0 from the start
     const bool is_shared = record.first_range != kOneRange;
     if (is_shared) blocks = all_masked(blocks);
-    // Keys past the end are hidden one by one.
-    if (first_key + Config::kKeys > sequence.q_len) blocks.end_open = blocks.first_plain;
-    wait(shared.tile_empty[ring.stage], ring.parity ^ 1);
-    KeyTile& tile = shared.tile[ring.stage];
+    // Rows past the end are hidden one by one.
+    if (first_row + kRows > sequence.q_len) blocks.end_open = blocks.first_plain;
+    wait_together(tiles.empty[ring.stage], ring.parity ^ 1);
+    RowTile& tile = tiles.tile[ring.stage];
     if (is_shared) fill_bounds(tile.bounds, params, record);
     if (first_lane) {
       tile.end = false;
       tile.batch = batch;
-      tile.kv_head = unit - batch * params.kv_heads;
-      tile.first_key = first_key;
+      tile.head = unit - batch * params.heads;
+      tile.first_row = first_row;
       tile.sequence = sequence;
       tile.blocks = blocks;
       tile.is_shared = is_shared;
     }
-    shared.tile_full[ring.stage].arrive();
+    tiles.full[ring.stage].arrive();
     ring.advance();
     loaded_parity ^= 1;
   }
-  wait(shared.tile_empty[ring.stage], ring.parity ^ 1);
-  if (first_lane) shared.tile[ring.stage].end = true;
-  shared.tile_full[ring.stage].arrive();
+  wait_together(tiles.empty[ring.stage], ring.parity ^ 1);
+  if (first_lane) tiles.tile[ring.stage].end = true;
+  tiles.full[ring.stage].arrive();
   if (!first_lane) return;
-  while (known == 0 && ends.count_one()) {
-  }
   // The last block to get here leaves the counter as it found it.
   __threadfence();
   if (atomicInc(&counter.finished, gridDim.x - 1) == gridDim.x - 1) atomicExch(&counter.drawn, 0);
+}
+
+template <class Config>
+__device__ __forceinline__ void draw_key_tiles(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
+  // Until tiles are listed and memory is cleared; all others do what they do for a tile that comes from here.
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();  // dQ's kernel, if it has one, may begin where this one has ended
+  constexpr int kLeastUnits = 2;              // are faster than one for long documents
+  const auto draw = [&](int known, auto wait) __attribute__((always_inline)) {
+    draw_row_tiles<Config::kKeys, Config::kQueries>(arguments.transposed, *arguments.counter, arguments.units_per_group,
+                                                    kLeastUnits, known, shared.tiles, wait);
+  };
+  // Each block's first tile is known without asking, unless tiles take turns (turns.cuh).
+  if constexpr (Config::kSharesKeys) {
+    draw(gridDim.x, [](auto& barrier, uint32_t parity) { barrier.wait(parity); });
+  } else {
+    const bool takes_turns = arguments.params.turns != nullptr;
+    TurnEnds<Config> ends(shared);
+    draw(takes_turns ? 0 : gridDim.x, [&](auto& barrier, uint32_t parity) {
+      if (!takes_turns) return barrier.wait(parity);
+      while (!barrier.test_wait(parity)) ends.count_one();
+      asm volatile("" ::: "memory");
+    });
+    while (threadIdx.x % 32 == 0 && takes_turns && ends.count_one()) {
+    }
+  }
 }
 
 // The next tile is drawn when this many steps of a tile are yet to be loaded.
@@ -123,15 +141,15 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
   Ring<Config::kStagesK> k_ring;
   Ring<Config::kStagesV> v_ring;
   Ring<Config::kStages> ring;
-  Ring<kKeyTileSlots> tile_ring;
+  Ring<kRowTileSlots> tile_ring;
   while (true) {
-    shared.tile_full[tile_ring.stage].wait(tile_ring.parity);
-    const KeyTile& tile = shared.tile[tile_ring.stage];
+    shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
+    const RowTile& tile = shared.tiles.tile[tile_ring.stage];
     if (tile.end) break;
     const Sequence sequence = tile.sequence;
-    const int batch = tile.batch, kv_head = tile.kv_head, first_key = tile.first_key;
+    const int batch = tile.batch, kv_head = tile.head, first_key = tile.first_row;
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
-    shared.tile_empty[tile_ring.stage].arrive();
+    shared.tiles.empty[tile_ring.stage].arrive();
     tile_ring.advance();
     shared.k_empty[k_ring.stage].wait(k_ring.parity ^ 1);
     shared.k_full[k_ring.stage].arrive_and_expect_tx(Config::kBytesK);
@@ -141,8 +159,8 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
     k_ring.advance();
     int steps_before_draw = max(arguments.group * (end_block - first_block) - kStepsDrawnAhead, 0);
     bool values_wait = true;  // V comes after the first Q: that is the order in which they are needed
-    for_each_step<Config>(arguments, first_block, end_block, [&](int head, int block) {
-      if (steps_before_draw-- == 0) shared.nearly_loaded.arrive();
+    for_each_step(arguments, first_block, end_block, [&](int head, int block) {
+      if (steps_before_draw-- == 0) shared.tiles.nearly_loaded.arrive();
       LoadBarrier& q_full = shared.step_full[0][ring.stage];
       LoadBarrier& dout_full = shared.step_full[Config::kLoads - 1][ring.stage];
       shared.step_empty[0][ring.stage].wait(ring.parity ^ 1);
@@ -179,19 +197,19 @@ __device__ __forceinline__ void load_row_values(const BackwardArguments& argumen
   const ForwardParams& params = arguments.params.forward;
   const int lane = threadIdx.x % 32;
   Ring<Config::kStages> ring;
-  Ring<kKeyTileSlots> tile_ring;
+  Ring<kRowTileSlots> tile_ring;
   while (true) {
-    shared.tile_full[tile_ring.stage].wait(tile_ring.parity);
-    const KeyTile& tile = shared.tile[tile_ring.stage];
+    shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
+    const RowTile& tile = shared.tiles.tile[tile_ring.stage];
     if (tile.end) break;
     const int rows = tile.sequence.k_len;
-    const int kv_head = tile.kv_head;
+    const int kv_head = tile.head;
     const int64_t first_head = int64_t{tile.batch} * params.heads + kv_head * arguments.group;
     const int64_t base = first_head * params.seqlen_q + tile.sequence.k_base;
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
-    shared.tile_empty[tile_ring.stage].arrive();
+    shared.tiles.empty[tile_ring.stage].arrive();
     tile_ring.advance();
-    for_each_step<Config>(arguments, first_block, end_block, [&](int head, int block) {
+    for_each_step(arguments, first_block, end_block, [&](int head, int block) {
       const int64_t first_row = base + int64_t{head} * params.seqlen_q;
       const float* const lse = params.lse + first_row;
       const float* const delta = arguments.params.delta + first_row;
@@ -232,18 +250,18 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
   const bool takes_turns = arguments.params.turns != nullptr;
   const int columns = arguments.params.accumulate ? arguments.params.forward.head_dim : Config::kHeadDim;
   TurnEnds<Config> ends(shared);
-  Ring<kKeyTileSlots> tile_ring;
+  Ring<kRowTileSlots> tile_ring;
   uint32_t parity = 0;
   while (true) {
-    shared.tile_full[tile_ring.stage].wait(tile_ring.parity);
-    const KeyTile& tile = shared.tile[tile_ring.stage];
+    shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
+    const RowTile& tile = shared.tiles.tile[tile_ring.stage];
     if (tile.end) break;
     const Sequence sequence = tile.sequence;
-    const int batch = tile.batch, first_head = tile.kv_head * arguments.group, first_key = tile.first_key;
+    const int batch = tile.batch, first_head = tile.head * arguments.group, first_key = tile.first_row;
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
     // What comes from one tile alone is not added to zeros (clear.cuh).
     const bool stores = packed && !arguments.params.accumulate && (tile.is_shared || sequence.q_len <= Config::kKeys);
-    shared.tile_empty[tile_ring.stage].arrive();
+    shared.tiles.empty[tile_ring.stage].arrive();
     tile_ring.advance();
     int* last = nullptr;  // where additions are to be counted that are on their way
     const auto end_last_turn = [&] {
@@ -251,7 +269,7 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
       wait_for_additions();
       ends.leave(last);
     };
-    for_each_step<Config>(arguments, first_block, end_block, [&](int head, int block) {
+    for_each_step(arguments, first_block, end_block, [&](int head, int block) {
       if (takes_turns) {
         const QueryTurn turn = turn_at<Config>(arguments.params, sequence, batch, first_head + head, first_key, block);
         // Asked for the first time while the additions before are on their way.

@@ -21,21 +21,38 @@ struct BackwardArguments {
   int units_per_group;  // KV heads that are walked together (dense)
 };
 
-// A tile on its way from the thread that draws it to those that load it and to the consumers, which keep it until they
-// have written its results.
-constexpr int kMostKeys = 128;  // of any tile
-struct KeyTile {
+// A tile on its way from the warp that draws it to those that load it and to the consumers, which keep it until they have
+// written its results. Its rows are keys, and they meet blocks of queries; or, where dQ has a kernel of its own
+// (query_gradient.cuh), queries that meet blocks of keys.
+constexpr int kMostRows = 128;  // of any tile
+struct RowTile {
   bool end;  // no more tiles; nothing else is said
   int batch;
-  int kv_head;
-  int first_key;
-  Sequence sequence;  // NOTE: transposed: its "queries" are the keys
-  KeyBlocks blocks;   // of queries; in [first_plain, end_open) no score is hidden
-  bool is_shared;     // by ranges; `bounds` says which queries a key is seen by
-  KeyBounds8 bounds[kMostKeys];
+  int head;  // of KV heads, or of query heads
+  int first_row;
+  Sequence sequence;  // NOTE: with keys for rows, transposed: its "queries" are the keys
+  KeyBlocks blocks;   // in [first_plain, end_open) no score is hidden
+  bool is_shared;     // by ranges; `bounds` says which columns of scores a row has
+  KeyBounds8 bounds[kMostRows];
 };
-constexpr int kKeyTileSlots = 2;
+
+constexpr int kRowTileSlots = 2;
 constexpr int kAddedSlots = 2;  // additions to dQ that have been made and not been counted
+struct RowTiles {
+  RowTile tile[kRowTileSlots];
+  HandOver full[kRowTileSlots];
+  HandOver empty[kRowTileSlots];
+  Barrier nearly_loaded;  // of the last tile that was drawn, all but the last loads have been started
+
+  // `readers`: threads that read a tile; `writers`: lanes of the warp that draws, any of which may have written.
+  __device__ __forceinline__ void init(int readers, int writers) {
+    nearly_loaded.init(1);
+    for (int slot = 0; slot < kRowTileSlots; ++slot) {
+      full[slot].init(writers);
+      empty[slot].init(readers);
+    }
+  }
+};
 
 template <class Config>
 struct alignas(1024) BackwardShared {
@@ -44,7 +61,7 @@ struct alignas(1024) BackwardShared {
   alignas(1024) typename Config::Element q[Config::kStages][Config::kQueries * Config::kHeadDim];
   alignas(1024) typename Config::Element dout[Config::kStages][Config::kQueries * Config::kHeadDimV];
   alignas(1024) typename Config::Element ds[Config::kStages][Config::kElementsDS];
-  alignas(Config::kBulkDQ ? 1024 : 16) float dq[Config::kElementsDQ];  // panels
+  alignas(Config::kSharesKeys ? 16 : 1024) float dq[Config::kElementsDQ];  // panels
   // P on its way from one warpgroup to the other, where keys are shared.
   alignas(16) typename Config::Element p[Config::kStages][Config::kElementsP];
   alignas(16) float lse_log2[Config::kStages][Config::kQueries];  // +inf for rows whose weights are 0
@@ -61,10 +78,7 @@ struct alignas(1024) BackwardShared {
   LoadBarrier step_full[Config::kLoads][Config::kStages];
   HandOver step_empty[Config::kLoads][Config::kStages];
 
-  KeyTile tile[kKeyTileSlots];
-  HandOver tile_full[kKeyTileSlots];
-  HandOver tile_empty[kKeyTileSlots];
-  Barrier nearly_loaded;  // of the last tile that was drawn, all but the last loads have been started
+  RowTiles tiles;
   // Where tiles take turns (turns.cuh).
   int* added[kAddedSlots];
   HandOver added_full[kAddedSlots];
@@ -72,20 +86,19 @@ struct alignas(1024) BackwardShared {
 
   // Warpgroups with keys of their own: both have finished a step, so its dS is there, and the one before no longer read.
   Barrier step_done;
-  // Those that share keys: P is there; dS is there, and P no longer read.
+  // Those that share keys: P is there.
   HandOver p_full[Config::kStages];
-  HandOver ds_full[Config::kStages];
   // dQ on its way through shared memory, for each warpgroup.
   Barrier dq_full[Config::kConsumers];
   Barrier dq_empty[Config::kConsumers];
 };
 
 template <class Config>
-__device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
+__device__ __forceinline__ void init_shared(BackwardShared<Config>& shared, bool packed) {
   constexpr int kConsumerWarps = 4 * Config::kConsumers;
   for (int stage = 0; stage < Config::kStagesK; ++stage) {
     shared.k_full[stage].init(1);
-    shared.k_empty[stage].init(kConsumerWarps);
+    shared.k_empty[stage].init(Config::kSharesKeys ? 4 : kConsumerWarps);
   }
   for (int stage = 0; stage < Config::kStagesV; ++stage) {
     shared.v_full[stage].init(1);
@@ -97,20 +110,14 @@ __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared) {
       shared.step_empty[load][stage].init(128 * Config::kConsumers);
     }
     shared.p_full[stage].init(128);
-    shared.ds_full[stage].init(128);
   }
   shared.step_done.init(kConsumerWarps);
-  shared.nearly_loaded.init(1);
   for (int slot = 0; slot < kAddedSlots; ++slot) {
     shared.added_full[slot].init(1);
     shared.added_empty[slot].init(1);
   }
-  for (int slot = 0; slot < kKeyTileSlots; ++slot) {
-    shared.tile_full[slot].init(32);  // lanes of the warp that draws, any of which may have written
-    // All who read a tile: consumers, the thread that loads, the warp that brings lse and delta, and the thread that adds
-    // dQ.
-    shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + 32 + Config::kBulkDQ);
-  }
+  // All who read a tile: consumers, the thread that loads, the warp that brings lse and delta, and the thread that adds dQ.
+  shared.tiles.init(128 * Config::kConsumers + 1 + 32 + !Config::kSharesKeys, packed ? 32 : 1);
   for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
     shared.dq_full[warpgroup].init(4);
     shared.dq_empty[warpgroup].init(1);

@@ -26,7 +26,7 @@ bool make_tensor_map(CUtensorMap& map, DType dtype, const void* data, const int6
                      const int64_t (&strides)[kDims - 1], const int (&box)[kDims]) {
   const auto encode = tensor_map_encoder();
   if (encode == nullptr) return false;
-  const cuuint64_t element_bytes = dtype == DType::fp32 ? 4 : 2;
+  const cuuint64_t element_bytes = bytes_of(dtype);
   cuuint64_t sizes[kDims], bytes[kDims - 1];
   cuuint32_t boxes[kDims], every[kDims];
   for (int dim = 0; dim < kDims; ++dim) {

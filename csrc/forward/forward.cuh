@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "common/launch.cuh"
 #include "common/tensor_map.h"
 #include "forward/consumer.cuh"
 #include "forward/producer.cuh"
@@ -106,23 +107,6 @@ cudaError_t allow_shared_memory(int device, int bytes) {
   return error;
 }
 
-// Launches a kernel; `early`: its blocks may get ready while the kernel before runs, and wait for it themselves.
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
-                   bool early, const Arguments&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 template <class Config>
 cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t stream) {
   constexpr DType kDType = Config::kDType;
@@ -164,7 +148,7 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
   constexpr int kSharedBytes = sizeof(ForwardShared<Config>);
   static_assert(kSharedBytes <= 227 * 1024);
   cudaError_t error = allow_shared_memory<forward_kernel<Config>>(device, kSharedBytes);
-  if (error == cudaSuccess && packed) error = launch_schedule(params, Config::kTile, stream);
+  if (error == cudaSuccess && packed) error = launch_schedule(params, Config::kTile, arguments.heads_in_tile, stream);
   if (error != cudaSuccess) return error;
   const int64_t blocks = std::min<int64_t>(tiles, Config::kBlocksPerProcessor * std::max(1, processors - params.sm_margin));
   return launch(forward_kernel<Config>, blocks, Config::kThreads, kSharedBytes, stream, packed, arguments);

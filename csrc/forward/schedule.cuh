@@ -3,6 +3,7 @@
 // ascending order where that is asked for (ForwardParams::ascending).
 #pragma once
 
+#include "common/launch.cuh"
 #include "common/scan.cuh"
 #include "forward/forward.h"
 #include "forward/schedule.h"
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kScanThreads) schedule_kernel(const ScheduleAr
   __shared__ ScheduleShared shared;
   __shared__ int position[kCostClasses];
   __shared__ int longest_keys[32];  // of a warp's ranges
-  __shared__ int64_t covered[32];
+  __shared__ int64_t sums[32];
   const ForwardParams& params = arguments.params;
   cudaTriggerProgrammaticLaunchCompletion();
   const int most_blocks = (params.seqlen_k + arguments.keys - 1) / arguments.keys;
@@ -154,12 +155,9 @@ __global__ void __launch_bounds__(kScanThreads) schedule_kernel(const ScheduleAr
   }
   for (int distance = 16; distance > 0; distance /= 2) {
     longest = max(longest, __shfl_xor_sync(0xffffffffu, longest, distance));
-    queries += __shfl_xor_sync(0xffffffffu, queries, distance);
   }
-  if (threadIdx.x % 32 == 0) {
-    longest_keys[threadIdx.x / 32] = longest;
-    covered[threadIdx.x / 32] = queries;
-  }
+  if (threadIdx.x % 32 == 0) longest_keys[threadIdx.x / 32] = longest;
+  queries = block_sum(queries, sums);
   auto* records = const_cast<TileRecord*>(schedule_records(params.workspace));
   int total = 0;
   // How many tiles each class has; then where each tile comes.
@@ -184,23 +182,20 @@ __global__ void __launch_bounds__(kScanThreads) schedule_kernel(const ScheduleAr
     }
   }
   if (threadIdx.x == 0) {
-    for (int warp = 1; warp < kScanThreads / 32; ++warp) {
-      longest = max(longest, longest_keys[warp]);
-      queries += covered[warp];
-    }
+    for (int warp = 1; warp < kScanThreads / 32; ++warp) longest = max(longest, longest_keys[warp]);
     *reinterpret_cast<ScheduleHeader*>(params.workspace) = {
         TileCounter{0, 0}, min(total, arguments.capacity),
         units_per_group(params, arguments.heads_in_tile, longest, total), queries != params.seqlen_q};
   }
+  cudaGridDependencySynchronize();
 }
 
-cudaError_t launch_schedule(const ForwardParams& params, TileShape tile, cudaStream_t stream) {
-  const int heads = heads_per_tile(params, tile.queries);
+cudaError_t launch_schedule(const ForwardParams& params, TileShape tile, int heads_in_tile, cudaStream_t stream,
+                            bool early) {
   const int64_t elements = workspace_elements(params.seqlen_q, params.heads, params.kv_heads, params.ranges);
-  const ScheduleArguments arguments{params, tile.queries / heads, tile.keys, heads,
+  const ScheduleArguments arguments{params, tile.queries / heads_in_tile, tile.keys, heads_in_tile,
                                     static_cast<int>((elements - kHeaderElements) / kRecordElements)};
-  schedule_kernel<<<1, kScanThreads, 0, stream>>>(arguments);
-  return cudaGetLastError();
+  return launch(schedule_kernel, 1, kScanThreads, 0, stream, early, arguments);
 }
 
 }  // namespace fa3

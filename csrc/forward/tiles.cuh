@@ -129,14 +129,14 @@ __device__ __forceinline__ void fill_bounds(KeyBounds8* bounds, const ForwardPar
 
 // Whether each query of a sequence sees a key, and whether each key is seen by a query.
 // NOTE: what queries see moves on with them: if the first and the last one see a key, all do; and so for keys.
-__device__ __forceinline__ bool sees_with_all(const Sequence& sequence) {
+__device__ __forceinline__ bool every_query_sees_a_key(const Sequence& sequence) {
   const auto sees = [&](int query) {
     const KeyBounds keys = visible_keys(sequence, query);
     return keys.first < keys.end;
   };
   return sequence.q_len == 0 || (sees(0) && sees(sequence.q_len - 1));
 }
-__device__ __forceinline__ bool sees_all(const Sequence& sequence) {
+__device__ __forceinline__ bool every_key_is_seen(const Sequence& sequence) {
   const auto is_seen = [&](int key) {
     return max(key - sequence.last_diagonal, 0) <= min(key - sequence.first_diagonal, sequence.q_len - 1);
   };
