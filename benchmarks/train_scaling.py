@@ -8,6 +8,7 @@ equal, and tokens per second, whose first step does not count.
 
     make pair                                                       # 100 s a run
     make pair ARGS="--seconds 1200"                                 # all 50 steps
+    make pair ARGS="--seconds 250 --folder runs/pair"               # the same in several calls
     make pair ARGS="--seqlen 16384 --seconds 60"                    # shorter ones, for the losses
 
 Bars: losses within LOSS of each other, relative, in every step; SPEED times one GPU's tokens per second on two GPUs
@@ -40,12 +41,19 @@ LOSS, SPEED = 1e-3, 0.95  # SPEED a GPU: 1.9 on two
 GRACE = 60.0  # seconds for a run that is ended to finish its step
 
 
-def train(ranks: int, flags: Sequence[str], seconds: float, folder: Path) -> list[dict[str, Any]]:
-    """The metrics of the steps that a run on so many ranks does in that time. RuntimeError if it fails."""
+def train(
+    ranks: int, flags: Sequence[str], seconds: float, folder: Path, go_on: bool = False
+) -> list[dict[str, Any]]:
+    """The metrics of the steps that a run on so many ranks does in that time. RuntimeError if it fails.
+
+    go_on: it is saved when its time is up, and goes on from where an earlier call in that folder was.
+    """
     out = folder / str(ranks)
+    out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-               str(timing.ROOT / "examples" / "train.py"), "--cp", str(ranks), "--out", str(out), "--no-save",
-               "--no-ablation", "--eval-sequences", "1", "--sample", "0", *flags]  # fmt: skip
+               str(timing.ROOT / "examples" / "train.py"), "--cp", str(ranks), "--out", str(out),
+               "--resume" if go_on else "--no-save", "--no-ablation", "--eval-sequences", "1", "--sample", "0",
+               *flags]  # fmt: skip
     path = os.pathsep.join(filter(None, (str(timing.ROOT), os.environ.get("PYTHONPATH"))))
     log = folder / f"{ranks}.txt"
     with log.open("w") as file:
@@ -57,9 +65,15 @@ def train(ranks: int, flags: Sequence[str], seconds: float, folder: Path) -> lis
                 process.kill()
     if ended_itself and process.returncode:
         raise RuntimeError(f"the run on {ranks} ranks failed:\n{log.read_text()[-3000:]}")
-    steps = [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+    steps = steps_in(out)
     print(f"{ranks} ranks: {len(steps)} steps; " + "\n".join(log.read_text().splitlines()[-3:]), flush=True)
     return steps
+
+
+def steps_in(out: Path) -> list[dict[str, Any]]:
+    """The metrics of the steps that the run in this folder has done."""
+    metrics = out / "metrics.jsonl"
+    return [line for line in read_metrics(metrics) if "loss" in line] if metrics.exists() else []
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
@@ -120,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=max(2, gpus), help="of the second run (default: all GPUs, or 2)")
     parser.add_argument("--seconds", type=float, default=100.0, help="of either run (default: 100)")
     parser.add_argument("--steps", type=int, default=50, help="that the schedule is made for (default: 50)")
+    parser.add_argument("--folder", type=Path, help="keep the runs here; a later call with the same flags goes on with "
+                        "those that have steps to do (default: they are not kept)")  # fmt: skip
     parser.add_argument("--output", type=Path, help="result file (default: none)")
     parsed, flags = parser.parse_known_args(arguments)
     if gpus and gpus < parsed.ranks:
@@ -129,8 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags = ["--model", "1b3", "--seqlen", "131072", "--checkpoint-activations", *flags]
     flags = ["--steps", str(parsed.steps), "--eval-every", str(parsed.steps), *flags]
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        alone, together = (train(ranks, flags, parsed.seconds, Path(folder)) for ranks in (1, parsed.ranks))
+    with contextlib.ExitStack() as stack:
+        folder = parsed.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        alone, together = (
+            done
+            if len(done := steps_in(folder / str(ranks))) == parsed.steps
+            else train(ranks, flags, parsed.seconds, folder, go_on=parsed.folder is not None)
+            for ranks in (1, parsed.ranks)
+        )
     figures = compare(alone, together, parsed.ranks)
     complaints = complain(figures, parsed.ranks, gpus > 0)
     speed = figures["speed_over_one"]

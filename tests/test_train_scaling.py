@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -18,19 +19,55 @@ import train_scaling as benchmark  # noqa: E402
 TINY = "--dim 32 --layers 1 --heads 2 --kv-heads 1 --seqlen 128 --precision fp32 --steps 3".split()
 
 
-def test_losses_of_one_rank_and_of_two_are_equal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of a run that takes seconds, with text of its own."""
     (tmp_path / "text").mkdir()
     for i in range(40):
         (tmp_path / "text" / f"{i}.txt").write_text(f"the {i}th document of {i * i} words, " * 20)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return [*TINY, "--data", str(tmp_path / "text"), "--seconds", "100"]
+
+
+def test_losses_of_one_rank_and_of_two_are_equal(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "pair.json"
-    status = benchmark.main([*TINY, "--data", str(tmp_path / "text"), "--seconds", "100", "--output", str(output)])
+    status = benchmark.main([*tiny, "--output", str(output)])
     result = json.loads(output.read_text())
     assert status == 0 and result["summary"]["complaints"] == [] and result["steps"] == 3 and result["commit"]
     assert result["largest_difference"] < 1e-5 and all(loss > 1 for pair in result["losses"] for loss in pair)
     assert result["speed_over_one"] > 0 and "3 steps, losses" in capsys.readouterr().out
+
+
+def test_a_pair_goes_on_where_it_was(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses in two calls, of which the first is over before its runs are, as in one; a third runs nothing."""
+
+    def losses(*more: str) -> list[list[float]]:
+        output = tmp_path / "pair.json"
+        benchmark.main([*tiny, *more, "--output", str(output)])
+        return json.loads(output.read_text())["losses"]
+
+    kept = "--folder", str(tmp_path / "kept")
+    ended: list[int] = []
+
+    def end_after_a_step(process: subprocess.Popen[bytes], seconds: float) -> bool:
+        ranks = 1 + len(ended)
+        while not benchmark.steps_in(tmp_path / "kept" / str(ranks)) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        ended.append(ranks)
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "_wait", end_after_a_step)
+        first = losses(*kept)
+    whole = losses(*kept)
+    assert ended == [1, 2] and 1 <= len(first) <= len(whole) == 3 and whole[: len(first)] == first
+    assert whole == losses()
+    monkeypatch.setattr(benchmark, "train", None)
+    assert losses(*kept) == whole
 
 
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
