@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import statistics
@@ -32,6 +33,8 @@ from typing import Any
 
 import timing
 import torch
+
+from fa3_dist import _build
 
 sys.path.insert(0, str(timing.ROOT / "examples"))
 
@@ -74,6 +77,14 @@ def steps_in(out: Path) -> list[dict[str, Any]]:
     """The metrics of the steps that the run in this folder has done."""
     metrics = out / "metrics.jsonl"
     return [line for line in read_metrics(metrics) if "loss" in line] if metrics.exists() else []
+
+
+def belongs(folder: Path, run: dict[str, Any]) -> bool:
+    """Whether what is kept in this folder is of this run: its flags and kernels. A folder without a run becomes its."""
+    told = folder / "run.json"
+    if not told.exists():
+        timing.write_result(told, run)
+    return bool(json.loads(told.read_text()) == run)
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
@@ -144,6 +155,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if gpus:
         flags = ["--model", "1b3", "--seqlen", "131072", "--checkpoint-activations", *flags]
     flags = ["--steps", str(parsed.steps), "--eval-every", str(parsed.steps), *flags]
+    run = {"ranks": parsed.ranks, "flags": flags, "csrc_hash": _build.csrc_hash()}
+    if parsed.folder and not belongs(parsed.folder, run):
+        print(f"{parsed.folder} has a run with other flags or kernels (run.json): expected {run}; name another folder",
+              file=sys.stderr)  # fmt: skip
+        return 2
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         folder = parsed.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -68,6 +68,7 @@ def test_a_pair_goes_on_where_it_was(tiny: list[str], tmp_path: Path, monkeypatc
     assert whole == losses()
     monkeypatch.setattr(benchmark, "train", None)
     assert losses(*kept) == whole
+    assert benchmark.main([*tiny, *kept, "--lr", "0.01"]) == 2, "a run of other flags would pass for this one's"
 
 
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
