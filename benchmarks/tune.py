@@ -4,10 +4,11 @@
     python benchmarks/tune.py run                                                         where there is a Hopper GPU
     python benchmarks/tune.py build --ablation                                            where there is nvcc
 
-A candidate QUERIESxKEYS becomes a small library of its own in build/tune/, bf16, its tile shape for every mask. `run`
-takes whatever it finds there, checks each output against cuDNN's and prints the fastest for every mask and seqlen of
-the dense grid of attention.py; what it prints goes by hand into csrc/forward/config.cuh. `build --ablation` makes the
-kernel of the ablation's head_dim with and without its parts, in build/ablation/; attention.py times them.
+A candidate QUERIESxKEYS becomes a small library of its own in build/tune/, bf16, its tile shape for every mask, and one
+team of consumers (config.cuh). `run` takes whatever it finds there, checks each output against cuDNN's and prints the
+fastest for every mask and seqlen of the dense grid of attention.py; what it prints goes by hand into
+csrc/forward/config.cuh. `build --ablation` makes the kernel of the ablation's head_dim with and without its parts, in
+build/ablation/; attention.py times them.
 """
 
 from __future__ import annotations

@@ -157,6 +157,7 @@ def test_sass_is_parsed_by_function() -> None:
         ("control", ["IADD3 R2, R2, R3, RZ"]),
         ("matrix", [BULK, HGMMA, *SOFTMAX, "@P0 BRA 0x10"]),
         ("matrix8", [BULK, QGMMA, *SOFTMAX, "@P0 BRA 0x10"]),
+        ("halves", [BULK, HGMMA, WAIT, EXP2, WAIT, EXP2, "@P0 BRA 0x10"]),
         ("matrix", [BULK, "STL [R1], R2", HGMMA, *SOFTMAX, "@P0 BRA 0x20", "LDL R2, [R1]", "@P1 BRA 0x0"]),  # outside
     ],
 )
@@ -173,6 +174,8 @@ def test_a_good_kernel_passes(kind: str, instructions: list[str]) -> None:
         ("matrix", [HGMMA, LOAD, *SOFTMAX, "@P0 BRA 0x0"], "has no UTMALDG"),
         ("matrix", [BULK, HGMMA, WAIT, WAIT, EXP2, "@P0 BRA 0x10"], "do not overlap"),
         ("matrix", [BULK, HGMMA, WAIT, EXP2, HGMMA, WAIT, "@P0 BRA 0x10"], "do not overlap"),
+        ("matrix", [BULK, HGMMA, WAIT, EXP2, WAIT, EXP2, "@P0 BRA 0x10"], "do not overlap"),
+        ("halves", [BULK, HGMMA, WAIT, EXP2, WAIT, EXP2, EXP2, "@P0 BRA 0x10"], "do not overlap"),
         ("matrix", [BULK, HGMMA, WAIT, "@P0 BRA 0x10"], "do not overlap"),
         ("matrix", [BULK, HGMMA], "in no loop"),
         ("matrix8", [BULK, HGMMA], "has no QGMMA"),

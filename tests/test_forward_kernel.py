@@ -217,6 +217,26 @@ def test_more_overflowing_tiles_than_are_remembered():
     assert torch.equal(lse, lse[:1, :2].expand(40, -1, -1).repeat(1, 24, 1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("lengths", [(600, 600), (300, 4400)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_far_from_zero(head_dim, lengths, mask, dtype):
+    """Rows whose scores are all far above or below 0, side by side: out does not depend on that, and lse follows."""
+    q, k, v = qkv(12, *lengths, 3, 3, head_dim, dtype=DTYPES[dtype], batch=1)
+    level_0, k = q / 8, k / 8
+    level_0[..., 0], k[..., 0] = 0, 1
+    levels = torch.tensor([0, -100, 20, -50, 100, -30, 50, -200, 200], device="cuda")
+    rows = torch.arange(lengths[0], device="cuda")[:, None] // 5 + torch.arange(3, device="cuda")
+    q = level_0.clone()
+    q[0, :, :, 0] = levels[rows % len(levels)].to(q.dtype)
+    options = {"softmax_scale": 1.0, **MASKS[mask]}
+    poison_memory()
+    out, lse = ops.forward(q, k, v, **options)
+    judge(out, lse, q, k, v, **options)
+    judge(out, ops.forward(level_0, k, v, **options)[1], level_0, k, v, **options)
+
+
 def test_nan_and_infinity_stay_in_their_rows():
     q, k, v = qkv(10, 300, 700, 2, 2, 64, batch=1)
     clean, clean_lse = ops.forward(q, k, v)

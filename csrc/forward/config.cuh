@@ -16,19 +16,29 @@ namespace fa3 {
 
 using namespace cute;
 
-// Chosen by timing candidates on an H200: benchmarks/LOG.md, 14 and 19. benchmarks/tune.py times others.
+// Chosen by timing candidates on an H200: benchmarks/LOG.md, 14, 19, 46, 47 and 54. benchmarks/tune.py times others.
 constexpr TileShape forward_tile(int head_dim, int head_dim_v, Sequences sequences) {
 #ifdef FA3_FORWARD_TILE
   return FA3_FORWARD_TILE;
 #endif
   const bool is_short = sequences == Sequences::kShort;
-  if (head_dim <= 64) return sequences == Sequences::kShortFull ? TileShape{256, 64} : TileShape{is_short ? 128 : 192, 128};
+  if (head_dim <= 64 && sequences == Sequences::kShortFull) return {256, 64};
+  if (head_dim <= 64) return is_short ? TileShape{128, 64} : TileShape{192, 128};
   if (head_dim <= 128 || head_dim_v <= 128) return {128, 128};
   if (head_dim <= 192) return {128, 112};
   return {128, is_short ? 64 : 80};
 }
 
-// Whether the warpgroups take turns on the tensor cores: benchmarks/LOG.md, 41.
+// Teams of consumer warpgroups in a block, each on tiles of its own and with producers of its own: what one of them waits
+// for, the other hides (benchmarks/LOG.md, 54).
+constexpr int forward_teams(int head_dim, Sequences sequences) {
+#ifdef FA3_FORWARD_TILE
+  return 1;
+#endif
+  return head_dim <= 64 && sequences == Sequences::kShort ? 2 : 1;
+}
+
+// Whether the warpgroups of a team take turns on the tensor cores: benchmarks/LOG.md, 41.
 constexpr bool takes_turns(int head_dim, Sequences sequences) {
 #ifdef FA3_FORWARD_TURNS  // by the ablation of benchmarks/tune.py
   return FA3_FORWARD_TURNS;
@@ -62,39 +72,47 @@ struct ForwardConfig {
   static constexpr int kQueries = kTile.queries;
   static constexpr int kKeys = kTile.keys;
 
+  static constexpr int kTeams = forward_teams(kHeadDim, kSequences);
+
   static constexpr int kBytesQ = kQueries * kHeadDim * sizeof(Element);
   static constexpr int kBytesK = kKeys * kHeadDim * sizeof(Element);
   static constexpr int kBytesV = kKeys * kHeadDimV * sizeof(Element);
-  static constexpr int kStages = kKeys * kHeadDim <= 64 * 64 ? 4 : 2;  // of K and of V
-  // The next tile's queries arrive under this tile's last blocks where there is room.
-  static constexpr int kStagesQ = 2 * kBytesQ + kStages * (kBytesK + kBytesV) <= (kQueries == 64 ? 112 : 224) * 1024 ? 2 : 1;
+  static constexpr int kStages = kTeams > 1 ? 3 : kKeys * kHeadDim <= 64 * 64 ? 4 : 2;  // of K and of V
+  // Shared memory for the operands and results of a team.
+  static constexpr int kRoom = (kTeams > 1 ? 108 : kQueries == 64 ? 112 : 224) * 1024;
+  // The next tile's queries arrive under this tile's last blocks where there is room and no other team to hide the wait.
+  static constexpr int kStagesQ = kTeams == 1 && 2 * kBytesQ + kStages * (kBytesK + kBytesV) <= kRoom ? 2 : 1;
 
   // Where the next tile's queries are there in time, its first scores are computed beside this tile's last output.
   static constexpr bool kTilesOverlap = kStagesQ == 2;
 
   // Whether a consumer warpgroup leaves out the last blocks of a tile if its own rows see none of their keys. It costs more
   // than it gains where a block has as many keys as a tile has queries; head_dim 192 has not been timed.
-  static constexpr bool kSkipsBlocks = !kTilesOverlap && kKeys < kQueries && kHeadDim == 256;
+  static constexpr bool kSkipsBlocks = !kTilesOverlap && kKeys < kQueries && (kHeadDim == 256 || kTeams > 1);
   static_assert(!kSkipsBlocks || (kQueries - 64) / kKeys + 1 <= kStages);  // keys that are given back before any values
 
   // One producer warpgroup and the consumers.
-  static constexpr int kConsumers = kQueries / 64;
-  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kConsumers = kQueries / 64;  // of a team
+  static constexpr int kAllConsumers = kTeams * kConsumers;
+  static constexpr int kThreads = 128 * (kAllConsumers + 1);
   // Blocks of a single consumer come in pairs, which hide each other's pauses.
-  static constexpr int kBlocksPerProcessor = kConsumers == 1 ? 2 : 1;
+  static constexpr int kBlocksPerProcessor = kAllConsumers == 1 ? 2 : 1;
   // NOTE: the consumers take exactly what the producer gives back; asking for more would wait for ever.
   static constexpr int kLaunchRegisters = 65536 / (kThreads * kBlocksPerProcessor) / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers >= 3 ? 32 : kConsumers == 1 || kHeadDim > 128 ? 24 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : kHeadDim > 128 ? 240 : 232;
-  static_assert(kLaunchRegisters - kProducerRegisters >= kConsumers * (kConsumerRegisters - kLaunchRegisters));
+  static constexpr int kProducerRegisters = kAllConsumers >= 3 ? 32 : kAllConsumers == 1 || kHeadDim > 128 ? 24 : 40;
+  static constexpr int kConsumerRegisters = kAllConsumers == 4 ? 112 : kAllConsumers == 3 ? 160 : kHeadDim > 128 ? 240 : 232;
+  static_assert(kLaunchRegisters - kProducerRegisters >= kAllConsumers * (kConsumerRegisters - kLaunchRegisters));
 
-  static constexpr bool kTakesTurns = kConsumers > 1 && takes_turns(kHeadDim, kSequences);
+  static constexpr bool kTakesTurns = kTeams == 1 && kConsumers > 1 && takes_turns(kHeadDim, kSequences);
   static constexpr bool kOverlapsSoftmax = FA3_FORWARD_OVERLAP;
 
   // Registers of a consumer's output, scores and weights. Two copies of the weights let a block's be rounded while the
   // product before still reads the other's; where that does not fit, rounding waits for the product.
   static constexpr int kTileRegisters = kHeadDimV / 2 + kKeys / 2 + kKeys / 4;
   static constexpr bool kTwoWeights = kTileRegisters + kKeys / 4 + 40 <= kConsumerRegisters && kHeadDim <= 128;
+
+  // With one copy, rounding may begin in the middle of a block's exponentials: by then a product of a small head_dim is done.
+  static constexpr bool kRoundsFromMiddle = !kTwoWeights && kOverlapsSoftmax && kHeadDimV <= 64;
 
   // Shared memory holds a tile as panels of kPanel columns, which is what one bulk load brings and one swizzle spans.
   static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;
@@ -103,7 +121,7 @@ struct ForwardConfig {
   // A tile's output leaves through shared memory of its own where there is room for it, or for half of it.
   static constexpr int kPanelsO = kHeadDimV / kPanelV;
   static constexpr int kBytesPanelO = kQueries * kPanelV * sizeof(Element);
-  static constexpr int kFreeBytes = (kQueries == 64 ? 112 : 224) * 1024 - kStagesQ * kBytesQ - kStages * (kBytesK + kBytesV);
+  static constexpr int kFreeBytes = kRoom - kStagesQ * kBytesQ - kStages * (kBytesK + kBytesV);
   static constexpr int kStagesO = kPanelsO * kBytesPanelO <= kFreeBytes ? kPanelsO
                                   : kPanelsO % 4 == 0 && kPanelsO / 2 * kBytesPanelO <= kFreeBytes ? kPanelsO / 2 : 0;
 

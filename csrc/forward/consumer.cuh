@@ -1,9 +1,10 @@
-// A consumer warpgroup: 64 rows of queries of every tile.
+// A consumer warpgroup: 64 rows of queries of every tile of its team.
 //
 // A step starts the product S = Q K^T of a block of keys and the product O += P V of the block before it, and computes the
-// softmax of the former while the tensor cores finish the latter. Where there is room for the next tile's queries, one
-// stream of steps runs through all tiles of a block: the two products of a step may belong to different tiles. Turns on the tensor
-// cores are handed from warpgroup to warpgroup, so that one computes softmax while another multiplies.
+// softmax of the former while the tensor cores finish the latter. Exponentials take a warp 8 cycles each, in which it can do
+// what else softmax needs; the compiler arranges that, but only within a basic block. Where there is room for the next tile's
+// queries, one stream of steps runs through all tiles of a block: the two products of a step may belong to different tiles.
+// Turns on the tensor cores are handed from warpgroup to warpgroup, so that one computes softmax while another multiplies.
 #pragma once
 
 #include "forward/epilogue.cuh"
@@ -97,14 +98,14 @@ template <class Config>
 __device__ __forceinline__ void consume(const ForwardArguments& arguments, ForwardShared<Config>& shared) {
   using Element = typename Config::Element;
   const ForwardParams& params = arguments.params;
-  const int thread = threadIdx.x - 128;
+  const int thread = consumer_thread<Config>();
   // This thread's rows and, of every 8 columns, the first of its two (softmax.cuh).
   const int row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
   const auto rows_of_thread = [&](TileRow (&rows)[2]) __attribute__((always_inline)) {
     rows[0] = shared.row[row];
     rows[1] = shared.row[row + 8];
   };
-  const int warpgroup = cutlass::canonical_warp_group_idx() - 1;
+  const int warpgroup = cutlass::canonical_warp_group_idx() - 1 - consumer_team<Config>() * Config::kConsumers;
   const Turn<Config> turn(warpgroup);
   constexpr float kLog2E = 1.4426950408889634f;
   const float scale_log2 = (params.softcap == 0.f ? params.softmax_scale : params.softcap) * kLog2E;
@@ -143,13 +144,14 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     else return tile.blocks;
   };
 
-  const auto release_scores = [&](bool last_of_tile) __attribute__((always_inline)) {
+  const auto release_keys = [&]() __attribute__((always_inline)) {
     arrive_as_warp(shared.k_empty[k_ring.stage]);
     k_ring.advance();
-    if (last_of_tile) {
-      arrive_as_warp(shared.q_empty[q_ring.stage]);
-      q_ring.advance();
-    }
+  };
+  const auto release_scores = [&](bool last_of_tile) __attribute__((always_inline)) {
+    release_keys();
+    arrive_as_warp_if(last_of_tile, shared.q_empty[q_ring.stage]);
+    q_ring.advance_if(last_of_tile);
   };
 
   const auto rescale_output = [&]() __attribute__((always_inline)) {
@@ -157,12 +159,24 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     for (int i = 0; i < decltype(size(rO))::value; ++i) rO(i) *= rescale[i / 2 % 2];
   };
 
+  const auto finish_values = [&]() __attribute__((always_inline)) {
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rO);
+    arrive_as_warp(shared.v_empty[v_ring.stage]);
+    v_ring.advance();
+  };
+
+  // When a plain step rounds its weights: beside the exponentials, into registers that the running product does not read;
+  // once that product is done, in the middle of the exponentials; or after them.
+  enum class Rounding { kBeside, kFromMiddle, kAfter };
+
   // A step between two blocks of a tile of which every query has seen a key and none of whose scores is hidden. `weights`
-  // are those of the block before; the block's own go to `next_weights`: early, beside the softmax, or once P V is done.
-  const auto plain_step = [&](auto& weights, auto& next_weights, auto early) __attribute__((always_inline)) {
+  // are those of the block before; the block's own go to `next_weights`.
+  const auto plain_step = [&](auto& weights, auto& next_weights, auto when) __attribute__((always_inline)) {
+    constexpr Rounding kRounding = decltype(when)::value;
+    constexpr int kHalf = decltype(size(rS))::value / 2;
     const int q_stage = q_ring.uniform_stage(), k_stage = k_ring.uniform_stage(), v_stage = v_ring.uniform_stage();
-    shared.k_full[k_ring.stage].wait(k_ring.parity);
-    shared.v_full[v_ring.stage].wait(v_ring.parity);
+    wait_for_both(shared.k_full[k_ring.stage], k_ring.parity, shared.v_full[v_ring.stage], v_ring.parity);
     turn.take();
     multiply(mma_qk, sQ(_, _, _, q_stage), sK(_, _, _, k_stage), rS, false);
     multiply(mma_pv, weights, sVt(_, _, _, v_stage), rO, has_output);
@@ -170,21 +184,44 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     turn.pass();
     warpgroup_wait<Config::kOverlapsSoftmax ? 1 : 0>();
     warpgroup_fence_operand(rS);
-    release_scores(block == first_block);
-    const bool grows = softmax.step_unseen(rS, scale_log2, rescale, [&](int i) __attribute__((always_inline)) {
-      if constexpr (decltype(early)::value) round_into(next_weights, i);
-    });
-    // NOTE: what keeps ptxas from moving this wait in front of the softmax, which would then hide nothing, is that a
-    // branch (on `grows`, inside) ends the basic block before it.
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(rO);
-    arrive_as_warp(shared.v_empty[v_ring.stage]);
-    v_ring.advance();
-    if constexpr (!decltype(early)::value) {
+    const bool last = block == first_block;
+    if constexpr (kRounding == Rounding::kFromMiddle) release_keys();
+    else release_scores(last);
+    bool rounds = kRounding == Rounding::kBeside;  // NOTE: known to the compiler at every use
+    const auto round = [&](int i) __attribute__((always_inline)) {
+      if (rounds) round_into(next_weights, i);
+    };
+    const auto middle = [&](float (&shift)[2], float (&block_sum)[2][2]) __attribute__((always_inline)) {
+      if constexpr (kRounding == Rounding::kFromMiddle) {
+        // NOTE: the branch keeps ptxas from moving the wait in front of all exponentials, and the additions of 0 in it from
+        // moving what stands before it behind it, and the other way round.
+        if (last) {
+          const float zero = params.softcap;  // else there were no plain step
 #pragma unroll
-      for (int i = 0; i < decltype(size(rS))::value; i += 2) round_into(next_weights, i);
+          for (int r = 0; r < 2; ++r) {
+            asm volatile("add.f32 %0, %0, %1;" : "+f"(shift[r]) : "f"(zero));
+            asm volatile("add.f32 %0, %0, %1;" : "+f"(block_sum[r][0]) : "f"(zero));
+            asm volatile("add.f32 %0, %0, %1;" : "+f"(block_sum[r][1]) : "f"(zero));
+          }
+          arrive_as_warp(shared.q_empty[q_ring.stage]);
+          q_ring.advance();
+        }
+        finish_values();
+        warpgroup_fence_operand(rS);
+#pragma unroll
+        for (int i = 0; i < kHalf; i += 2) round_into(next_weights, i);
+        rounds = true;
+      }
+    };
+    const bool changes = softmax.step_unseen(rS, scale_log2, rescale, round, middle);
+    // NOTE: what keeps ptxas from moving this wait in front of the softmax, which would then hide nothing, is that a
+    // branch (on `changes`, inside) ends the basic block before it.
+    if constexpr (kRounding != Rounding::kFromMiddle) finish_values();
+    if constexpr (kRounding == Rounding::kAfter) {
+#pragma unroll
+      for (int i = 0; i < 2 * kHalf; i += 2) round_into(next_weights, i);
     }
-    if (grows) rescale_output();
+    if (changes) rescale_output();
     --block;
   };
 
@@ -302,15 +339,15 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       warpgroup_fence_operand(rS);
       OnlineSoftmax next_softmax;
       if (same_tile) next_softmax = softmax;
-      bool grows = false;
+      bool changes = false;
       if (more) {
         release_scores(block == first_block);
-        grows = weigh(next_softmax);
+        changes = weigh(next_softmax);
       }
       finish_output();
       round_weights();
       if (same_tile) {
-        if (grows) rescale_output();
+        if (changes) rescale_output();
       } else if (running) {
         write_output(output_slot);
       }
@@ -363,10 +400,10 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       warpgroup_wait<Config::kOverlapsSoftmax ? 1 : 0>();
       warpgroup_fence_operand(rS);
       release_scores(block == first_block);
-      const bool grows = weigh(softmax);
+      const bool changes = weigh(softmax);
       finish_output();
       round_weights();
-      if (grows) rescale_output();
+      if (changes) rescale_output();
       --block;
     }
 
@@ -375,15 +412,17 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     if (block >= seen.end_plain) continue;
     if constexpr (Config::kTwoWeights) {
       // In pairs, so that the compiler knows which weights are whose.
+      constexpr C<Rounding::kBeside> kBeside{};
 #pragma unroll 1
       while (block > first_plain) {
-        plain_step(rP, rNext, true_type{});
-        plain_step(rNext, rP, true_type{});
+        plain_step(rP, rNext, kBeside);
+        plain_step(rNext, rP, kBeside);
       }
-      if (block == first_plain) plain_step(rP, rP, false_type{});
+      if (block == first_plain) plain_step(rP, rP, C<Rounding::kAfter>{});
     } else {
+      constexpr C<Config::kRoundsFromMiddle ? Rounding::kFromMiddle : Rounding::kAfter> kWhen{};
 #pragma unroll 1
-      while (block >= first_plain) plain_step(rP, rP, false_type{});
+      while (block >= first_plain) plain_step(rP, rP, kWhen);
     }
   }
   if constexpr (Config::kStagesO > 0) tma_store_wait<0>();  // by every thread, since any may have stored

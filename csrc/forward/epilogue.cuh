@@ -85,7 +85,7 @@ __device__ __forceinline__ void store_boxes(const ForwardArguments& arguments, F
                                             const Tile& tile, const Output& rO) {
   constexpr int kRowBytes = 2 * Config::kPanelV, kPanelBytes = 16 * kRowBytes, kChunks = kRowBytes / 16;
   constexpr int kTogether = Config::kStagesO == Config::kPanelsO ? Config::kPanelsO : 1;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4, row = lane % 16;
+  const int lane = threadIdx.x % 32, warp = consumer_thread<Config>() / 32, row = lane % 16;
   auto* const boxes = shared.out + warp * 16 * Config::kPanelV * Config::kStagesO;
   // 16 bytes of a row each, swizzled as the map says.
   const int swizzle = kChunks == 8 ? row % 8 : row / 2 % 4;
@@ -248,7 +248,7 @@ __device__ __forceinline__ void write_unseen_row(const ForwardParams& params, co
 template <class Config>
 __device__ __forceinline__ void write_unseen_tile(const ForwardParams& params, const ForwardShared<Config>& shared,
                                                   const Tile& tile) {
-  const int warp = threadIdx.x / 32 - 4;
+  const int warp = consumer_thread<Config>() / 32;
 #pragma unroll 1
   for (int row = 16 * warp; row < 16 * warp + 16; ++row) {
     const OutputRow at = output_row(params, tile, shared.row[row]);
@@ -262,7 +262,7 @@ __device__ __forceinline__ void write_uncovered_rows(const ForwardArguments& arg
   const ForwardParams& params = arguments.params;
   if (params.q_start == nullptr || params.out_acc != nullptr) return;
   if (!reinterpret_cast<const ScheduleHeader*>(params.workspace)->uncovered) return;
-  constexpr int kWarps = 4 * Config::kConsumers;
+  constexpr int kWarps = 4 * Config::kAllConsumers;
   const int warp = blockIdx.x * kWarps + threadIdx.x / 32 - 4;
 #pragma unroll 1
   for (int first = 32 * warp; first < params.seqlen_q; first += 32 * kWarps * gridDim.x) {

@@ -18,21 +18,10 @@
 
 namespace fa3 {
 
+// What has to be there before a team begins. Called by all threads of a block.
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerProcessor)
-    forward_kernel(const __grid_constant__ ForwardArguments arguments) {
-  // NOTE: a kernel without static shared memory gets its dynamic memory aligned so; rounding the address up instead would
-  // hide from the compiler that it is shared memory.
-  extern __shared__ __align__(1024) unsigned char storage[];
-  auto& shared = *reinterpret_cast<ForwardShared<Config>*>(storage);
-  if (static_cast<uint32_t>(__cvta_generic_to_shared(storage)) % 1024 != 0) __trap();
-  if (threadIdx.x == 0) init_shared(shared, arguments.params.out_acc != nullptr);
-  if (threadIdx.x == 32) {
-    prefetch_tma_descriptor(&arguments.q);
-    prefetch_tma_descriptor(&arguments.k);
-    prefetch_tma_descriptor(&arguments.v);
-    if (arguments.box_queries != 0) prefetch_tma_descriptor(&arguments.out);
-  }
+__device__ __forceinline__ void prepare_team(const ForwardArguments& arguments, ForwardShared<Config>& shared, int team) {
+  if (threadIdx.x == 64 * team) init_shared(shared, arguments.params.out_acc != nullptr);
   if (const int row = threadIdx.x - 128; row >= 0 && row < Config::kQueries) {
     const int query = row / arguments.heads_in_tile;
     shared.row[row] = {static_cast<int16_t>(query < arguments.queries ? query : kNoQuery),
@@ -44,19 +33,39 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerProcessor)
   }
   clear_if_short<Config::kHeadDim, Config::kPanel>(shared.k, arguments.params.head_dim);
   clear_if_short<Config::kHeadDimV, Config::kPanelV>(shared.v, arguments.params.head_dim_v);
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerProcessor)
+    forward_kernel(const __grid_constant__ ForwardArguments arguments) {
+  // NOTE: a kernel without static shared memory gets its dynamic memory aligned so; rounding the address up instead would
+  // hide from the compiler that it is shared memory.
+  extern __shared__ __align__(1024) unsigned char storage[];
+  auto* const teams = reinterpret_cast<ForwardShared<Config>*>(storage);
+  if (static_cast<uint32_t>(__cvta_generic_to_shared(storage)) % 1024 != 0) __trap();
+  if (threadIdx.x == 32) {
+    prefetch_tma_descriptor(&arguments.q);
+    prefetch_tma_descriptor(&arguments.k);
+    prefetch_tma_descriptor(&arguments.v);
+    if (arguments.box_queries != 0) prefetch_tma_descriptor(&arguments.out);
+  }
+#pragma unroll
+  for (int team = 0; team < Config::kTeams; ++team) prepare_team<Config>(arguments, teams[team], team);
   __syncthreads();
   cudaGridDependencySynchronize();  // of packed ranges: until their tiles are listed
 
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) load_tiles<Config>(arguments, shared);
-    if (threadIdx.x >= 32 && threadIdx.x < 64) draw_tiles<Config>(arguments, shared);
-    if (threadIdx.x >= 64 && threadIdx.x < 96 && arguments.params.out_acc != nullptr) {
-      prefetch_state<Config>(arguments, shared);
+    // A team's loading thread and drawing warp; with one team there is a warp left.
+    const int team = Config::kTeams == 1 ? 0 : threadIdx.x / 64, thread = threadIdx.x - 64 * team;
+    if (thread == 0) load_tiles<Config>(arguments, teams[team]);
+    if (thread >= 32 && thread < 64) draw_tiles<Config>(arguments, teams[team], team);
+    if (Config::kTeams == 1 && thread >= 64 && thread < 96 && arguments.params.out_acc != nullptr) {
+      prefetch_state<Config>(arguments, teams[0]);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-    consume<Config>(arguments, shared);
+    consume<Config>(arguments, teams[consumer_team<Config>()]);
   }
 }
 
@@ -145,12 +154,13 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
   int device = 0, processors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  constexpr int kSharedBytes = sizeof(ForwardShared<Config>);
+  constexpr int kSharedBytes = Config::kTeams * sizeof(ForwardShared<Config>);
   static_assert(kSharedBytes <= 227 * 1024);
   cudaError_t error = allow_shared_memory<forward_kernel<Config>>(device, kSharedBytes);
   if (error == cudaSuccess && packed) error = launch_schedule(params, Config::kTile, arguments.heads_in_tile, stream);
   if (error != cudaSuccess) return error;
-  const int64_t blocks = std::min<int64_t>(tiles, Config::kBlocksPerProcessor * std::max(1, processors - params.sm_margin));
+  const int64_t blocks = std::min<int64_t>((tiles + Config::kTeams - 1) / Config::kTeams,
+                                           Config::kBlocksPerProcessor * std::max(1, processors - params.sm_margin));
   return launch(forward_kernel<Config>, blocks, Config::kThreads, kSharedBytes, stream, packed, arguments);
 }
 

@@ -93,14 +93,15 @@ class TileOrder {
 
 // Called by all lanes of a warp, of which one draws and the others help to describe a tile.
 template <class Config>
-__device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, ForwardShared<Config>& shared) {
+__device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, ForwardShared<Config>& shared, int team) {
   const TileOrder<Config> order(arguments);
   const int tiles = order.size();
   TileCounter& counter = *arguments.counter;
   const bool first_lane = threadIdx.x % 32 == 0;
   Ring<kTileSlots> ring;
   uint32_t loaded_parity = 0, drained_parity = 0;
-  int index = blockIdx.x;
+  const int drawers = Config::kTeams * gridDim.x;
+  int index = team * gridDim.x + blockIdx.x;
   // Lost tiles that are to be repeated; more than there are, while none is repeated.
   constexpr int kNone = INT32_MAX;
   int repeat = kNone;
@@ -139,15 +140,15 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
     }
     shared.tile_full[ring.stage].arrive();
     __syncwarp();
-    const bool is_long = tile.blocks.end - tile.blocks.first > kLongTile;
+    const bool is_loaded = tile.blocks.first < tile.blocks.end;
     ring.advance();
 
     if (kind == Tile::kEnd) break;
     if (kind == Tile::kPause) {
       if (index >= tiles && first_lane) {
-        // The last block to get here leaves the counter as it found it.
+        // The last one to get here leaves the counter as it found it.
         __threadfence();
-        if (atomicInc(&counter.finished, gridDim.x - 1) == gridDim.x - 1) atomicExch(&counter.drawn, 0);
+        if (atomicInc(&counter.finished, drawers - 1) == drawers - 1) atomicExch(&counter.drawn, 0);
       }
       // Until the consumers have finished what was drawn.
       wait_as_warp(shared.drained, drained_parity);
@@ -155,11 +156,11 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
       repeat = 0;
     } else if (repeat == kNone) {
       // Who draws early keeps a tile from a block that would have been free for it.
-      if (is_long) {
+      if (is_loaded) {
         wait_as_warp(shared.nearly_loaded, loaded_parity);
         loaded_parity ^= 1;
       }
-      if (first_lane) index = gridDim.x + atomicAdd(&counter.drawn, 1);
+      if (first_lane) index = drawers + atomicAdd(&counter.drawn, 1);
       index = __shfl_sync(0xffffffffu, index, 0);
     }
   }
@@ -254,9 +255,10 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
       begin_tile();
       continue;
     }
-    const bool is_long = blocks.end - blocks.first > kLongTile;
+    const bool is_long = blocks.end - blocks.first > kLeadBlocks;
     // The next Q comes early where there are two stages: the one before this tile's is free once this tile is under way.
-    const int next_q = Config::kStagesQ == 1 ? blocks.first : is_long ? blocks.first + 1 : max(blocks.end - 2, blocks.first);
+    const int next_q = Config::kStagesQ == 2 && is_long ? blocks.first + 1 : blocks.first;
+    const int lead_block = min(blocks.end, blocks.first + kLeadBlocks) - 1;
 #pragma unroll 1
     for (int block = blocks.end - 1; block >= blocks.first; --block) {
       shared.k_empty[k_ring.stage].wait(k_ring.parity ^ 1);
@@ -267,7 +269,7 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
       load_behind(block == blocks.end - 1);
       behind_slot = slot;
       behind_key = block * Config::kKeys;
-      if (is_long && block == blocks.first + kLongTile - 1 && tile.only_warp == kAllWarps) shared.nearly_loaded.arrive();
+      if (block == lead_block && tile.only_warp == kAllWarps) shared.nearly_loaded.arrive();
       // The next Q waits for the consumers to be done with this one, and the last V must not.
       if (Config::kStagesQ == 1 && block == blocks.first) load_behind(true);
       if (block == next_q) begin_tile();

@@ -15,7 +15,7 @@ inline Sequences sequences_of(const ForwardParams& params) {
   const bool masked = params.window_right != kNoBound;
   // NOTE: ranges' lengths are on the device; the mean is all that the host knows.
   const int keys = params.q_start == nullptr ? params.seqlen_k : params.seqlen_k / std::max(params.ranges, 1);
-  if (params.head_dim <= 64 && !masked && params.window_left == kNoBound && params.q_start == nullptr && keys <= 4096) {
+  if (params.head_dim <= 64 && !masked && params.window_left == kNoBound && params.q_start == nullptr && keys <= 1024) {
     const auto padded = [&](int64_t queries) { return (params.seqlen_q + queries - 1) / queries * queries; };
     const bool fills_processors = padded(256) / 256 * params.heads * params.batch >= 264;
     return fills_processors && padded(256) < padded(192) ? Sequences::kShortFull : Sequences::kLong;

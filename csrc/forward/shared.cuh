@@ -61,7 +61,7 @@ struct TileRow {
 constexpr int kNoQuery = INT16_MAX;
 
 constexpr int kTileSlots = 3;
-constexpr int kLongTile = 4;  // blocks of keys; a longer tile's successor is drawn when no more than these are to come
+constexpr int kLeadBlocks = 4;  // a tile's successor is drawn when no more than so many of its blocks are to be loaded
 
 // Tiles whose weights overflowed (OnlineSoftmax::step_unseen) are drawn again with known maxima: at the end, or when
 // kManyRepeats have come together. By the time that this is seen, every warp may have added those of the tiles under way.
@@ -84,6 +84,7 @@ struct HandOver : Barrier {
   }
 };
 
+// The shared memory of a team.
 template <class Config>
 struct alignas(1024) ForwardShared {
   alignas(1024) typename Config::Element q[Config::kStagesQ][Config::kQueries * Config::kHeadDim];
@@ -110,6 +111,16 @@ struct alignas(1024) ForwardShared {
   Barrier nearly_loaded;
 };
 
+// A consumer's team, and its thread within it.
+template <class Config>
+__device__ __forceinline__ int consumer_team() {
+  return Config::kTeams == 1 ? 0 : (threadIdx.x - 128) / (128 * Config::kConsumers);
+}
+template <class Config>
+__device__ __forceinline__ int consumer_thread() {
+  return threadIdx.x - 128 - consumer_team<Config>() * 128 * Config::kConsumers;
+}
+
 template <class Config>
 __device__ __forceinline__ void init_shared(ForwardShared<Config>& shared, bool continues) {
   constexpr int kConsumerWarps = 4 * Config::kConsumers;
@@ -126,7 +137,7 @@ __device__ __forceinline__ void init_shared(ForwardShared<Config>& shared, bool 
   for (int slot = 0; slot < kTileSlots; ++slot) {
     shared.tile_full[slot].init(32);  // lanes of the warp that draws, any of which may have written
     // All who read a tile: consumers, the thread that loads, and the warp that prefetches a running state.
-    shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + (continues ? 32 : 0));
+    shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + (continues && Config::kTeams == 1 ? 32 : 0));
   }
   shared.drained.init(kConsumerWarps);
   shared.nearly_loaded.init(1);
@@ -175,6 +186,13 @@ struct Ring {
       parity ^= 1;
     }
   }
+
+  // Without a branch, which would end what the compiler can interleave.
+  __device__ __forceinline__ void advance_if(bool condition) {
+    const bool wraps = condition && stage == kStages - 1;
+    stage = wraps ? 0 : stage + condition;
+    parity ^= wraps;
+  }
 };
 
 // One arrival a warp, and one wait: 32 on the same barrier would queue up in front of the tensor cores' reads.
@@ -187,6 +205,32 @@ template <class AnyBarrier>
 __device__ __forceinline__ void wait_as_warp(AnyBarrier& barrier, uint32_t parity) {
   if (threadIdx.x % 32 == 0) barrier.wait(parity);
   __syncwarp();
+}
+
+// The arrival under a condition, without a branch.
+__device__ __forceinline__ void arrive_as_warp_if(bool condition, Barrier& barrier) {
+  __syncwarp();
+  const int arrives = condition && threadIdx.x % 32 == 0;
+  asm volatile("{\n.reg .pred arrives;\nsetp.ne.b32 arrives, %0, 0;\n@arrives mbarrier.arrive.shared::cta.b64 _, [%1];\n}"
+               ::"r"(arrives), "r"(cast_smem_ptr_to_uint(&barrier))
+               : "memory");
+}
+
+// Waits for two barriers; if both phases are over, as they mostly are, in the time of one wait.
+__device__ __forceinline__ void wait_for_both(Barrier& first, uint32_t first_parity, Barrier& second,
+                                              uint32_t second_parity) {
+  int done;
+  asm volatile(
+      "{\n.reg .pred first, second;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 first, [%1], %2;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 second, [%3], %4;\n"
+      "and.pred first, first, second;\nselp.b32 %0, 1, 0, first;\n}"
+      : "=r"(done)
+      : "r"(cast_smem_ptr_to_uint(&first)), "r"(first_parity), "r"(cast_smem_ptr_to_uint(&second)), "r"(second_parity)
+      : "memory");
+  if (done) return;
+  first.wait(first_parity);
+  second.wait(second_parity);
 }
 
 }  // namespace fa3

@@ -91,20 +91,22 @@ struct OnlineSoftmax {
       grows = grows || follows;
     }
     float block_sum[2][2];
-    weigh(scores, scale_log2, shift, block_sum, [](int) {});
+    weigh(scores, scale_log2, shift, block_sum, [](int) {}, [](auto&, auto&) {});
     sum[0] += block_sum[0][0] + block_sum[0][1];
     sum[1] += block_sum[1][0] + block_sum[1][1];
     return __any_sync(0xffffffffu, grows);
   }
 
   // The same for rows that have all seen a key, without looking for the maximum first; rounds each pair of weights by
-  // round(index of the first). If a sum shows that the reference lags too far behind, all is scaled down by a power of 2,
-  // which is exact; a weight that overflowed has no value left to scale, and `lost` says so.
-  template <class Scores, class Round>
-  __device__ __forceinline__ bool step_unseen(Scores& scores, float scale_log2, float (&rescale)[2], Round round) {
+  // round(index of the first), and calls middle(shift, block_sum) half-way. If a sum shows that the reference lags too far
+  // behind, all is scaled down by a power of 2, which is exact; a weight that overflowed has no value left to scale, and
+  // `lost` says so.
+  template <class Scores, class Round, class Middle>
+  __device__ __forceinline__ bool step_unseen(Scores& scores, float scale_log2, float (&rescale)[2], Round round,
+                                              Middle middle) {
     constexpr int kBlocks = decltype(size(scores))::value / 4;
     float block_sum[2][2];
-    weigh(scores, scale_log2, reference, block_sum, round);
+    weigh(scores, scale_log2, reference, block_sum, round, middle);
     block_sum[0][0] += block_sum[0][1];
     block_sum[1][0] += block_sum[1][1];
     const bool grows = __any_sync(0xffffffffu, fmaxf(block_sum[0][0], block_sum[1][0]) >= kLargestSum);
@@ -132,12 +134,14 @@ struct OnlineSoftmax {
   }
 
  private:
-  template <class Scores, class Round>
-  __device__ __forceinline__ static void weigh(Scores& scores, float scale_log2, const float (&shift)[2],
-                                               float (&block_sum)[2][2], Round round) {
+  template <class Scores, class Round, class Middle>
+  __device__ __forceinline__ static void weigh(Scores& scores, float scale_log2, const float (&reference)[2],
+                                               float (&block_sum)[2][2], Round round, Middle middle) {
     constexpr int kBlocks = decltype(size(scores))::value / 4;
+    float shift[2] = {reference[0], reference[1]};
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
+      if (i == kBlocks / 2) middle(shift, block_sum);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
 #pragma unroll
