@@ -263,6 +263,9 @@ class Measurement:
     def _first(self, name: str, call: Callable[[], Call], local: Inputs) -> tuple[Call, Results] | None:
         """Builds and runs a call on every rank; None, and refused, where one cannot. Notes the memory at its peak."""
         reason, built, results = None, None, None
+        exchange = self.setup.modes[name].exchange if name in self.setup.modes else None
+        if isinstance(exchange, DistributedExchange):
+            exchange.free_places()
         before = _allocated(self.setup.device)
         try:
             built = call()
@@ -271,6 +274,8 @@ class Measurement:
         except CannotRun as error:
             reason = str(error)
         peak = _peak_since(before, self.setup.device)
+        if peak is not None and isinstance(exchange, DistributedExchange):
+            peak += exchange.place_bytes
         reasons = self.setup.of_all_ranks(reason)
         if any(reasons):
             rank = next(rank for rank, each in enumerate(reasons) if each)

@@ -20,12 +20,14 @@ from fa3_dist.parallel.exchange import (
     DistributedExchange,
     Exchange,
     InProcessExchange,
+    Place,
     RingError,
     Traffic,
     Watchdog,
     _tolerate_captures,
     run_in_process,
 )
+from fa3_dist.parallel.peer_copy import ALIGNMENT, carve, message_bytes
 from tests.distributed import run_distributed, run_processes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.float8_e4m3fn)
@@ -513,7 +515,54 @@ def test_nccl():
     assert run_distributed(world, nccl_worker, backend="nccl") == [expected] * world
 
 
-def nccl_lost_peer(rank: int, world: int, is_killed: bool) -> tuple:
+def places_worker(rank: int, world: int, peer_copies: bool) -> dict[str, Any]:
+    """Messages into places, of which some grow, some are empty, and all are read long after the next one was sent."""
+    exchange = DistributedExchange(peer_copies=peer_copies or rank > 0)
+    rows_of = torch.randint(0, 9000, (40, world), generator=torch.Generator().manual_seed(0)).tolist()
+    streams, read, expected = [torch.cuda.Stream() for _ in range(2)], [], []
+    for i, rows in enumerate(rows_of):
+        rows = [count if count > 500 else 0 for count in rows]  # sent by each rank
+        shift = 1 + i % (world - 1)
+        source, place = (rank - shift) % world, Place(i % 2, max(rows))
+        with torch.cuda.stream(streams[i // 7 % 2]):  # the stream changes now and then
+            sent = [torch.full((rows[rank], *form), 100.0 * i + rank, dtype=dtype, device="cuda")
+                    for form, dtype in (((3, 5), torch.float32), ((7,), torch.bfloat16))]  # fmt: skip
+            room = exchange.room(sent, rows[source], place)
+            exchange.exchange(send=sent, destination=(rank + shift) % world, receive=room, source=source, what="K/V",
+                              step=shift, place=place).wait()  # fmt: skip
+            torch.cuda._sleep(300_000 if (i + rank) % 3 else 0)
+            read += [part.float().clone() for part in room]
+        expected += [torch.full_like(part, 100.0 * i + source, dtype=dtype).float()
+                     for part, dtype in zip(room, (torch.float32, torch.bfloat16))]  # fmt: skip
+    torch.cuda.synchronize()
+    used = exchange.place_bytes
+    exchange.free_places()
+    return {"wrong": [i for i, pair in enumerate(zip(read, expected)) if not torch.equal(*pair)], "bytes": used,
+            "freed": exchange.place_bytes}  # fmt: skip
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("peer_copies", [True, False])
+def test_messages_into_places(peer_copies: bool):
+    """By copy engines; or, since one rank does not want these, by NCCL on all of them."""
+    found = run_distributed(torch.cuda.device_count(), places_worker, peer_copies, backend="nccl", timeout=120.0)
+    assert [each["wrong"] for each in found] == [[]] * len(found)
+    assert all((each["bytes"] > 0) is peer_copies and each["freed"] == 0 for each in found)
+
+
+def test_carve_keeps_parts_apart_and_aligned():
+    like = [torch.zeros(1, 3, dtype=torch.bfloat16), torch.zeros(1, 2, 2)]
+    place = torch.zeros(message_bytes(like, 50), dtype=torch.uint8)
+    parts = carve(place, like, 50)
+    assert [tuple(part.shape) for part in parts] == [(50, 3), (50, 2, 2)]
+    assert [part.dtype for part in parts] == [x.dtype for x in like]
+    assert all((part.data_ptr() - place.data_ptr()) % ALIGNMENT == 0 for part in parts)
+    parts[0].fill_(1.0)
+    assert not parts[1].any() and (parts[1].data_ptr() - parts[0].data_ptr()) == 2 * ALIGNMENT  # of 300 bytes
+    assert [len(part) for part in carve(place, like, 0)] == [0, 0]
+
+
+def nccl_lost_peer(rank: int, world: int, is_killed: bool, by_copy: bool) -> tuple:
     exchange = DistributedExchange(timeout=3.0)
     if rank == 0:
         if is_killed:
@@ -521,19 +570,21 @@ def nccl_lost_peer(rank: int, world: int, is_killed: bool) -> tuple:
         time.sleep(20.0)
         return ()
     started = time.monotonic()
+    place = Place(0, 2) if by_copy else None
     receive = torch.zeros(2, device="cuda")
-    start(exchange, None, receive, what="dK/dV").wait()
+    exchange.exchange(send=None, destination=0, receive=receive, source=0, what="dK/dV", step=1, place=place).wait()
     queued = time.monotonic() - started
     with pytest.raises(RingError) as caught:
-        torch.cuda.synchronize()  # ends because the watchdog aborts the group
+        torch.cuda.synchronize()  # ends because the watchdog aborts the group, and releases who waits for a copy
         start(exchange, None, receive).wait()
     return queued, time.monotonic() - started, str(caught.value)
 
 
 @pytest.mark.multi_gpu
+@pytest.mark.parametrize("by_copy", [False, True], ids=["nccl", "copy"])
 @pytest.mark.parametrize("is_killed", [False, True], ids=["silent", "killed"])
-def test_nccl_names_a_lost_peer_and_the_host_does_not_wait(is_killed: bool):
-    outcome = run_processes(2, nccl_lost_peer, is_killed, backend="nccl", without=[0], timeout=60.0)[1]
+def test_a_lost_peer_is_named_and_the_host_does_not_wait(is_killed: bool, by_copy: bool):
+    outcome = run_processes(2, nccl_lost_peer, is_killed, by_copy, backend="nccl", without=[0], timeout=60.0)[1]
     assert outcome.error is None, outcome.error
     queued, seconds, text = outcome.result
     assert queued < 1.0 and seconds < 10.0

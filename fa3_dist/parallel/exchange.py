@@ -13,6 +13,9 @@ An exchange is started before the work that hides it and waited for after it:
 A message may have several parts, such as K and V: tensors that travel together, each from where it lies to where it is
 wanted. What has no elements is never sent; both sides know every size from the schedule, so both skip it. A peer that
 is dead or stuck becomes a `RingError` that names this rank, the step, what was awaited and the peer, in time.
+
+Where a message lands may be the exchange's to say (`Exchange.room`): between GPUs of one host it then travels by copy
+engines (`peer_copy.py`), which take no SMs from attention.
 """
 
 from __future__ import annotations
@@ -28,13 +31,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fa3_dist.parallel import peer_copy
 from fa3_dist.parallel.observe import COMMUNICATION, Observer
+from fa3_dist.parallel.peer_copy import PeerCopies
 
 logger = logging.getLogger("fa3_dist")
 
@@ -78,6 +83,13 @@ class Traffic:
         self.bytes_received += _bytes(receive)
 
 
+class Place(NamedTuple):
+    """Where messages land, one after the other: a number that all ranks have in common, and how large they may be."""
+
+    number: int
+    most_rows: int  # of the messages of all ranks
+
+
 class Pending(Protocol):
     """An exchange under way."""
 
@@ -90,6 +102,7 @@ class Exchange(Protocol):
     """What a ring needs: its place in the ring, and messages to and from any other rank.
 
     All ranks start their exchanges in the same order; between two ranks, messages match in the order they were started.
+    A message into a place that the exchange has (`room`) is one into that place on either side.
     `sm_margin` is the number of SMs that the attention kernels leave to transfers under way (0 on the CPU). `observer`,
     if it is not None, is told when messages travel and, by the ring, when attention computes.
     """
@@ -100,8 +113,15 @@ class Exchange(Protocol):
     stats: Traffic
     observer: Observer | None
 
+    def room(self, like: Sequence[Tensor], rows: int, place: Place) -> Parts:
+        """Memory for a message to come: `rows` rows of the form that those of each tensor have.
+
+        Called by all ranks together, with the same place and rows of the same form. It may be the place's: then it is
+        valid until all work that was queued before the next exchange into that place.
+        """
+
     def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
-                 step: int) -> Pending:
+                 step: int, place: Place | None = None) -> Pending:
         """Starts sending `send` to rank `destination` and filling `receive` from rank `source`.
 
         Args:
@@ -109,6 +129,7 @@ class Exchange(Protocol):
                 that direction.
             destination, source: ranks of this ring.
             what, step: what travels and in which step, for error messages.
+            place: the one that every rank's `receive` is from; None: they are from anywhere.
         """
 
     def let_begin(self) -> None:
@@ -144,11 +165,20 @@ class Subgroup:
         """See `Exchange.let_begin`."""
         self._exchange.let_begin()
 
+    def room(self, like: Sequence[Tensor], rows: int, place: Place) -> Parts:
+        """See `Exchange.room`. The places are of all ranks, which may not come here together."""
+        return new_room(like, rows)
+
     def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
-                 step: int) -> Pending:
+                 step: int, place: Place | None = None) -> Pending:
         """See `Exchange.exchange`."""
         return self._exchange.exchange(send=send, destination=self.members[destination], receive=receive,
                                        source=self.members[source], what=what, step=step)
+
+
+def new_room(like: Sequence[Tensor], rows: int) -> Parts:
+    """`Exchange.room` of an exchange that has no places of its own."""
+    return tuple(x.new_empty(rows, *x.shape[1:]) for x in like)
 
 
 def exchange_with_all(exchange: Exchange, send: Sequence[Tensor], receive: Sequence[Tensor], what: str) -> None:
@@ -241,6 +271,9 @@ class DistributedExchange:
     it, and the error is raised by the next call of `exchange` or `wait`. Transfers may be captured in a CUDA graph,
     once a step like it has run; nobody looks after those of a replay but NCCL's own watchdog.
 
+    Where all ranks are GPUs of one host, messages into places (`room`) go by copy engines, without NCCL; not those of a
+    CUDA graph. The places stay allocated, outside of PyTorch's allocator, as long as the exchange does (`place_bytes`).
+
     All connections between ranks are made here, one shift after the other on every rank, and not in the first step that
     needs them. So all ranks of the group construct it together.
 
@@ -253,15 +286,17 @@ class DistributedExchange:
             environment, or 0. `make context` times some margins.
         head_start: microseconds by which a transfer is ahead of the attention that hides it (CUDA; see `let_begin`);
             None: FA3_DIST_HEAD_START of the environment, or HEAD_START.
+        peer_copies: whether copy engines are to be used where they can be; None: FA3_DIST_PEER_COPIES of the
+            environment (1 or 0), or yes. No, if some rank says no.
     Raises:
-        ValueError: this process is not in the group, the timeout is not positive, the margin is no number of SMs, or
-            the head start no time.
+        ValueError: this process is not in the group, the timeout is not positive, the margin is no number of SMs, the
+            head start no time, or the environment says something else than these.
         RingError: a peer did not answer.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, device: torch.device | None = None,
                  timeout: float | timedelta | None = None, sm_margin: int | None = None,
-                 head_start: float | None = None):
+                 head_start: float | None = None, peer_copies: bool | None = None):
         self.group: dist.ProcessGroup = _world_group() if group is None else group
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
@@ -276,21 +311,48 @@ class DistributedExchange:
         self.head_start = _default_head_start() if head_start is None else head_start
         if not 0 <= self.head_start < float("inf"):
             raise ValueError(f"head_start is {self.head_start}: expected microseconds, 0 or more")
+        peer_copies = _default_peer_copies() if peer_copies is None else peer_copies
         self.stats = Traffic()
         self.observer: Observer | None = None
+        self._peers: PeerCopies | None = None
         self._stream: Any = None
         self._posted: _StreamPending | None = None  # the last one since `let_begin`
         self._watchdog: Watchdog | None = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
-            self._watchdog = Watchdog(
-                self.timeout, self.group._get_backend(self.device).abort, prepare=_tolerate_captures
-            )
+            self._watchdog = Watchdog(self.timeout, self._abort, prepare=_tolerate_captures)
             weakref.finalize(self, self._watchdog.stop)
         self._connect()
+        if self.device.type == "cuda" and self.world > 1:
+            self._peers = peer_copy.connect(self.group, self.device, peer_copies)
+            if self._peers is not None:
+                self._connect()
+
+    @property
+    def place_bytes(self) -> int:
+        """Bytes of the places on this rank, which PyTorch's allocator does not count."""
+        return 0 if self._peers is None else self._peers.nbytes
+
+    def free_places(self) -> None:
+        """Gives the places' memory back, until the next message into one. Called by all ranks of the group together;
+        the host waits for the device."""
+        if self._peers is not None:
+            self._peers.free()
+
+    def room(self, like: Sequence[Tensor], rows: int, place: Place) -> Parts:
+        """See `Exchange.room`."""
+        if not self._has_places():
+            return new_room(like, rows)
+        assert self._peers is not None and self._watchdog is not None
+        self._watchdog.raise_failure()
+        return self._peers.room(place.number, like, rows, place.most_rows)
+
+    def _has_places(self) -> bool:
+        """Whether messages into places go by copy engines now: their counts would be wrong in a graph's second run."""
+        return self._peers is not None and not torch.cuda.is_current_stream_capturing()
 
     def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
-                 step: int) -> Pending:
+                 step: int, place: Place | None = None) -> Pending:
         """See `Exchange.exchange`."""
         send, receive = _parts(send), _parts(receive)
         if not send and not receive:
@@ -303,7 +365,7 @@ class DistributedExchange:
         transfer = _Transfer(self.rank, step, what, destination if send else None, source if receive else None)
         if self._stream is None:
             return _HostPending(self, transfer, send, receive)
-        return self._post_on_stream(transfer, send, receive)
+        return self._post_on_stream(transfer, send, receive, place if self._has_places() else None)
 
     def let_begin(self) -> None:
         """See `Exchange.let_begin`.
@@ -316,26 +378,44 @@ class DistributedExchange:
                 torch.cuda._sleep(round(self.head_start * 1e-6 * SM_CLOCK))
         self._posted = None
 
-    def _post_on_stream(self, transfer: _Transfer, send: Parts, receive: Parts) -> Pending:
+    def _post_on_stream(self, transfer: _Transfer, send: Parts, receive: Parts, place: Place | None) -> Pending:
         assert self._watchdog is not None
         self._watchdog.raise_failure()
-        ops = [dist.P2POp(dist.irecv, part, group=self.group, group_peer=transfer.source) for part in receive]
-        ops += [dist.P2POp(dist.isend, part, group=self.group, group_peer=transfer.destination) for part in send]
         # The side stream starts where the current one stands: `send` is then written, and `receive` no longer in use.
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        if place is None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        else:
+            assert self._peers is not None
+            self._peers.follow(self._stream)
         with torch.cuda.stream(self._stream):
             observer, begun = _begin(self.observer, transfer, send)
-            for work in dist.batch_isend_irecv(ops):
-                work.wait()  # orders the side stream after the transfer; the host does not wait
+            if place is None:
+                self._post_to_group(transfer, send, receive)
+            else:
+                assert self._peers is not None
+                self._peers.queue(place.number, send, transfer.destination, transfer.source)
             if observer is not None:
                 observer.end(begun)
             done = torch.cuda.Event()
             done.record(self._stream)
-        self._posted = pending = _StreamPending(self._watchdog, transfer, (*send, *receive), done, self.device)
+        pending = _StreamPending(self._watchdog, transfer, (*send, *receive), done, self.device)
+        self._posted = pending if place is None else None
         # NOTE: an event that is part of a CUDA graph being captured must not be queried.
         if not torch.cuda.is_current_stream_capturing():
             self._watchdog.watch(pending)
         return pending
+
+    def _post_to_group(self, transfer: _Transfer, send: Parts, receive: Parts) -> None:
+        ops = [dist.P2POp(dist.irecv, part, group=self.group, group_peer=transfer.source) for part in receive]
+        ops += [dist.P2POp(dist.isend, part, group=self.group, group_peer=transfer.destination) for part in send]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()  # orders the side stream after the transfer; the host does not wait
+
+    def _abort(self) -> None:
+        """Ends every wait for another rank on this rank's streams. Called by the watchdog."""
+        if self._peers is not None:
+            self._peers.release()
+        self.group._get_backend(self.device).abort()
 
     def _connect(self) -> None:
         """Sends one byte to every other rank: to rank + 1 while receiving from rank - 1, then 2, 3, ... In each round
@@ -542,6 +622,13 @@ def _default_head_start() -> float:
         raise ValueError(f"FA3_DIST_HEAD_START is {given!r}: expected microseconds, 0 or more") from None
 
 
+def _default_peer_copies() -> bool:
+    given = os.environ.get("FA3_DIST_PEER_COPIES", "1")
+    if given not in ("0", "1"):
+        raise ValueError(f"FA3_DIST_PEER_COPIES is {given!r}: expected 1 or 0")
+    return given == "1"
+
+
 def _seconds(timeout: float | timedelta) -> float:
     return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
 
@@ -663,8 +750,12 @@ class InProcessExchange:
         self._hub = hub
         self._numbers: Counter[tuple[int, int]] = Counter()  # messages so far, by (source, destination)
 
+    def room(self, like: Sequence[Tensor], rows: int, place: Place) -> Parts:
+        """See `Exchange.room`."""
+        return new_room(like, rows)
+
     def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
-                 step: int) -> Pending:
+                 step: int, place: Place | None = None) -> Pending:
         """See `Exchange.exchange`."""
         send, receive = _parts(send), _parts(receive)
         self.stats._count(send, receive)

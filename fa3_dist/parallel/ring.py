@@ -33,7 +33,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +42,7 @@ from torch import Tensor
 
 from fa3_dist import ops
 from fa3_dist.algebra import accumulator_dtype
-from fa3_dist.parallel.exchange import Exchange, Pending
+from fa3_dist.parallel.exchange import Exchange, Pending, Place
 from fa3_dist.parallel.observe import computing
 from fa3_dist.parallel.schedule import Layout, Span, Step, Visit, ring_schedule, step_sizes
 from fa3_dist.parallel.sharding import upload
@@ -130,13 +130,13 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, exchange: Exch
 
     if plan.remote:
         kv = _KeyRows(k.contiguous(), v.contiguous())
-        arriving = _fetch(kv, plan.remote[0].step, exchange)
+        arriving = _fetch(kv, plan, 0, exchange)
     attend(0, plan.local, k, v, exchange.sm_margin if plan.remote else 0)
-    for step, following in zip_longest(plan.remote, plan.remote[1:]):
-        come = arriving.wait()
-        if following is not None:
-            arriving = _fetch(kv, following.step, exchange)
-        attend(step.step.shift, step.forward, *come, 0 if following is None else exchange.sm_margin)
+    for index, step in enumerate(plan.remote):
+        come, is_last = arriving.wait(), index + 1 == len(plan.remote)
+        if not is_last:
+            arriving = _fetch(kv, plan, index + 1, exchange)
+        attend(step.step.shift, step.forward, *come, 0 if is_last else exchange.sm_margin)
     return out, lse
 
 
@@ -157,7 +157,7 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
     opening, closing = plan.parts_of_local(T * G, k.device)
     if plan.remote:
         kv = _KeyRows(k.contiguous(), v.contiguous())
-        arriving = _fetch(kv, plan.remote[0].step, exchange)
+        arriving = _fetch(kv, plan, 0, exchange)
     delta = make_delta()
     dq = q.new_zeros(q.shape, dtype=sum_dtype)
     own = _KeyRows(*(x.new_zeros(x.shape, dtype=sum_dtype) for x in (k, v)))
@@ -178,17 +178,18 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
     if opening:
         add_gradients(0, opening, _KeyRows(k, v), own, exchange.sm_margin)
     returning: list[_Returning] = []
-    for step, following in zip_longest(plan.remote, plan.remote[1:]):
+    for index, step in enumerate(plan.remote):
         come = arriving.wait()
-        if following is not None:
-            arriving = _fetch(kv, following.step, exchange)
+        if index + 1 < len(plan.remote):
+            arriving = _fetch(kv, plan, index + 1, exchange)
         before, returning = returning, []
-        for heads in _head_parts(q.shape[1], G, step.most_rows * (D + E) * sum_dtype.itemsize, k.device):
+        parts = _head_parts(q.shape[1], G, step.most_rows * (D + E) * sum_dtype.itemsize, k.device)
+        for part, heads in enumerate(parts):
             dkv = _KeyRows(*(x.new_zeros(len(x), heads.kv_count, x.shape[2], dtype=sum_dtype) for x in come))
             add_gradients(step.step.shift, step.backward, come, dkv, exchange.sm_margin, heads)
             if before:
                 before.pop(0).add_to(own)  # its buffers go before the next ones come
-            returning.append(_Returning(heads, _send_home(dkv, step.step, exchange)))
+            returning.append(_Returning(heads, _send_home(dkv, plan, index, part, exchange)))
             del dkv
         while before:
             before.pop(0).add_to(own)
@@ -255,15 +256,17 @@ def _head_parts(heads: int, kv_heads: int, head_bytes: int, device: torch.device
 # ------------------------------------------------------------------------------------------------- messages
 
 
+# Where messages land: K/V of a step while those of the step before are read; dK/dV of each part of the heads, which are
+# added up before the next ones are asked for.
+KV_PLACES, DKV_PLACES = (0, 1), (2, 3)
+
+
 class _KeyRows(NamedTuple):
     """Rows of K and V, or of their gradients: the parts of a message."""
 
     k: Tensor  # (N, G, D)
     v: Tensor  # (N, G, E)
 
-    def room_for(self, spans: Sequence[Span]) -> _KeyRows:
-        """Memory for as many rows as the spans have, like these."""
-        return _KeyRows(*(x.new_empty(_total(spans), *x.shape[1:]) for x in self))
 
 
 class _Arrival(NamedTuple):
@@ -290,19 +293,22 @@ class _Returning(NamedTuple):
             _add_rows(x, rows, self.arrival.spans)
 
 
-def _fetch(kv: _KeyRows, step: Step, exchange: Exchange) -> _Arrival:
-    """Starts bringing the K/V rows that this step needs, and sending the rows another rank needs in it."""
-    rows = kv.room_for(step.receive)
+def _fetch(kv: _KeyRows, plan: RingPlan, index: int, exchange: Exchange) -> _Arrival:
+    """Starts bringing the K/V rows that a remote step needs, and sending the rows another rank needs in it."""
+    step, place = plan.remote[index].step, Place(KV_PLACES[index % 2], plan.most_rows)
+    rows = _KeyRows(*exchange.room(kv, _total(step.receive), place))
     pending = exchange.exchange(send=[_gather(x, step.send) for x in kv], destination=step.destination, receive=rows,
-                                source=step.source, what="K/V", step=step.shift)
+                                source=step.source, what="K/V", step=step.shift, place=place)
     return _Arrival(pending, rows, step.receive)
 
 
-def _send_home(dkv: _KeyRows, step: Step, exchange: Exchange) -> _Arrival:
-    """Starts sending dK/dV of the rows that came in this step to their owner; what arrives belongs to rows sent."""
-    rows = dkv.room_for(step.send)
+def _send_home(dkv: _KeyRows, plan: RingPlan, index: int, part: int, exchange: Exchange) -> _Arrival:
+    """Starts sending dK/dV of the rows that came in a remote step to their owner, those of a part of the heads; what
+    arrives belongs to rows sent."""
+    step, place = plan.remote[index].step, Place(DKV_PLACES[part], plan.most_rows)
+    rows = _KeyRows(*exchange.room(dkv, _total(step.send), place))
     pending = exchange.exchange(send=dkv, destination=step.source, receive=rows, source=step.destination,
-                                what="dK/dV", step=step.shift)
+                                what="dK/dV", step=step.shift, place=place)
     return _Arrival(pending, rows, step.send)
 
 
@@ -355,6 +361,7 @@ class RingPlan(NamedTuple):
     local_backward: tuple[Launch, ...]
     opening: tuple[Launch, ...]  # the same in two parts: this one hides the first K/V,
     closing: tuple[Launch, ...]  # and this one the last dK/dV
+    most_rows: int  # that come to a rank in a remote step, of all ranks and steps
     alone: Launch | None  # all there is, in both directions, where there are no messages and no running sums
 
     def parts_of_local(self, kv_rows: int, device: torch.device) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
@@ -384,7 +391,8 @@ def ring_plan(layout: Layout, rank: int, window_left: int | None, window_right: 
     # One launch each way: every row is in one visit of the forward, so in one of the backward, and so are the keys.
     is_alone = not remote and len(local) == len(local_backward) == 1
     alone = {name: local[0][name] for name in BACKWARD_COLUMNS} if is_alone else None
-    return RingPlan(local, remote, local_backward, opening_launches, closing_launches, alone)
+    most = max((step.most_rows for step in remote), default=0)
+    return RingPlan(local, remote, local_backward, opening_launches, closing_launches, most, alone)
 
 
 def _split_local(launches: Launches) -> tuple[Launches, Launches]:

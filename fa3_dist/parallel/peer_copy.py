@@ -1,0 +1,227 @@
+"""Messages between the GPUs of one host by their copy engines, which leave all SMs to attention.
+
+A kernel that moves messages, as NCCL's do, takes SMs that attention was to have, and waits for some to be free. A copy
+engine takes none. But then nothing may run on an SM that says when: a persistent attention kernel leaves no room even
+for a single block. So ranks tell each other by stream memory operations of the driver (`cuStreamWriteValue32`,
+`cuStreamWaitValue32`), which the GPU's front end carries out.
+
+Every rank has landing places in memory that the others can write to (PyTorch's symmetric memory), numbered alike on all
+ranks. A message into place s, from `source` to `destination`, is
+
+    destination:  write ready[destination, s] = n at the source     once its stream has read what lay there before
+    source:       wait until that is n, copy, write arrived[source, s] = n at the destination
+    destination:  wait until that is n
+
+where n counts the messages between the two through that place. Each pair has counters of its own, so that a message of
+another rank never passes for the one that is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+PLACES = 4  # that a rank has
+ALIGNMENT = 256  # bytes, of each part of a message
+SPARE = 1.25  # how much larger than asked for a place becomes that has to grow: packed batches differ in length
+WAIT_GREATER_OR_EQUAL, WRITE_DEFAULT = 0, 0  # CU_STREAM_WAIT_VALUE_GEQ (cyclic), CU_STREAM_WRITE_VALUE_DEFAULT
+FAR_AHEAD = 1 << 20  # messages: what a count is set to, beyond its value, to release whoever waits for it
+READY, ARRIVED = 0, 1
+
+
+class PeerCopies:
+    """One rank's landing places, and the way into those of the others. Made by `connect`.
+
+    Args:
+        group: ranks of one host, every one of which makes this object.
+        device: this rank's.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self.device = device
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self._group = group
+        self._driver = _Driver()
+        self._places: dict[int, _Shared] = {}
+        self._sent: Counter[tuple[int, int]] = Counter()  # messages so far, by (peer, place)
+        self._received: Counter[tuple[int, int]] = Counter()
+        self._reader: Any = None  # the stream where places are read
+        self._release_stream = torch.cuda.Stream(device)
+        self._flags = _Shared((2, self.world, PLACES), torch.int32, device, group)  # ready and arrived; peer; place
+        self._flags.own.zero_()
+        torch.cuda.synchronize(device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the landing places, which PyTorch's allocator does not count."""
+        return sum(place.own.nbytes for place in self._places.values())
+
+    def room(self, place: int, like: Sequence[Tensor], rows: int, most_rows: int) -> tuple[Tensor, ...]:
+        """Where a message of `rows` rows of each of some tensors will land: (rows, ...) each.
+
+        Called by all ranks together, with the same place and most_rows and tensors with rows of the same form: where
+        the place is too small it grows on all of them, and the host waits for the device. What is there is valid until
+        the place is asked for again.
+
+        Args:
+            most_rows: of all ranks' messages into that place that are known to come.
+        """
+        wanted = message_bytes(like, most_rows)
+        if place not in self._places or self._places[place].own.nbytes < wanted:
+            self._grow(place, wanted)
+        return carve(self._places[place].own, like, rows)
+
+    def queue(self, place: int, send: Sequence[Tensor], destination: int | None, source: int | None) -> None:
+        """Queues a message to a rank (no parts: none), and one that comes from another (None: none), on the current
+        stream, which must stand behind whoever reads the place (`follow`)."""
+        if source is not None:
+            self._received[source, place] += 1
+            self._driver.write(self._flag(source, READY, self.rank, place), self._received[source, place])
+        if send:
+            assert destination is not None
+            rows = len(send[0])
+            assert message_bytes(send, rows) <= self._places[place].own.nbytes, "a message larger than its place"
+            self._sent[destination, place] += 1
+            count = self._sent[destination, place]
+            self._driver.wait(self._flag(self.rank, READY, destination, place), count)
+            for to, part in zip(carve(self._places[place].of(destination), send, rows), send, strict=True):
+                to.copy_(part, non_blocking=True)
+            self._driver.write(self._flag(destination, ARRIVED, self.rank, place), count)
+        if source is not None:
+            self._driver.wait(self._flag(self.rank, ARRIVED, source, place), self._received[source, place])
+
+    def follow(self, stream: Any) -> None:
+        """Has a stream wait for the current one, where places are read, and for the one where they were before."""
+        reader = torch.cuda.current_stream(self.device)
+        stream.wait_stream(reader)
+        if self._reader is not None and self._reader != reader:
+            stream.wait_stream(self._reader)
+        self._reader = reader
+
+    def release(self) -> None:
+        """Lets go of every stream of this rank that waits for another rank; what they then read is worthless."""
+        with torch.cuda.device(self.device), torch.cuda.stream(self._release_stream):
+            for kind, counts in ((READY, self._sent), (ARRIVED, self._received)):
+                for (peer, place), count in counts.copy().items():
+                    self._driver.write(self._flag(self.rank, kind, peer, place), count + FAR_AHEAD)
+
+    def free(self) -> None:
+        """Gives the places back; messages that come later make new ones. Called by all ranks together."""
+        torch.cuda.synchronize(self.device)
+        self._places.clear()
+
+    def _flag(self, of: int, kind: int, peer: int, place: int) -> int:
+        """Address of a flag of a rank, seen from here."""
+        return self._flags.of(of).data_ptr() + 4 * ((kind * self.world + peer) * PLACES + place)
+
+    def _grow(self, place: int, nbytes: int) -> None:
+        before = self._places.pop(place, None)
+        if before is not None:
+            torch.cuda.synchronize(self.device)  # nobody reads what lies there, and no message is on its way to it
+            nbytes = int(nbytes * SPARE)
+        del before
+        self._places[place] = _Shared((-(-nbytes // ALIGNMENT) * ALIGNMENT,), torch.uint8, self.device, self._group)
+
+
+def connect(group: dist.ProcessGroup, device: torch.device, wanted: bool) -> PeerCopies | None:
+    """Landing places on all ranks of a group, or None where these cannot write to each other's memory: ranks of several
+    hosts, GPUs without peer access, one device for several ranks, or not `wanted` by some.
+
+    Called by all ranks of the group together; they all get places, or none does. Before the first message another one
+    must have gone from every rank to every other: it says that their counters have been set to 0.
+    """
+    visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    own = str(torch.cuda.get_device_properties(device).uuid)
+    ranks: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(ranks, (wanted and _is_able(), _host(), own), group=group)
+    others = [uuid for _, _, uuid in ranks if uuid != own]
+    reach = all(uuid in visible and torch.cuda.can_device_access_peer(device, visible[uuid]) for uuid in others)
+    alike = len({host for _, host, _ in ranks}) == 1 and len(others) == len(ranks) - 1
+    everyone: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(everyone, reach and alike and all(able for able, _, _ in ranks), group=group)
+    return PeerCopies(group, device) if all(everyone) else None
+
+
+def message_bytes(like: Sequence[Tensor], rows: int) -> int:
+    """Bytes that a message of so many rows of each of some tensors takes in a landing place."""
+    return sum(-(-rows * _row_bytes(x) // ALIGNMENT) * ALIGNMENT for x in like)
+
+
+def carve(place: Tensor, like: Sequence[Tensor], rows: int) -> tuple[Tensor, ...]:
+    """The parts of a message in a landing place (bytes): `rows` rows of the form that each of some tensors has."""
+    parts, at = [], 0
+    for x in like:
+        nbytes = rows * _row_bytes(x)
+        parts.append(place[at : at + nbytes].view(x.dtype).view(rows, *x.shape[1:]))
+        at += -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return tuple(parts)
+
+
+def _row_bytes(x: Tensor) -> int:
+    return x.shape[1:].numel() * x.itemsize
+
+
+def _host() -> str:
+    """A name of the running system; containers on a host have the same one."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+    return platform.node()
+
+
+def _is_able() -> bool:
+    try:
+        import torch.distributed._symmetric_memory  # noqa: F401
+
+        _Driver()
+    except (ImportError, OSError, AttributeError):
+        return False
+    return True
+
+
+class _Shared:
+    """Memory of one form on every rank of a group; made by all of them together."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup):
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self.own: Tensor = symmetric_memory.empty(shape, dtype=dtype, device=device)
+        self._handle = symmetric_memory.rendezvous(self.own, group.group_name)
+        self._of = [
+            self.own if rank == dist.get_rank(group) else self._handle.get_buffer(rank, shape, dtype)
+            for rank in range(dist.get_world_size(group))
+        ]
+
+    def of(self, rank: int) -> Tensor:
+        """A rank's, seen from here."""
+        return self._of[rank]
+
+
+class _Driver:
+    """Stream memory operations, on the current stream. Flags are 32 bits wide and given by their addresses."""
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL("libcuda.so.1")
+        self._write, self._wait = library.cuStreamWriteValue32_v2, library.cuStreamWaitValue32_v2
+        for function in (self._write, self._wait):
+            function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+
+    def write(self, flag: int, count: int) -> None:
+        """Sets a flag, any rank's, once all that is queued before has been done and can be seen by who waits for it."""
+        self._queue(self._write, flag, count, WRITE_DEFAULT)
+
+    def wait(self, flag: int, count: int) -> None:
+        """Waits until a flag of this rank is `count` or has passed it."""
+        self._queue(self._wait, flag, count, WAIT_GREATER_OR_EQUAL)
+
+    def _queue(self, function: Any, flag: int, count: int, flags: int) -> None:
+        if status := function(torch.cuda.current_stream().cuda_stream, flag, count & 0xFFFFFFFF, flags):
+            raise RuntimeError(f"{function.__name__} failed with CUresult {status}: set FA3_DIST_PEER_COPIES=0 to do "
+                               "without copy engines")
