@@ -366,8 +366,11 @@ class Measurement:
             least = max(compute, entry["link_ms"]) if is_ring else compute + entry["link_ms"]
             entry["bound"] = compute / least
         if is_ring:
+            exchange = setup.modes[name].exchange
+            has_places = isinstance(exchange, DistributedExchange) and exchange.place_bytes > 0
             memory = [
-                ring_memory(self.case, self.layout, rank, self.which, setup.device.type) for rank in range(setup.world)
+                ring_memory(self.case, self.layout, rank, self.which, setup.device.type, has_places)
+                for rank in range(setup.world)
             ]
             entry["expected_bytes"] = [sum(each.values()) for each in memory]
             entry["expected_bytes_of_rank_0"] = memory[0]

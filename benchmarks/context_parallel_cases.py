@@ -11,7 +11,7 @@ from attention_cases import Case
 
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.all_to_all import kv_copies
-from fa3_dist.parallel.ring import LEAST_HALF, backward_parts
+from fa3_dist.parallel.ring import LEAST_HALF, adds_at_once, backward_parts
 from fa3_dist.parallel.schedule import Layout, Span, Step, ring_schedule, step_sizes
 
 PASSES = ("forward", "forward_backward")
@@ -140,11 +140,14 @@ def _rows(spans: tuple[Span, ...]) -> int:
 # ---- memory of a ring ------------------------------------------------------------------------------------------------
 
 
-def ring_memory(case: Case, layout: Layout, rank: int, which: str, device_type: str) -> dict[str, int]:
+def ring_memory(
+    case: Case, layout: Layout, rank: int, which: str, device_type: str, has_places: bool = False
+) -> dict[str, int]:
     """Bytes that a ring has reason to hold at its peak, by what they are; all of them O(tokens / ranks).
 
     The messages are those of the step whose ones are largest: K/V that are read, K/V that come, and in the backward
-    dK/dV that are summed up, that go home, and that come back.
+    dK/dV that are summed up, that go home, and that come back. With places (`DistributedExchange.room`) what comes lies
+    in these, which stay from step to step.
     """
     row, tokens = Row.of(case), layout.tokens(rank)
     steps = _remote_steps(case, layout, rank)
@@ -152,23 +155,30 @@ def ring_memory(case: Case, layout: Layout, rank: int, which: str, device_type: 
     come = [0, *(_rows(step.receive) for step in steps), 0]  # the local step and one after the last move nothing
     go = [0, *(_rows(step.send) for step in steps), 0]
     gathered = [0, *(_rows(step.send) * (len(step.send) > 1) for step in steps), 0]  # copies of several spans
-    fetched = [row.kv * (come[i] + come[i + 1] + gathered[i + 1]) for i in range(len(steps) + 1)]
+    arrived = [0] * len(come) if has_places else come
+    fetched = [row.kv * (arrived[i] + arrived[i + 1] + gathered[i + 1]) for i in range(len(steps) + 1)]
+    if has_places:
+        most_rows = max(step_sizes(layout, **window(case)).keys.max(axis=0).tolist()[1:], default=0)
+        backwards = row.dkv_sum if which == "forward_backward" else 0
+        memory["places"] = most_rows * (min(len(steps), 2) * row.kv + backwards)
     if which == "forward":
         sums = tokens * case.heads * case.head_dim_v * SUM_SIZE
         return memory | {"out in fp32": sums, "messages": max(fetched)}
     memory |= {"dout": tokens * row.out, "delta": tokens * row.lse, "dq in fp32": tokens * row.dq_sum}
     memory["dk, dv in fp32"] = tokens * row.dkv_sum
-    in_steps = [sum(each) for each in zip(fetched, _gradients_held(case, layout, come, go, device_type))]
-    results = tokens * (row.q + row.kv)
-    at_the_end = results + row.kv * come[-2]
-    name = "messages" if max(in_steps) >= at_the_end else "dq, dk, dv and the last K/V"
+    returned = [0] * len(go) if has_places else go
+    in_steps = [sum(each) for each in zip(fetched, _gradients_held(case, layout, come, returned, device_type))]
+    last = row.dkv_sum * returned[-2] if steps and adds_at_once(steps[-1].send, device_type) else 0
+    at_the_end = tokens * row.kv + max(tokens * row.q, last)
+    name = "messages" if max(in_steps) >= at_the_end else "dq, dk, dv and the last dK/dV"
     return memory | {name: max(*in_steps, at_the_end)}
 
 
 def _gradients_held(case: Case, layout: Layout, come: list[int], go: list[int], device_type: str) -> list[int]:
     """Most bytes of dK/dV in each step: those of the step before until they are added, and this one's, part by part.
 
-    come, go: rows of K/V that come to this rank and leave it, in each step, with one more at either end.
+    come, go: rows of K/V that come to this rank, and those whose gradients come back into memory of their own, in each
+    step, with one more at either end.
     """
     head_bytes = (case.head_dim + case.head_dim_v) * SUM_SIZE
     sizes = step_sizes(layout, **window(case))

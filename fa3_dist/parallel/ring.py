@@ -193,10 +193,10 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
             del dkv
         while before:
             before.pop(0).add_to(own)
+        del come  # its memory, too, is wanted at the end
     add_gradients(0, closing, _KeyRows(k, v), own, exchange.sm_margin if plan.remote else 0)
-    while returning:
-        returning.pop(0).add_to(own)
-    return dq.to(q.dtype), own.k.to(kv_dtype), own.v.to(kv_dtype)
+    dk, dv = _total_of(own, returning, kv_dtype)
+    return dq.to(q.dtype), dk, dv
 
 
 # --------------------------------------------------------------------------- parts of the local step, and of the heads
@@ -268,7 +268,6 @@ class _KeyRows(NamedTuple):
     v: Tensor  # (N, G, E)
 
 
-
 class _Arrival(NamedTuple):
     """A message under way to this rank."""
 
@@ -324,6 +323,43 @@ def _add_rows(x: Tensor, rows: Tensor, spans: Sequence[Span]) -> None:
     """Adds rows, which lie one behind the other, to the rows of x in `spans`."""
     for (start, length), part in zip(spans, rows.split([span.length for span in spans]), strict=True):
         x.narrow(0, start, length).add_(part)
+
+
+def adds_at_once(spans: Sequence[Span], device_type: str) -> bool:
+    """Whether the last dK/dV of these rows are added and rounded in one go. A kernel for each of a few spans is faster
+    than one more pass over everything; on a CPU, PyTorch would round from a copy."""
+    return len(spans) <= 4 and device_type == "cuda"
+
+
+def _total_of(own: _KeyRows, returning: list[_Returning], dtype: torch.dtype) -> _KeyRows:
+    """dK/dV with the parts that are still under way (all of the same rows), in dtype; takes the parts from the list."""
+    spans = returning[0].arrival.spans if returning else ()
+    if not returning or not adds_at_once(spans, own.k.device.type) or dtype == own.k.dtype:
+        while returning:
+            returning.pop(0).add_to(own)
+        return _KeyRows(*(x.to(dtype) for x in own))
+    # Added and rounded at once: everything is read once, and what is written is half as large.
+    arrived = [(heads, arrival.wait()) for heads, arrival in returning]  # first, for what was sent to be free
+    returning.clear()
+    total = _KeyRows(*(x.new_empty(x.shape, dtype=dtype) for x in own))
+    for to, x in zip(total, own, strict=True):
+        for start, length in _rows_between(spans, len(x)):
+            to.narrow(0, start, length).copy_(x.narrow(0, start, length))
+    for heads, rows_of_kv in arrived:
+        for to, x, rows in zip(heads.of_kv(total), heads.of_kv(own), rows_of_kv, strict=True):
+            for (start, length), part in zip(spans, rows.split([span.length for span in spans]), strict=True):
+                torch.add(x.narrow(0, start, length), part, out=to.narrow(0, start, length))
+    return total
+
+
+def _rows_between(spans: Sequence[Span], rows: int) -> list[Span]:
+    """The rows of 0 ... rows - 1 that are in none of some spans."""
+    found, end = [], 0
+    for start, length in [*sorted(spans), Span(rows, 0)]:
+        if start > end:
+            found.append(Span(end, start - end))
+        end = start + length
+    return found
 
 
 def _total(spans: Iterable[Span]) -> int:
