@@ -1,6 +1,7 @@
 """Context parallelism beside one GPU: `torchrun --standalone --nproc-per-node N benchmarks/context_parallel.py`.
 
-    alone               one rank on whole sequences, through flash_attn_func, while the others wait
+    alone               whole sequences on one rank, by flash_attn_func, while the others wait: on each rank in turn,
+                        since no two GPUs are equally fast; its time is the mean of theirs
     ring, all_to_all    ContextParallel in that mode, all ranks on the same sequences
     ring_margin_4, ...  the ring again, its attention leaving so many SMs to messages (`--sm-margins`)
     torch_...           PyTorch's own context_parallel: over cuDNN, with all-gather and with all-to-all; over its
@@ -38,6 +39,7 @@ import gc
 import json
 import math
 import os
+import statistics
 import sys
 import time
 import warnings
@@ -109,7 +111,7 @@ class Call(NamedTuple):
 
     run: Callable[[], Results]
     around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-    together: bool = True  # by all ranks, not by the first one alone
+    together: bool = True  # by all ranks at once, not by one after the other
 
 
 class Setup(NamedTuple):
@@ -233,8 +235,6 @@ class Measurement:
         x = make_inputs(self.case, str(self.setup.device), requires_grad=self.which == "forward_backward")
         local = local_inputs(x, self.batches["ring"])
         expected = self._check_alone(alone_call(self.case, x), local)
-        if self.setup.rank and "alone" in self.calls:
-            self.calls["alone"] = Call(lambda: (), together=False)  # the first rank alone needs whole sequences now
         del x
         for name in self.peers:
             if name != "alone":
@@ -331,10 +331,12 @@ class Measurement:
         total = flop(self.case, self.which)
         for name, local in times.items():
             of_ranks = self.setup.of_all_ranks((local, late[name]))
-            ranks = of_ranks if self.calls[name].together else of_ranks[:1]
-            share = total // self.setup.world if self.calls[name].together else total
-            self.entries[name] |= timing.speed(of_the_slowest([values for values, _ in ranks]), share)
-            self.entries[name]["host_was_late"] = max(count for _, count in ranks)
+            times_of_ranks = [values for values, _ in of_ranks]
+            together = self.calls[name].together
+            share = total // self.setup.world if together else total
+            self.entries[name] |= timing.speed((of_the_slowest if together else of_the_mean)(times_of_ranks), share)
+            self.entries[name]["ms_of_ranks"] = [statistics.median(values) for values in times_of_ranks]
+            self.entries[name]["host_was_late"] = max(count for _, count in of_ranks)
         if alone := self.entries.get("alone", {}).get("ms"):
             for name, entry in self.entries.items():
                 if name != "alone" and entry.get("ms"):
@@ -417,26 +419,30 @@ def time_in_turn(
     late = dict.fromkeys(calls, 0)
     for index in range(warmups + repeats):
         for name, call in calls.items():
-            if not call.together and setup.rank:
-                continue
-            with call.around():
-                flush()
-                if call.together:
+            # Of a call that ranks make one after the other, each is through before the next one has aligned.
+            for turn in [setup.rank] if call.together else range(setup.world):
+                with call.around():
+                    flush()
                     setup.align()
-                elif setup.device.type == "cuda":
-                    torch.cuda._sleep(SPIN_CYCLES)
-                start = mark(setup.device)
-                call.run()
-                end = mark(setup.device)
-            if index >= warmups:
-                marks[name].append((start, end))
-                late[name] += setup.device.type == "cuda" and start.query()
+                    if turn != setup.rank:
+                        continue
+                    start = mark(setup.device)
+                    call.run()
+                    end = mark(setup.device)
+                if index >= warmups:
+                    marks[name].append((start, end))
+                    late[name] += setup.device.type == "cuda" and start.query()
     return {name: [milliseconds(*pair) for pair in pairs] for name, pairs in marks.items()}, late
 
 
 def of_the_slowest(times_of_ranks: Sequence[Sequence[float]]) -> list[float]:
     """How long each of several calls took, on the rank that took longest."""
     return [max(times) for times in zip(*times_of_ranks, strict=True)]
+
+
+def of_the_mean(times_of_ranks: Sequence[Sequence[float]]) -> list[float]:
+    """How long each of several calls took that ranks made one after the other, on the mean of them."""
+    return [statistics.mean(times) for times in zip(*times_of_ranks, strict=True)]
 
 
 def furthest_off(measured: Sequence[float], expected: Sequence[float]) -> float:

@@ -128,6 +128,39 @@ def test_head_dims_that_the_operator_pads(head_dims):
     judge(out, lse, q, k, v, window_right=0)
 
 
+WINDOWS = [(0, 0), (63, 0), (64, 0), (128, 0), (129, 64), (500, 0), (1900, 100), (0, 300)]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("lengths", [(700, 700), (191, 2100), (1500, 130), (2500, 2500)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_windows(head_dim, lengths, window):
+    """Short ones have tiles of their own at head_dim 128, and warpgroups leave out blocks at either end of a tile."""
+    choose = random.Random(str((head_dim, lengths, window)))
+    heads, kv_heads = choose.choice([(4, 4), (8, 1), (12, 2)])
+    q, k, v = qkv(41, *lengths, heads, kv_heads, head_dim, dtype=choose.choice([*DTYPES.values()]))
+    options = {"window_left": window[0], "window_right": window[1]}
+    options |= choose.choice([{}, {"offset": -100}, {"offset": 333}, {"softcap": 5.0}])
+    poison_memory()
+    out, lse = ops.forward(q, k, v, **options)
+    judge(out, lse, q, k, v, **options)
+
+
+@pytest.mark.parametrize("window", [(0, 0), (64, 0), (128, 64), (900, 0)], ids=str)
+@pytest.mark.parametrize("lengths", [[0, 1, 700, 191, 193, 1000, 17], [60, 100, 1, 32, 3, 64, 2, 128, 190]], ids=str)
+def test_windows_of_packed_documents(lengths, window):
+    """Long and short ones; of the short ones several share a tile, which each warpgroup sees a part of."""
+    start, length, total = pack(lengths)
+    q, k, v = (x[0] for x in qkv(42, total, total, 8, 2, 128, batch=1))
+    options = {"window_left": window[0], "window_right": window[1]}
+    poison_memory()
+    out, lse = ops.forward(q, k, v, q_start=start, q_len=length, k_start=start, k_len=length, **options)
+    for s, n in zip(start.tolist(), lengths):
+        rows = slice(s, s + n)
+        if n:
+            judge(out[None, rows], lse[None, :, rows], *(x[None, rows] for x in (q, k, v)), **options)
+
+
 @pytest.mark.parametrize("offset", [-300, -129, -1, 0, 5, 128, 400, 5000])
 def test_offsets(offset):
     q, k, v = qkv(2, 300, 400, 4, 2, 64)
@@ -183,10 +216,10 @@ def test_float_output():
 ONE_JUMP = [*[0.0] * 5, 1000.0, *[0.0] * 6]
 
 
-def growing(seed: int, steps: list[float], dtype: torch.dtype) -> list[Tensor]:
+def growing(seed: int, steps: list[float], dtype: torch.dtype, head_dim: int = 64) -> list[Tensor]:
     """q, k, v whose scores jump by `steps` from block to block of 64 keys, from the last to the first."""
-    q, k, v = qkv(seed, 384, 64 * len(steps), 2, 2, 64, dtype=dtype, batch=1)
-    direction = torch.ones(64, device="cuda") / 8
+    q, k, v = qkv(seed, 384, 64 * len(steps), 2, 2, head_dim, dtype=dtype, batch=1)
+    direction = torch.ones(head_dim, device="cuda") / head_dim**0.5
     q = (0.2 * q.float() + direction).to(dtype)
     levels = torch.tensor(list(itertools.accumulate(steps)), device="cuda").flip(0).repeat_interleave(64)
     k = (0.2 * k.float() + levels[None, :, None, None] * direction).to(dtype)
@@ -205,6 +238,15 @@ def test_scores_that_grow_along_the_keys(dtype, steps):
     for mask in ({}, {"window_right": 0, "offset": 64 * len(steps)}):
         out, lse = ops.forward(q, k, v, softmax_scale=1.0, **mask)
         judge(out, lse, q, k, v, softmax_scale=1.0, **mask)
+
+
+@pytest.mark.parametrize("steps", [[0.0, 4.0], [0.0, 0.0, 60.0], [100.0], [300.0, -500.0, 900.0]], ids=str)
+def test_scores_that_grow_in_a_window(steps):
+    steps = steps * (24 // len(steps))
+    q, k, v = growing(10, steps, torch.bfloat16, head_dim=128)
+    options = {"softmax_scale": 1.0, "window_left": 700, "window_right": 0, "offset": 64 * len(steps) - 384}
+    out, lse = ops.forward(q, k, v, **options)
+    judge(out, lse, q, k, v, **options)
 
 
 def test_more_overflowing_tiles_than_are_remembered():

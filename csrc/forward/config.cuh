@@ -16,7 +16,7 @@ namespace fa3 {
 
 using namespace cute;
 
-// Chosen by timing candidates on an H200: benchmarks/LOG.md, 14, 19, 46, 47 and 54. benchmarks/tune.py times others.
+// Chosen by timing candidates on an H200: benchmarks/LOG.md, 14, 19, 46, 47, 54 and 62. benchmarks/tune.py times others.
 constexpr TileShape forward_tile(int head_dim, int head_dim_v, Sequences sequences) {
 #ifdef FA3_FORWARD_TILE
   return FA3_FORWARD_TILE;
@@ -24,9 +24,18 @@ constexpr TileShape forward_tile(int head_dim, int head_dim_v, Sequences sequenc
   const bool is_short = sequences == Sequences::kShort;
   if (head_dim <= 64 && sequences == Sequences::kShortFull) return {256, 64};
   if (head_dim <= 64) return is_short ? TileShape{128, 64} : TileShape{192, 128};
+  if (sequences == Sequences::kNarrow) return {192, 64};
   if (head_dim <= 128 || head_dim_v <= 128) return {128, 128};
   if (head_dim <= 192) return {128, 112};
   return {128, is_short ? 64 : 80};
+}
+
+// Which kernels there are for kNarrow.
+constexpr bool distinguishes_narrow(int head_dim, int head_dim_v) {
+#ifdef FA3_FORWARD_TILE
+  return false;
+#endif
+  return head_dim == 128 && head_dim_v == 128;
 }
 
 // Teams of consumer warpgroups in a block, each on tiles of its own and with producers of its own: what one of them waits
@@ -73,23 +82,29 @@ struct ForwardConfig {
   static constexpr int kKeys = kTile.keys;
 
   static constexpr int kTeams = forward_teams(kHeadDim, kSequences);
+  static constexpr bool kIsNarrow = kSequences == Sequences::kNarrow;
 
   static constexpr int kBytesQ = kQueries * kHeadDim * sizeof(Element);
   static constexpr int kBytesK = kKeys * kHeadDim * sizeof(Element);
   static constexpr int kBytesV = kKeys * kHeadDimV * sizeof(Element);
-  static constexpr int kStages = kTeams > 1 ? 3 : kKeys * kHeadDim <= 64 * 64 ? 4 : 2;  // of K and of V
+  static constexpr int kStages = kTeams > 1 || kIsNarrow ? 3 : kKeys * kHeadDim <= 64 * 64 ? 4 : 2;  // of K and of V
   // Shared memory for the operands and results of a team.
   static constexpr int kRoom = (kTeams > 1 ? 108 : kQueries == 64 ? 112 : 224) * 1024;
-  // The next tile's queries arrive under this tile's last blocks where there is room and no other team to hide the wait.
-  static constexpr int kStagesQ = kTeams == 1 && 2 * kBytesQ + kStages * (kBytesK + kBytesV) <= kRoom ? 2 : 1;
+  // The next tile's queries arrive under this tile's last blocks where there is room and no other team to hide the wait;
+  // narrow sequences need the room for the output.
+  static constexpr int kStagesQ =
+      kTeams == 1 && !kIsNarrow && 2 * kBytesQ + kStages * (kBytesK + kBytesV) <= kRoom ? 2 : 1;
 
   // Where the next tile's queries are there in time, its first scores are computed beside this tile's last output.
   static constexpr bool kTilesOverlap = kStagesQ == 2;
 
-  // Whether a consumer warpgroup leaves out the last blocks of a tile if its own rows see none of their keys. It costs more
-  // than it gains where a block has as many keys as a tile has queries; head_dim 192 has not been timed.
-  static constexpr bool kSkipsBlocks = !kTilesOverlap && kKeys < kQueries && (kHeadDim == 256 || kTeams > 1);
-  static_assert(!kSkipsBlocks || (kQueries - 64) / kKeys + 1 <= kStages);  // keys that are given back before any values
+  // Whether a consumer warpgroup leaves out the blocks of a tile of whose keys its own rows see none. It costs more than it
+  // gains where a block has as many keys as a tile has queries; head_dim 192 has not been timed.
+  static constexpr bool kSkipsBlocks =
+      !kTilesOverlap && kKeys < kQueries && (kHeadDim == 256 || kTeams > 1 || kIsNarrow);
+
+  // Whether K and V have a loading thread each: a team of several has only one.
+  static constexpr bool kLoadsApart = kTeams == 1;
 
   // One producer warpgroup and the consumers.
   static constexpr int kConsumers = kQueries / 64;  // of a team

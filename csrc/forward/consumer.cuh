@@ -254,22 +254,16 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     for (int i = 0; i < decltype(size(rS))::value; i += 2) round_into(rP, i);
   };
 
-  // Gives back the keys, and the values, of so many blocks that this warpgroup leaves out.
-  const auto skip_keys = [&](int blocks) __attribute__((always_inline)) {
+  // Leaves out so many blocks, which whoever loads them gives back for this warpgroup.
+  const auto leave_out = [&](int blocks) __attribute__((always_inline)) {
+    k_ring.advance_by(blocks);
+    v_ring.advance_by(blocks);
+    if constexpr (Config::kTakesTurns) {
 #pragma unroll 1
-    for (; blocks > 0; --blocks) {
-      shared.k_full[k_ring.stage].wait(k_ring.parity);
-      turn.take();
-      turn.pass();
-      release_scores(false);
-    }
-  };
-  const auto skip_values = [&](int blocks) __attribute__((always_inline)) {
-#pragma unroll 1
-    for (; blocks > 0; --blocks) {
-      shared.v_full[v_ring.stage].wait(v_ring.parity);
-      arrive_as_warp(shared.v_empty[v_ring.stage]);
-      v_ring.advance();
+      for (; blocks > 0; --blocks) {
+        turn.take();
+        turn.pass();
+      }
     }
   };
 
@@ -298,7 +292,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       slot = next;
       tile_ring.advance();
       block = seen_by_rows(tile).end - 1;
-      first_block = tile.blocks.first;
+      first_block = seen_by_rows(tile).first;
       shared.q_full[q_ring.stage].wait(q_ring.parity);
       return Next::kScores;
     }
@@ -365,14 +359,14 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
         multiply(mma_pv, rP, sVt(_, _, _, v_stage), rO, has_output);
         turn.pass();
         finish_output();
+        if constexpr (Config::kSkipsBlocks) leave_out(first_block - shared.tile[slot].blocks.first);
         write_output(slot);
         running = false;
       }
       const Next next = next_tile();
       if (next == Next::kEnd) break;
       if (next == Next::kNothing) continue;
-      const int left_out = shared.tile[slot].blocks.end - 1 - block;
-      if constexpr (Config::kSkipsBlocks) skip_keys(left_out);
+      if constexpr (Config::kSkipsBlocks) leave_out(shared.tile[slot].blocks.end - 1 - block);
       const int q_stage = q_ring.uniform_stage(), k_stage = k_ring.uniform_stage();
       shared.k_full[k_ring.stage].wait(k_ring.parity);
       turn.take();
@@ -381,7 +375,6 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       warpgroup_wait<0>();
       warpgroup_fence_operand(rS);
       release_scores(block == first_block);
-      if constexpr (Config::kSkipsBlocks) skip_values(left_out);
       softmax = OnlineSoftmax{};
       weigh(softmax);
       round_weights();

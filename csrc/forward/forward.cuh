@@ -56,10 +56,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerProcessor)
 
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
-    // A team's loading thread and drawing warp; with one team there is a warp left.
+    // A team's loading thread and drawing warp; with one team there are two warps left.
     const int team = Config::kTeams == 1 ? 0 : threadIdx.x / 64, thread = threadIdx.x - 64 * team;
     if (thread == 0) load_tiles<Config>(arguments, teams[team]);
     if (thread >= 32 && thread < 64) draw_tiles<Config>(arguments, teams[team], team);
+    if (Config::kLoadsApart && thread == 96) load_values<Config>(arguments, teams[0]);
     if (Config::kTeams == 1 && thread >= 64 && thread < 96 && arguments.params.out_acc != nullptr) {
       prefetch_state<Config>(arguments, teams[0]);
     }
@@ -126,9 +127,11 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
   arguments.heads_in_tile = heads_per_tile(params, Config::kQueries);
   arguments.queries = Config::kQueries / arguments.heads_in_tile;
   arguments.units = params.heads / arguments.heads_in_tile;
+  // Tiles of windows are all alike and share few keys, but those of all heads the pages of memory that these lie in.
   arguments.units_per_group =
-      units_per_group(params, arguments.heads_in_tile, params.seqlen_k,
-                      (params.seqlen_q + arguments.queries - 1) / arguments.queries);
+      Config::kIsNarrow ? arguments.units
+                        : units_per_group(params, arguments.heads_in_tile, params.seqlen_k,
+                                          (params.seqlen_q + arguments.queries - 1) / arguments.queries);
   arguments.counter = packed ? &reinterpret_cast<ScheduleHeader*>(params.workspace)->counter
                              : reinterpret_cast<TileCounter*>(params.tile_counter);
 
@@ -166,6 +169,11 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
 
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
+  if constexpr (distinguishes_narrow(kHeadDim, kHeadDimV)) {
+    if (are_narrow(params)) {
+      return launch_forward_tiles<ForwardConfig<kDType, kHeadDim, kHeadDimV, Sequences::kNarrow>>(params, stream);
+    }
+  }
   using Long = ForwardConfig<kDType, kHeadDim, kHeadDimV, Sequences::kLong>;
   using Short = ForwardConfig<kDType, kHeadDim, kHeadDimV, Sequences::kShort>;
   if constexpr (Long::kQueries != Short::kQueries || Long::kKeys != Short::kKeys ||

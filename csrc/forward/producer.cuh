@@ -1,5 +1,5 @@
-// Who keeps the consumers busy: a warp that draws tiles and a thread that brings what they need, each as far ahead as there
-// is room, and a warp that has a running state come closer.
+// Who keeps the consumers busy: a warp that draws tiles and threads that bring what they need, each as far ahead as there is
+// room, and a warp that has a running state come closer.
 #pragma once
 
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -58,19 +58,21 @@ class TileOrder {
     if (params.softcap != 0.f) tile.blocks.end_plain = tile.blocks.first_plain;
   }
 
-  // Fills in the blocks that a warpgroup's rows see, and those before them; all where that is none.
-  __device__ __forceinline__ void fill_seen(Tile& tile, int warpgroup) const {
+  // Fills in the blocks that a warpgroup's rows see; all where that is none. `plain`: steps may leave out masks.
+  __device__ __forceinline__ void fill_seen(Tile& tile, const KeyBounds8 (&bounds)[Config::kQueries], int warpgroup,
+                                            bool plain) const {
     static_assert(Config::kConsumers <= std::extent_v<decltype(Tile::seen)>);
-    const KeyBlocks all = tile.blocks;
     const int first = 64 * warpgroup / arguments_.heads_in_tile;
     const int last = min((64 * warpgroup + 63) / arguments_.heads_in_tile, tile.mask.last_row);
-    KeyBlocks seen = all;
-    if (!tile.is_shared && first <= last) {
+    KeyBlocks seen = tile.blocks;
+    if (first <= last && tile.is_shared) {
+      const int begin = bounds[first].first / Config::kKeys, end = (bounds[last].end + Config::kKeys - 1) / Config::kKeys;
+      if (begin < end) seen = all_masked({begin, end, 0, 0, 0});
+    } else if (first <= last) {
       const KeyBlocks own = visible_blocks(tile.record.sequence, tile.record.first_query + first, last - first + 1,
                                            Config::kKeys);
       if (own.first < own.end) {
-        seen = {all.first, own.end, own.first_plain, all.end_plain > all.first_plain ? own.end_plain : own.first_plain,
-                own.end_open};
+        seen = {own.first, own.end, own.first_plain, plain ? own.end_plain : own.first_plain, own.end_open};
       }
     }
     tile.seen[warpgroup] = seen;
@@ -131,7 +133,10 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
     if (first_lane && only_warp != kAllWarps) tile.blocks.end_plain = tile.blocks.first_plain;
     if constexpr (Config::kSkipsBlocks) {
       __syncwarp();
-      if (kind == Tile::kWork && threadIdx.x % 32 < Config::kConsumers) order.fill_seen(tile, threadIdx.x % 32);
+      if (kind == Tile::kWork && threadIdx.x % 32 < Config::kConsumers) {
+        const bool plain = only_warp == kAllWarps && arguments.params.softcap == 0.f;
+        order.fill_seen(tile, shared.bounds[ring.stage], threadIdx.x % 32, plain);
+      }
       __syncwarp();
     }
     if (first_lane) {
@@ -203,13 +208,88 @@ __device__ __forceinline__ void load_block(const CUtensorMap& map, LoadBarrier& 
                                      tile.first_head / group, tile.batch, packed, head_dim);
 }
 
+// Which consumer warpgroups leave out a block of a tile, a bit for each. Who loads the block gives it back for them.
+// NOTE: read anew for each block by threads that load K or V alone, whose registers are few; one that loads both has no time.
+template <class Config>
+class LeftOut {
+ public:
+  __device__ __forceinline__ explicit LeftOut(const Tile& tile) : tile_(tile) {
+    if constexpr (Config::kSkipsBlocks && !Config::kLoadsApart) {
+#pragma unroll
+      for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
+        first_[warpgroup] = tile.seen[warpgroup].first;
+        end_[warpgroup] = tile.seen[warpgroup].end;
+      }
+    }
+  }
+
+  __device__ __forceinline__ unsigned operator()(int block) const {
+    unsigned by = 0;
+    if constexpr (Config::kSkipsBlocks) {
+#pragma unroll
+      for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
+        const int first = Config::kLoadsApart ? tile_.seen[warpgroup].first : first_[warpgroup];
+        const int end = Config::kLoadsApart ? tile_.seen[warpgroup].end : end_[warpgroup];
+        if (block < first || block >= end) by |= 1u << warpgroup;
+      }
+    }
+    return by;
+  }
+
+ private:
+  const Tile& tile_;
+  int first_[Config::kConsumers];
+  int end_[Config::kConsumers];
+};
+
+// Brings the blocks of K, or of V, one after the other.
+template <class Config, bool kIsKeys>
+class BlockLoader {
+ public:
+  __device__ __forceinline__ BlockLoader(const ForwardArguments& arguments, ForwardShared<Config>& shared)
+      : arguments_(arguments), shared_(shared), group_(arguments.params.heads / arguments.params.kv_heads) {}
+
+  // left_out_by() is asked once the load is under way.
+  template <class LeftOutBy>
+  __device__ __forceinline__ void load(const Tile& tile, int block, LeftOutBy left_out_by) {
+    const ForwardParams& params = arguments_.params;
+    const bool packed = params.q_start != nullptr;
+    const int first_key = block * Config::kKeys;
+    Barrier& empty = kIsKeys ? shared_.k_empty[ring_.stage] : shared_.v_empty[ring_.stage];
+    empty.wait(ring_.parity ^ 1);
+    if constexpr (kIsKeys) {
+      load_block<Config::kKeys, Config::kHeadDim, Config::kPanel>(arguments_.k, shared_.k_full[ring_.stage],
+                                                                  shared_.k[ring_.stage], tile, group_, first_key, packed,
+                                                                  params.head_dim);
+    } else {
+      load_block<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(arguments_.v, shared_.v_full[ring_.stage],
+                                                                    shared_.v[ring_.stage], tile, group_, first_key, packed,
+                                                                    params.head_dim_v);
+    }
+    if constexpr (Config::kSkipsBlocks) {
+      const unsigned by = left_out_by();
+#pragma unroll
+      for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
+        if (by >> warpgroup & 1) arrive_for_warpgroup(empty);
+      }
+    }
+    ring_.advance();
+  }
+
+ private:
+  const ForwardArguments& arguments_;
+  ForwardShared<Config>& shared_;
+  const int group_;
+  Ring<Config::kStages> ring_;
+};
+
+// Q and K; and V, unless that has a thread of its own.
 template <class Config>
 __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, ForwardShared<Config>& shared) {
-  const ForwardParams& params = arguments.params;
-  const bool packed = params.q_start != nullptr;
-  const int group = params.heads / params.kv_heads;
+  const int group = arguments.params.heads / arguments.params.kv_heads;
   Ring<Config::kStagesQ> q_ring;
-  Ring<Config::kStages> k_ring, v_ring;
+  BlockLoader<Config, true> keys(arguments, shared);
+  BlockLoader<Config, false> values(arguments, shared);
   Ring<kTileSlots> ring;
 
   // Waits for the tile at `ring` to be drawn, and loads its Q.
@@ -229,19 +309,17 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
     q_ring.advance();
   };
 
-  // V comes one block behind K, as it is used; a tile's slot is kept until the last of its V.
-  int behind_slot = -1, behind_key = 0;
+  // V of one thread comes one block behind K, as it is used; a tile's slot is kept until the last of its V.
+  int behind_slot = -1, behind_block = 0;
+  unsigned behind_left_out_by = 0;
   const auto load_behind = [&](bool last) {
-    if (behind_slot < 0) return;
-    shared.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
-    load_block<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(arguments.v, shared.v_full[v_ring.stage],
-                                                                  shared.v[v_ring.stage], shared.tile[behind_slot],
-                                                                  group, behind_key, packed, params.head_dim_v);
-    v_ring.advance();
+    if (Config::kLoadsApart || behind_slot < 0) return;
+    values.load(shared.tile[behind_slot], behind_block, [&] { return behind_left_out_by; });
     if (last) shared.tile_empty[behind_slot].arrive();
     behind_slot = -1;
   };
 
+  bool begun = false;  // some K has been asked for
   begin_tile();
   while (true) {
     const int slot = ring.stage;
@@ -255,27 +333,58 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
       begin_tile();
       continue;
     }
+    const LeftOut<Config> left_out(tile);
     const bool is_long = blocks.end - blocks.first > kLeadBlocks;
     // The next Q comes early where there are two stages: the one before this tile's is free once this tile is under way.
     const int next_q = Config::kStagesQ == 2 && is_long ? blocks.first + 1 : blocks.first;
     const int lead_block = min(blocks.end, blocks.first + kLeadBlocks) - 1;
 #pragma unroll 1
     for (int block = blocks.end - 1; block >= blocks.first; --block) {
-      shared.k_empty[k_ring.stage].wait(k_ring.parity ^ 1);
-      load_block<Config::kKeys, Config::kHeadDim, Config::kPanel>(arguments.k, shared.k_full[k_ring.stage],
-                                                                  shared.k[k_ring.stage], tile, group,
-                                                                  block * Config::kKeys, packed, params.head_dim);
-      k_ring.advance();
+      const unsigned left_out_by = Config::kLoadsApart ? 0 : left_out(block);
+      keys.load(tile, block, [&] { return Config::kLoadsApart ? left_out(block) : left_out_by; });
+      if (Config::kLoadsApart && !begun) shared.keys_begun.arrive();
+      begun = true;
       load_behind(block == blocks.end - 1);
-      behind_slot = slot;
-      behind_key = block * Config::kKeys;
+      if constexpr (!Config::kLoadsApart) {
+        behind_slot = slot;
+        behind_block = block;
+        behind_left_out_by = left_out_by;
+      }
       if (block == lead_block && tile.only_warp == kAllWarps) shared.nearly_loaded.arrive();
-      // The next Q waits for the consumers to be done with this one, and the last V must not.
-      if (Config::kStagesQ == 1 && block == blocks.first) load_behind(true);
+      if (block == blocks.first) {
+        // The next Q waits for the consumers to be done with this one, and the last V must not.
+        if (Config::kStagesQ == 1) load_behind(true);
+        if (Config::kLoadsApart) shared.tile_empty[slot].arrive();
+      }
       if (block == next_q) begin_tile();
     }
   }
   load_behind(true);
+}
+
+// V, by a thread of its own: with blocks of few keys one thread is late with what both K and V wait for.
+template <class Config>
+__device__ __forceinline__ void load_values(const ForwardArguments& arguments, ForwardShared<Config>& shared) {
+  BlockLoader<Config, false> values(arguments, shared);
+  Ring<kTileSlots> ring;
+  bool begun = false;
+  while (true) {
+    shared.tile_full[ring.stage].wait(ring.parity);
+    const Tile& tile = shared.tile[ring.stage];
+    if (tile.kind == Tile::kEnd) break;
+    if (tile.kind == Tile::kWork && tile.blocks.first < tile.blocks.end) {
+      // A launch begins with Q and K: all processors ask at once.
+      if (!begun) shared.keys_begun.wait(0);
+      begun = true;
+      const LeftOut<Config> left_out(tile);
+#pragma unroll 1
+      for (int block = tile.blocks.end - 1; block >= tile.blocks.first; --block) {
+        values.load(tile, block, [&] { return left_out(block); });
+      }
+    }
+    shared.tile_empty[ring.stage].arrive();
+    ring.advance();
+  }
 }
 
 // ---- running state ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,18 @@ namespace fa3 {
 
 // What a tile shape is chosen for: kShort are sequences of which a tile sees few keys (benchmarks/LOG.md, 19, 24 and 46),
 // kShortFull those all of whose keys it sees, not many, and which fill tiles of 256 queries better than others (47).
-enum class Sequences { kLong, kShort, kShortFull };
+// kNarrow are those of which a query sees few keys wherever it stands (62).
+enum class Sequences { kLong, kShort, kShortFull, kNarrow };
+
+// Whether sequences are kNarrow, for kernels that make a difference: short windows, or documents that are mostly very short.
+inline bool are_narrow(const ForwardParams& params) {
+  constexpr int64_t kWidestWindow = 2048, kShortestDocument = 128;
+  if (params.window_right == kNoBound) return false;
+  const int keys = params.q_start == nullptr ? params.seqlen_k : params.seqlen_k / std::max(params.ranges, 1);
+  if (params.q_start != nullptr && keys <= kShortestDocument) return true;
+  const int64_t width = int64_t{params.window_left} + params.window_right;
+  return params.window_left != kNoBound && width <= kWidestWindow && width < keys;
+}
 
 inline Sequences sequences_of(const ForwardParams& params) {
   const bool masked = params.window_right != kNoBound;

@@ -49,7 +49,7 @@ struct Tile {
   int token;        // of its first query in (batch, seqlen), as `out` counts them
   int64_t out_row;  // of its first query and head in (batch, seqlen, heads)
   int64_t lse_row;  // and in (batch, heads, seqlen)
-  KeyBlocks seen[2];  // by a consumer warpgroup's rows; ends before `blocks` (ForwardConfig::kSkipsBlocks)
+  KeyBlocks seen[3];  // by a consumer warpgroup's rows, of `blocks` (ForwardConfig::kSkipsBlocks)
 };
 constexpr int kAllWarps = -1;
 
@@ -109,6 +109,7 @@ struct alignas(1024) ForwardShared {
   Repeat repeat[kManyRepeats + 4 * Config::kConsumers * (kTileSlots + 1)];
   HandOver drained;
   Barrier nearly_loaded;
+  Barrier keys_begun;
 };
 
 // A consumer's team, and its thread within it.
@@ -136,11 +137,13 @@ __device__ __forceinline__ void init_shared(ForwardShared<Config>& shared, bool 
   }
   for (int slot = 0; slot < kTileSlots; ++slot) {
     shared.tile_full[slot].init(32);  // lanes of the warp that draws, any of which may have written
-    // All who read a tile: consumers, the thread that loads, and the warp that prefetches a running state.
-    shared.tile_empty[slot].init(128 * Config::kConsumers + 1 + (continues && Config::kTeams == 1 ? 32 : 0));
+    // All who read a tile: consumers, the threads that load, and the warp that prefetches a running state.
+    shared.tile_empty[slot].init(128 * Config::kConsumers + (Config::kLoadsApart ? 2 : 1) +
+                                 (continues && Config::kTeams == 1 ? 32 : 0));
   }
   shared.drained.init(kConsumerWarps);
   shared.nearly_loaded.init(1);
+  shared.keys_begun.init(1);
   shared.repeats = 0;
   cutlass::arch::fence_barrier_init();
 }
@@ -187,6 +190,15 @@ struct Ring {
     }
   }
 
+  __device__ __forceinline__ void advance_by(int count) {
+    stage += count;
+#pragma unroll 1
+    while (stage >= kStages) {
+      stage -= kStages;
+      parity ^= 1;
+    }
+  }
+
   // Without a branch, which would end what the compiler can interleave.
   __device__ __forceinline__ void advance_if(bool condition) {
     const bool wraps = condition && stage == kStages - 1;
@@ -200,6 +212,10 @@ template <class AnyBarrier>
 __device__ __forceinline__ void arrive_as_warp(AnyBarrier& barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier.arrive();
+}
+// The arrivals of a warpgroup's four warps, by one thread.
+__device__ __forceinline__ void arrive_for_warpgroup(Barrier& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], 4;" ::"r"(cast_smem_ptr_to_uint(&barrier)) : "memory");
 }
 template <class AnyBarrier>
 __device__ __forceinline__ void wait_as_warp(AnyBarrier& barrier, uint32_t parity) {
