@@ -159,9 +159,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     for (int i = 0; i < decltype(size(rO))::value; ++i) rO(i) *= rescale[i / 2 % 2];
   };
 
-  const auto finish_values = [&]() __attribute__((always_inline)) {
+  // Waits for the product with V, and gives that back, if there was one.
+  const auto finish_values = [&](bool has_values) __attribute__((always_inline)) {
     warpgroup_wait<0>();
     warpgroup_fence_operand(rO);
+    if (!has_values) return;
     arrive_as_warp(shared.v_empty[v_ring.stage]);
     v_ring.advance();
   };
@@ -206,7 +208,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
           arrive_as_warp(shared.q_empty[q_ring.stage]);
           q_ring.advance();
         }
-        finish_values();
+        finish_values(true);
         warpgroup_fence_operand(rS);
 #pragma unroll
         for (int i = 0; i < kHalf; i += 2) round_into(next_weights, i);
@@ -216,7 +218,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     const bool changes = softmax.step_unseen(rS, scale_log2, rescale, round, middle);
     // NOTE: what keeps ptxas from moving this wait in front of the softmax, which would then hide nothing, is that a
     // branch (on `changes`, inside) ends the basic block before it.
-    if constexpr (kRounding != Rounding::kFromMiddle) finish_values();
+    if constexpr (kRounding != Rounding::kFromMiddle) finish_values(true);
     if constexpr (kRounding == Rounding::kAfter) {
 #pragma unroll
       for (int i = 0; i < 2 * kHalf; i += 2) round_into(next_weights, i);
@@ -241,14 +243,6 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     return state.step(rS, scale_log2, rescale);
   };
 
-  const auto finish_output = [&]() __attribute__((always_inline)) {
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(rO);
-    if (running) {
-      arrive_as_warp(shared.v_empty[v_ring.stage]);
-      v_ring.advance();
-    }
-  };
   const auto round_weights = [&]() __attribute__((always_inline)) {
 #pragma unroll
     for (int i = 0; i < decltype(size(rS))::value; i += 2) round_into(rP, i);
@@ -338,7 +332,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
         release_scores(block == first_block);
         changes = weigh(next_softmax);
       }
-      finish_output();
+      finish_values(running);
       round_weights();
       if (same_tile) {
         if (changes) rescale_output();
@@ -358,7 +352,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
         turn.take();
         multiply(mma_pv, rP, sVt(_, _, _, v_stage), rO, has_output);
         turn.pass();
-        finish_output();
+        finish_values(running);
         if constexpr (Config::kSkipsBlocks) leave_out(first_block - shared.tile[slot].blocks.first);
         write_output(slot);
         running = false;
@@ -394,7 +388,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       warpgroup_fence_operand(rS);
       release_scores(block == first_block);
       const bool changes = weigh(softmax);
-      finish_output();
+      finish_values(running);
       round_weights();
       if (changes) rescale_output();
       --block;
