@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import re
 import signal
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -535,10 +537,14 @@ def places_worker(rank: int, world: int, peer_copies: bool) -> dict[str, Any]:
         expected += [torch.full_like(part, 100.0 * i + source, dtype=dtype).float()
                      for part, dtype in zip(room, (torch.float32, torch.bfloat16))]  # fmt: skip
     torch.cuda.synchronize()
-    used = exchange.place_bytes
+    found = {"wrong": [i for i, pair in enumerate(zip(read, expected)) if not torch.equal(*pair)],
+             "bytes": exchange.place_bytes}  # fmt: skip
     exchange.free_places()
-    return {"wrong": [i for i, pair in enumerate(zip(read, expected)) if not torch.equal(*pair)], "bytes": used,
-            "freed": exchange.place_bytes}  # fmt: skip
+    left = weakref.ref(exchange)
+    found["left"] = exchange.place_bytes
+    del exchange
+    gc.collect()
+    return found | {"is_gone": left() is None}
 
 
 @pytest.mark.multi_gpu
@@ -547,7 +553,7 @@ def test_messages_into_places(peer_copies: bool):
     """By copy engines; or, since one rank does not want these, by NCCL on all of them."""
     found = run_distributed(torch.cuda.device_count(), places_worker, peer_copies, backend="nccl", timeout=120.0)
     assert [each["wrong"] for each in found] == [[]] * len(found)
-    assert all((each["bytes"] > 0) is peer_copies and each["freed"] == 0 for each in found)
+    assert all((each["bytes"] > 0) is peer_copies and each["left"] == 0 and each["is_gone"] for each in found)
 
 
 def test_carve_keeps_parts_apart_and_aligned():

@@ -127,11 +127,19 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
   arguments.heads_in_tile = heads_per_tile(params, Config::kQueries);
   arguments.queries = Config::kQueries / arguments.heads_in_tile;
   arguments.units = params.heads / arguments.heads_in_tile;
-  // Tiles of windows are all alike and share few keys, but those of all heads the pages of memory that these lie in.
-  arguments.units_per_group =
-      Config::kIsNarrow ? arguments.units
-                        : units_per_group(params, arguments.heads_in_tile, params.seqlen_k,
-                                          (params.seqlen_q + arguments.queries - 1) / arguments.queries);
+  // NOTE: of packed ranges this is an upper bound, since each may end in a tile of its own.
+  const int64_t tiles = ((int64_t{params.seqlen_q} + arguments.queries - 1) / arguments.queries + params.ranges) *
+                        arguments.units * params.batch;
+  if (tiles > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
+  if (!packed) {
+    const int tiles_per_unit = (params.seqlen_q + arguments.queries - 1) / arguments.queries;
+    // Tiles of windows are all alike and share few keys, but those of all heads the pages of memory that these lie in.
+    const int units_together =
+        Config::kIsNarrow ? arguments.units
+                          : units_per_group(params, arguments.heads_in_tile, params.seqlen_k, tiles_per_unit);
+    arguments.dense = DenseTiles(arguments.units, params.batch, tiles_per_unit, units_together);
+    if (params.offsets == nullptr) arguments.sequence = sequence_at(params, 0);
+  }
   arguments.counter = packed ? &reinterpret_cast<ScheduleHeader*>(params.workspace)->counter
                              : reinterpret_cast<TileCounter*>(params.tile_counter);
 
@@ -150,10 +158,6 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
     arguments.box_queries = make_output_map<Config>(arguments.out, params, arguments.heads_in_tile);
   }
 
-  // NOTE: of packed ranges this is an upper bound, since each may end in a tile of its own.
-  const int64_t tiles = ((int64_t{params.seqlen_q} + arguments.queries - 1) / arguments.queries + params.ranges) *
-                        arguments.units * params.batch;
-  if (tiles > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
   int device = 0, processors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);

@@ -16,16 +16,18 @@ template <class Config>
 class TileOrder {
  public:
   __device__ __forceinline__ explicit TileOrder(const ForwardArguments& arguments)
-      : arguments_(arguments), sequence_(sequence_of(arguments)) {}
+      : arguments_(arguments), listed_(listed(arguments)) {}
 
-  __device__ __forceinline__ int size() const { return sequence_.size(); }
+  __device__ __forceinline__ int size() const {
+    const ForwardParams& params = arguments_.params;
+    return params.q_start == nullptr ? arguments_.units * params.batch * arguments_.dense.tiles_per_unit : listed_.size();
+  }
 
   // Fills everything of a tile but kind, only_warp and what fill_seen does, and, if ranges share it, the bounds of its
   // queries. Called by all lanes of a warp.
   __device__ __forceinline__ void fill(Tile& tile, KeyBounds8 (&bounds)[Config::kQueries], int index) const {
     const ForwardParams& params = arguments_.params;
-    const auto [unit, rank] = sequence_[index];
-    const int batch = unit / arguments_.units;
+    const auto [batch, unit, rank] = place(index);
     // NOTE: by way of shared memory, since a tile does not fit into the producer's registers.
     if (params.q_start != nullptr) {
       const int lane = threadIdx.x % 32;
@@ -38,13 +40,15 @@ class TileOrder {
 
     TileRecord& record = tile.record;
     if (params.q_start == nullptr) {
-      record = {sequence_at(params, batch), (sequence_.tiles_per_unit - 1 - rank) * arguments_.queries, kOneRange};
+      record.sequence = params.offsets == nullptr ? arguments_.sequence : sequence_at(params, batch);
+      record.first_query = (arguments_.dense.tiles_per_unit - 1 - rank) * arguments_.queries;
+      record.first_range = kOneRange;
     }
     const Sequence& sequence = record.sequence;
     tile.index = index;
     tile.is_shared = record.first_range != kOneRange;
     tile.batch = batch;
-    tile.first_head = (unit - batch * arguments_.units) * arguments_.heads_in_tile;
+    tile.first_head = unit * arguments_.heads_in_tile;
     tile.mask = {min(arguments_.queries, sequence.q_len - record.first_query) - 1,
                  record.first_query + sequence.first_diagonal, record.first_query + sequence.last_diagonal + 1,
                  sequence.k_len};
@@ -79,18 +83,20 @@ class TileOrder {
   }
 
  private:
-  static __device__ __forceinline__ TileSequence sequence_of(const ForwardArguments& arguments) {
-    const ForwardParams& params = arguments.params;
-    const int units = arguments.units * params.batch;
-    if (params.q_start != nullptr) {
-      const auto& header = *reinterpret_cast<const ScheduleHeader*>(params.workspace);
-      return {units, header.records, header.units_per_group};
-    }
-    return {units, (params.seqlen_q + arguments.queries - 1) / arguments.queries, arguments.units_per_group};
+  __device__ __forceinline__ DenseTiles::Place place(int index) const {
+    if (arguments_.params.q_start == nullptr) return arguments_.dense[index];
+    const auto [unit, rank] = listed_[index];
+    return {0, unit, rank};
+  }
+
+  static __device__ __forceinline__ TileSequence listed(const ForwardArguments& arguments) {
+    if (arguments.params.q_start == nullptr) return {0, 0, 1};
+    const auto& header = *reinterpret_cast<const ScheduleHeader*>(arguments.params.workspace);
+    return {arguments.units, header.records, header.units_per_group};
   }
 
   const ForwardArguments& arguments_;
-  const TileSequence sequence_;
+  const TileSequence listed_;  // of packed ranges
 };
 
 // Called by all lanes of a warp, of which one draws and the others help to describe a tile.

@@ -20,7 +20,8 @@ struct ForwardArguments {
   int queries;          // of a sequence in a tile: rows / heads_in_tile
   int units;            // heads / heads_in_tile
   int box_queries;      // those of a warp; 0: a warp's rows are no box of `out`
-  int units_per_group;  // units that are walked together (dense)
+  DenseTiles dense;     // the tiles of a dense launch,
+  Sequence sequence;    // and each of its sequences, unless they have offsets of their own
 };
 
 // Which keys the queries of a tile see that is not shared: query j, the last one's for those after it, sees the keys

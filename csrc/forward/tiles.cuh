@@ -1,6 +1,8 @@
 // Which tiles there are, which keys each of them visits, and in which order they are drawn.
 #pragma once
 
+#include <cutlass/fast_math.h>
+
 #include "forward/schedule.h"
 #include "params.h"
 
@@ -17,7 +19,7 @@ struct Sequence {
   int flags;
 };
 
-__device__ __forceinline__ Sequence sequence_at(const ForwardParams& params, int index) {
+__host__ __device__ __forceinline__ Sequence sequence_at(const ForwardParams& params, int index) {
   Sequence sequence{0, params.seqlen_q, 0, params.seqlen_k, 0, 0, 0};
   if (params.q_start != nullptr) {
     // NOTE: nobody has looked at these numbers; whatever they say must not lead outside of the tensors.
@@ -170,6 +172,42 @@ struct TileSequence {
     const int in_group = index - first_unit * tiles_per_unit;
     const int rank = in_group / units_here;
     return {first_unit + in_group - rank * units_here, rank};
+  }
+};
+
+// The same order for a dense launch, in which every division is by a number that the host knows.
+struct DenseTiles {
+  struct Place {
+    int batch;
+    int unit;  // of the batch element
+    int rank;
+  };
+
+  cutlass::FastDivmod tiles_of_group;
+  cutlass::FastDivmod units_of_group;
+  cutlass::FastDivmod units_of_last_group;
+  cutlass::FastDivmod units_of_batch;
+  int tiles_per_unit;
+  int full_groups;
+
+  DenseTiles() = default;
+  __host__ DenseTiles(int units_of_batch, int batch, int tiles_per_unit, int units_per_group)
+      : tiles_of_group(units_per_group * tiles_per_unit), units_of_group(units_per_group), units_of_batch(units_of_batch),
+        tiles_per_unit(tiles_per_unit) {
+    const int units = units_of_batch * batch;
+    full_groups = (units > units_per_group ? units - units_per_group : 0) / units_per_group;
+    units_of_last_group = cutlass::FastDivmod(units - full_groups * units_per_group);
+  }
+
+  __device__ __forceinline__ Place operator[](int index) const {
+    const int group = min(tiles_of_group.div(index), full_groups);
+    const int first_unit = group * units_of_group.divisor;
+    const bool is_last = group == full_groups;
+    const int in_group = index - first_unit * tiles_per_unit;
+    const int rank = is_last ? units_of_last_group.div(in_group) : units_of_group.div(in_group);
+    const int unit = first_unit + in_group - rank * (is_last ? units_of_last_group.divisor : units_of_group.divisor);
+    const int batch = units_of_batch.div(unit);
+    return {batch, unit - batch * units_of_batch.divisor, rank};
   }
 };
 

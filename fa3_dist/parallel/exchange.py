@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -320,12 +321,15 @@ class DistributedExchange:
         self._watchdog: Watchdog | None = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
-            self._watchdog = Watchdog(self.timeout, self._abort, prepare=_tolerate_captures)
+            # What ends every wait for another rank. NOTE: a method of self would keep it alive as long as the thread is.
+            endings = [self.group._get_backend(self.device).abort]
+            self._watchdog = Watchdog(self.timeout, partial(_call_all, endings), prepare=_tolerate_captures)
             weakref.finalize(self, self._watchdog.stop)
         self._connect()
         if self.device.type == "cuda" and self.world > 1:
             self._peers = peer_copy.connect(self.group, self.device, peer_copies)
             if self._peers is not None:
+                endings.insert(0, self._peers.release)
                 self._connect()
 
     @property
@@ -398,7 +402,7 @@ class DistributedExchange:
                 observer.end(begun)
             done = torch.cuda.Event()
             done.record(self._stream)
-        pending = _StreamPending(self._watchdog, transfer, (*send, *receive), done, self.device)
+        pending = _StreamPending(self._watchdog, transfer, (*send, *receive), done, self.device, self._peers)
         self._posted = pending if place is None else None
         # NOTE: an event that is part of a CUDA graph being captured must not be queried.
         if not torch.cuda.is_current_stream_capturing():
@@ -410,12 +414,6 @@ class DistributedExchange:
         ops += [dist.P2POp(dist.isend, part, group=self.group, group_peer=transfer.destination) for part in send]
         for work in dist.batch_isend_irecv(ops):
             work.wait()  # orders the side stream after the transfer; the host does not wait
-
-    def _abort(self) -> None:
-        """Ends every wait for another rank on this rank's streams. Called by the watchdog."""
-        if self._peers is not None:
-            self._peers.release()
-        self.group._get_backend(self.device).abort()
 
     def _connect(self) -> None:
         """Sends one byte to every other rank: to rank + 1 while receiving from rank - 1, then 2, 3, ... In each round
@@ -480,9 +478,11 @@ class _StreamPending:
     is never waited for is held by the watchdog until it is through.
     """
 
-    def __init__(self, watchdog: Watchdog, transfer: _Transfer, buffers: Parts, event: Any, device: torch.device):
+    def __init__(self, watchdog: Watchdog, transfer: _Transfer, buffers: Parts, event: Any, device: torch.device,
+                 peers: PeerCopies | None):
         self.watchdog, self.transfer, self.buffers = watchdog, transfer, buffers
         self.event, self.device = event, device  # the event: the transfer is through
+        self.peers = peers  # alive until then
 
     def wait(self) -> None:
         self.watchdog.raise_failure()
@@ -592,6 +592,11 @@ def _tolerate_captures() -> None:
     if status != 0:
         logger.warning("a CUDA graph captured while messages are under way may fail: the watchdog's thread cannot be "
                        "told to keep out of captures (%s)", status)
+
+
+def _call_all(functions: list[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
 
 
 def _world_group() -> dist.ProcessGroup:
