@@ -321,7 +321,7 @@ class DistributedExchange:
         self._watchdog: Watchdog | None = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
-            # What ends every wait for another rank. NOTE: a method of self would keep it alive as long as the thread is.
+            # What ends every wait for another rank. NOTE: a method of self would keep it alive, for the thread to hold.
             endings = [self.group._get_backend(self.device).abort]
             self._watchdog = Watchdog(self.timeout, partial(_call_all, endings), prepare=_tolerate_captures)
             weakref.finalize(self, self._watchdog.stop)
