@@ -29,7 +29,6 @@ from fa3_dist.parallel.exchange import (
     _tolerate_captures,
     run_in_process,
 )
-from fa3_dist.parallel.peer_copy import ALIGNMENT, carve, message_bytes
 from tests.distributed import run_distributed, run_processes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.float8_e4m3fn)
@@ -554,18 +553,6 @@ def test_messages_into_places(peer_copies: bool):
     found = run_distributed(torch.cuda.device_count(), places_worker, peer_copies, backend="nccl", timeout=120.0)
     assert [each["wrong"] for each in found] == [[]] * len(found)
     assert all((each["bytes"] > 0) is peer_copies and each["left"] == 0 and each["is_gone"] for each in found)
-
-
-def test_carve_keeps_parts_apart_and_aligned():
-    like = [torch.zeros(1, 3, dtype=torch.bfloat16), torch.zeros(1, 2, 2)]
-    place = torch.zeros(message_bytes(like, 50), dtype=torch.uint8)
-    parts = carve(place, like, 50)
-    assert [tuple(part.shape) for part in parts] == [(50, 3), (50, 2, 2)]
-    assert [part.dtype for part in parts] == [x.dtype for x in like]
-    assert all((part.data_ptr() - place.data_ptr()) % ALIGNMENT == 0 for part in parts)
-    parts[0].fill_(1.0)
-    assert not parts[1].any() and (parts[1].data_ptr() - parts[0].data_ptr()) == 2 * ALIGNMENT  # of 300 bytes
-    assert [len(part) for part in carve(place, like, 0)] == [0, 0]
 
 
 def nccl_lost_peer(rank: int, world: int, is_killed: bool, by_copy: bool) -> tuple:

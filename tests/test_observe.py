@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from fa3_dist.parallel import observe
 from fa3_dist.parallel.all_to_all import all_to_all_attention
-from fa3_dist.parallel.exchange import DistributedExchange, Pending, Subgroup, _Transfer
+from fa3_dist.parallel.exchange import DistributedExchange, Pending, Place, Subgroup, _Transfer
 from fa3_dist.parallel.observe import COMMUNICATION, COMPUTE, Span, Timeline
 from fa3_dist.parallel.ring import ring_attention
 from fa3_dist.parallel.schedule import zigzag
@@ -121,17 +121,17 @@ def test_on_cuda_spans_lie_between_events_of_the_messages_stream(monkeypatch: py
     monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: [work] * len(operations))
     exchange = DistributedExchange.__new__(DistributedExchange)
     exchange.__dict__.update(
-        rank=0, device=torch.device("cuda"), group=None, observer=None,
+        rank=0, device=torch.device("cuda"), group=None, observer=None, _peers=None,
         _stream=SimpleNamespace(wait_stream=lambda other: order.append("side waits for main")),
         _watchdog=SimpleNamespace(raise_failure=lambda: None),
     )
     message = (torch.zeros(5),)
     transfer = _Transfer(0, 2, "K/V", 1, None)
-    exchange._post_on_stream(transfer, message, ())
+    exchange._post_on_stream(transfer, message, (), None)
     assert order == ["side waits for main", "transfer", "done on side"], "nothing is recorded unobserved"
     order.clear()
     exchange.observer = timeline = Timeline(exchange.device)
-    exchange._post_on_stream(transfer, message, ())
+    exchange._post_on_stream(transfer, message, (), None)
     with observe.computing(timeline, "forward", 1):
         order.append("attention")
     assert order == [
@@ -158,10 +158,12 @@ def test_messages_under_way_get_a_head_start(monkeypatch: pytest.MonkeyPatch) ->
     exchange.__dict__.update(
         rank=0, device=torch.device("cuda"), group=None, observer=None, head_start=10.0, _posted=None, _stream=stream,
         _watchdog=SimpleNamespace(raise_failure=lambda: None),
+        _peers=SimpleNamespace(follow=lambda side: None, queue=lambda *message: copied.append(message)),
     )
+    copied: list[tuple] = []
 
-    def post() -> Pending:
-        return exchange._post_on_stream(_Transfer(0, 2, "K/V", 1, None), (torch.zeros(5),), ())
+    def post(place: Place | None = None) -> Pending:
+        return exchange._post_on_stream(_Transfer(0, 2, "K/V", 1, None), (torch.zeros(5),), (), place)
 
     exchange.let_begin()
     assert pauses == [], "there is no message"
@@ -172,6 +174,9 @@ def test_messages_under_way_get_a_head_start(monkeypatch: pytest.MonkeyPatch) ->
     post().wait()
     exchange.let_begin()
     assert len(pauses) == 1, "the message is through before what comes now"
+    post(Place(3, 5))
+    exchange.let_begin()
+    assert len(pauses) == 1 and [(place, to) for place, _, to, _ in copied] == [(3, 1)], "a copy needs no SMs"
     exchange.head_start = 0.0
     post()
     exchange.let_begin()

@@ -1,0 +1,110 @@
+"""Messages by copy engines: how ranks tell each other, between threads; tests/test_exchange.py has them on GPUs."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fa3_dist.parallel.peer_copy import ALIGNMENT, PLACES, PeerCopies, carve, message_bytes
+
+
+class Flags:
+    """The driver's part: what one thread writes another one may wait for. A thread stands for a rank's stream."""
+
+    def __init__(self) -> None:
+        self.values: Counter[int] = Counter()
+        self.changed = threading.Condition()
+
+    def write(self, flag: int, count: int) -> None:
+        with self.changed:
+            self.values[flag] = count
+            self.changed.notify_all()
+
+    def wait(self, flag: int, count: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.values[flag] >= count, timeout=20.0), "nobody came"
+
+
+def make_ranks(world: int, place_bytes: int) -> list[PeerCopies]:
+    """Ranks whose places lie in host memory."""
+    driver = Flags()
+    flags = [torch.zeros(2 * world * PLACES, dtype=torch.int32) for _ in range(world)]  # addresses, no more
+    memory = [[torch.zeros(place_bytes, dtype=torch.uint8) for _ in range(world)] for _ in range(PLACES)]
+    ranks = []
+    for rank in range(world):
+        copies = PeerCopies.__new__(PeerCopies)
+        copies.__dict__.update(
+            rank=rank, world=world, _driver=driver, _sent=Counter(), _received=Counter(),
+            _flags=SimpleNamespace(of=flags.__getitem__),
+            _places={i: SimpleNamespace(own=places[rank], of=places.__getitem__) for i, places in enumerate(memory)},
+        )
+        ranks.append(copies)
+    return ranks
+
+
+def message(number: int, rank: int, rows: int) -> list[Tensor]:
+    value = 100.0 * number + rank
+    return [torch.full((rows, 3), value), torch.full((rows, 2, 2), value, dtype=torch.bfloat16)]
+
+
+def run_rank(copies: PeerCopies, sizes: list[list[int]], wrong: list[str]) -> None:
+    pause = random.Random(copies.rank)
+    for number, rows in enumerate(sizes):
+        shift, place = 1 + number % (copies.world - 1), number % 2
+        destination, source = (copies.rank + shift) % copies.world, (copies.rank - shift) % copies.world
+        sent, count = message(number, copies.rank, rows[copies.rank]), rows[source]
+        if not rows[copies.rank] and not count:
+            continue
+        copies.queue(place, sent if rows[copies.rank] else [], destination, source if count else None)
+        time.sleep(pause.choice([0.0, 0.0, 2e-3]))  # others run ahead
+        come = carve(copies._places[place].own, sent, count)
+        if not all(map(torch.equal, come, message(number, source, count))):
+            wrong.append(f"rank {copies.rank}, message {number}")
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_messages_arrive_whole_and_are_not_overwritten(world: int) -> None:
+    choose = random.Random(world)
+    sizes = [[choose.choice([0, 1, 50, 700]) for _ in range(world)] for _ in range(120)]
+    ranks, wrong = make_ranks(world, message_bytes(message(0, 0, 0), 700)), []
+    threads = [threading.Thread(target=run_rank, args=(copies, sizes, wrong)) for copies in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    messages = sum(count > 0 for rows in sizes for count in rows)
+    assert sum(sum(copies._sent.values()) for copies in ranks) == messages
+
+
+def test_without_waiting_for_the_reader_messages_are_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test above would see. (Where both send, neither gets far ahead of the other.)"""
+    wait = Flags.wait
+    ranks, wrong = make_ranks(2, message_bytes(message(0, 0, 0), 700)), []
+    ready = {copies._flag(copies.rank, 0, 1 - copies.rank, place) for copies in ranks for place in range(PLACES)}
+    monkeypatch.setattr(Flags, "wait", lambda self, flag, count: None if flag in ready else wait(self, flag, count))
+    threads = [threading.Thread(target=run_rank, args=(copies, [[700, 0]] * 200, wrong)) for copies in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong
+
+
+def test_carve_keeps_parts_apart_and_aligned() -> None:
+    like = [torch.zeros(1, 3, dtype=torch.bfloat16), torch.zeros(1, 2, 2)]
+    place = torch.zeros(message_bytes(like, 50), dtype=torch.uint8)
+    parts = carve(place, like, 50)
+    assert [tuple(part.shape) for part in parts] == [(50, 3), (50, 2, 2)]
+    assert [part.dtype for part in parts] == [x.dtype for x in like]
+    assert all((part.data_ptr() - place.data_ptr()) % ALIGNMENT == 0 for part in parts)
+    parts[0].fill_(1.0)
+    assert not parts[1].any() and (parts[1].data_ptr() - parts[0].data_ptr()) == 2 * ALIGNMENT  # of 300 bytes
+    assert [len(part) for part in carve(place, like, 0)] == [0, 0]
