@@ -23,6 +23,8 @@ What is run, with two GPUs in about two minutes:
     TORCH_NCCL_HIGH_PRIORITY=1 make context ARGS="--cells 8k,32k --peers ring,ring_margin_4,ring_margin_8"
                                                                messages before attention where both wait for SMs
 
+    FA3_DIST_PEER_COPIES=1 make context                        the ring's messages by copy engines
+
 The ring with each margin of SMs stands beside the ring in the tables, and a line at the end compares them. The mode
 that mode="auto" would take is held against the faster one of both in every case.
 
@@ -650,6 +652,7 @@ def header(parsed: argparse.Namespace, setup: Setup) -> dict[str, Any]:
         "bandwidth": dict(setup.links.bandwidth), "latency": setup.links.latency,
         "repeats": parsed.repeats, "scale": parsed.scale, "sm_margins": parsed.sm_margins,
         "nccl_high_priority": os.environ.get("TORCH_NCCL_HIGH_PRIORITY"),
+        "peer_copies": os.environ.get("FA3_DIST_PEER_COPIES"),
         "selected": {"cells": parsed.cells, "peers": parsed.peers},
         "judged": is_cuda and parsed.scale == 1,
     }

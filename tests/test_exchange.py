@@ -556,7 +556,7 @@ def test_messages_into_places(peer_copies: bool):
 
 
 def nccl_lost_peer(rank: int, world: int, is_killed: bool, by_copy: bool) -> tuple:
-    exchange = DistributedExchange(timeout=3.0)
+    exchange = DistributedExchange(timeout=3.0, peer_copies=by_copy)
     if rank == 0:
         if is_killed:
             os.kill(os.getpid(), signal.SIGKILL)

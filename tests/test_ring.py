@@ -113,8 +113,8 @@ def test_gate_of_eight_ranks_on_one_gpu(case: Case):
     assert judge(case, run_in_process(8, run_case, case, False, "cuda")) == []
 
 
-def nccl_worker(rank: int, world: int) -> list[dict]:
-    exchange = DistributedExchange()
+def nccl_worker(rank: int, world: int, peer_copies: bool) -> list[dict]:
+    exchange = DistributedExchange(peer_copies=peer_copies)
     return [run_case(exchange, case, device="cuda") for case in GPU_CASES]
 
 
@@ -126,16 +126,17 @@ def test_gate_of_eight_ranks_on_one_gpu_in_halves(case: Case):
 
 
 @pytest.mark.multi_gpu
-def test_gate_over_nccl():
-    by_rank = run_distributed(torch.cuda.device_count(), nccl_worker, backend="nccl", timeout=300.0)
+@pytest.mark.parametrize("peer_copies", [False, True], ids=["messages", "copies"])
+def test_gate_over_nccl(peer_copies: bool):
+    by_rank = run_distributed(torch.cuda.device_count(), nccl_worker, peer_copies, backend="nccl", timeout=300.0)
     for i, case in enumerate(GPU_CASES):
         assert judge(case, [results[i] for results in by_rank]) == [], case.name
 
 
 def captured_worker(rank: int, world: int) -> list[float]:
     """A forward and backward as a CUDA graph: largest differences between its replays and the same calls, by tensor."""
-    exchange, case = DistributedExchange(), Case("", (2048,), heads=8, kv_heads=4, head_dim=64, head_dim_v=64,
-                                                 dtype=BF16, dlse=False)  # fmt: skip
+    exchange = DistributedExchange(peer_copies=True)  # not in a graph, but beside it
+    case = Case("", (2048,), heads=8, kv_heads=4, head_dim=64, head_dim_v=64, dtype=BF16, dlse=False)
     layout = case.make_layout(world)
     rows = local_rows(layout, rank)
     q, k, v, dout = (x[rows].cuda() for x in make_inputs(case)[:4])

@@ -98,10 +98,11 @@ struct ForwardConfig {
   // Where the next tile's queries are there in time, its first scores are computed beside this tile's last output.
   static constexpr bool kTilesOverlap = kStagesQ == 2;
 
-  // Whether a consumer warpgroup leaves out the blocks of a tile of whose keys its own rows see none. It costs more than it
-  // gains where a block has as many keys as a tile has queries; head_dim 192 has not been timed.
+  // Whether a consumer warpgroup leaves out the first and the last blocks of a tile if its own rows see none of their keys.
+  // It costs more than it gains where a block has as many keys as a tile has queries; head_dim 192 has not been timed.
   static constexpr bool kSkipsBlocks =
       !kTilesOverlap && kKeys < kQueries && (kHeadDim == 256 || kTeams > 1 || kIsNarrow);
+  static_assert(!kSkipsBlocks || (kQueries - 64) / kKeys + 1 <= kStages);  // keys that are given back before any values
 
   // Whether K and V have a loading thread each: a team of several has only one.
   static constexpr bool kLoadsApart = kTeams == 1;

@@ -248,16 +248,23 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     for (int i = 0; i < decltype(size(rS))::value; i += 2) round_into(rP, i);
   };
 
-  // Leaves out so many blocks, which whoever loads them gives back for this warpgroup.
-  const auto leave_out = [&](int blocks) __attribute__((always_inline)) {
-    k_ring.advance_by(blocks);
-    v_ring.advance_by(blocks);
-    if constexpr (Config::kTakesTurns) {
+  // Gives back the keys, and the values, of so many blocks that this warpgroup leaves out.
+  // NOTE: not without waiting for them: one that is still on its way would later pass for the next block of its stage.
+  const auto skip_keys = [&](int blocks) __attribute__((always_inline)) {
 #pragma unroll 1
-      for (; blocks > 0; --blocks) {
-        turn.take();
-        turn.pass();
-      }
+    for (; blocks > 0; --blocks) {
+      shared.k_full[k_ring.stage].wait(k_ring.parity);
+      turn.take();
+      turn.pass();
+      release_scores(false);
+    }
+  };
+  const auto skip_values = [&](int blocks) __attribute__((always_inline)) {
+#pragma unroll 1
+    for (; blocks > 0; --blocks) {
+      shared.v_full[v_ring.stage].wait(v_ring.parity);
+      arrive_as_warp(shared.v_empty[v_ring.stage]);
+      v_ring.advance();
     }
   };
 
@@ -353,14 +360,22 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
         multiply(mma_pv, rP, sVt(_, _, _, v_stage), rO, has_output);
         turn.pass();
         finish_values(running);
-        if constexpr (Config::kSkipsBlocks) leave_out(first_block - shared.tile[slot].blocks.first);
+        const int left_out = first_block - shared.tile[slot].blocks.first;
         write_output(slot);
         running = false;
+        if constexpr (Config::kSkipsBlocks) {
+#pragma unroll 1
+          for (int i = 0; i < left_out; ++i) {
+            skip_keys(1);
+            skip_values(1);
+          }
+        }
       }
       const Next next = next_tile();
       if (next == Next::kEnd) break;
       if (next == Next::kNothing) continue;
-      if constexpr (Config::kSkipsBlocks) leave_out(shared.tile[slot].blocks.end - 1 - block);
+      const int left_out = shared.tile[slot].blocks.end - 1 - block;
+      if constexpr (Config::kSkipsBlocks) skip_keys(left_out);
       const int q_stage = q_ring.uniform_stage(), k_stage = k_ring.uniform_stage();
       shared.k_full[k_ring.stage].wait(k_ring.parity);
       turn.take();
@@ -369,6 +384,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       warpgroup_wait<0>();
       warpgroup_fence_operand(rS);
       release_scores(block == first_block);
+      if constexpr (Config::kSkipsBlocks) skip_values(left_out);
       softmax = OnlineSoftmax{};
       weigh(softmax);
       round_weights();

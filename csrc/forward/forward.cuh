@@ -1,5 +1,5 @@
 // Attention forward for Hopper, after FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), on persistent blocks: one
-// producer warp draws tiles, two threads bring their Q and K, and V, by bulk tensor loads (producer.cuh), and consumer
+// producer warp draws tiles, one or two threads bring their Q, K and V by bulk tensor loads (producer.cuh), and consumer
 // warpgroups compute (consumer.cuh).
 #pragma once
 

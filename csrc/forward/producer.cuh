@@ -62,7 +62,8 @@ class TileOrder {
     if (params.softcap != 0.f) tile.blocks.end_plain = tile.blocks.first_plain;
   }
 
-  // Fills in the blocks that a warpgroup's rows see; all where that is none. `plain`: steps may leave out masks.
+  // Fills in the blocks that a warpgroup's rows see, or so it seems by the bounds of the first and the last row of a shared
+  // tile; all where that is none. `plain`: steps may leave out masks.
   __device__ __forceinline__ void fill_seen(Tile& tile, const KeyBounds8 (&bounds)[Config::kQueries], int warpgroup,
                                             bool plain) const {
     static_assert(Config::kConsumers <= std::extent_v<decltype(Tile::seen)>);
@@ -214,40 +215,6 @@ __device__ __forceinline__ void load_block(const CUtensorMap& map, LoadBarrier& 
                                      tile.first_head / group, tile.batch, packed, head_dim);
 }
 
-// Which consumer warpgroups leave out a block of a tile, a bit for each. Who loads the block gives it back for them.
-// NOTE: read anew for each block by threads that load K or V alone, whose registers are few; one that loads both has no time.
-template <class Config>
-class LeftOut {
- public:
-  __device__ __forceinline__ explicit LeftOut(const Tile& tile) : tile_(tile) {
-    if constexpr (Config::kSkipsBlocks && !Config::kLoadsApart) {
-#pragma unroll
-      for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
-        first_[warpgroup] = tile.seen[warpgroup].first;
-        end_[warpgroup] = tile.seen[warpgroup].end;
-      }
-    }
-  }
-
-  __device__ __forceinline__ unsigned operator()(int block) const {
-    unsigned by = 0;
-    if constexpr (Config::kSkipsBlocks) {
-#pragma unroll
-      for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
-        const int first = Config::kLoadsApart ? tile_.seen[warpgroup].first : first_[warpgroup];
-        const int end = Config::kLoadsApart ? tile_.seen[warpgroup].end : end_[warpgroup];
-        if (block < first || block >= end) by |= 1u << warpgroup;
-      }
-    }
-    return by;
-  }
-
- private:
-  const Tile& tile_;
-  int first_[Config::kConsumers];
-  int end_[Config::kConsumers];
-};
-
 // Brings the blocks of K, or of V, one after the other.
 template <class Config, bool kIsKeys>
 class BlockLoader {
@@ -255,29 +222,20 @@ class BlockLoader {
   __device__ __forceinline__ BlockLoader(const ForwardArguments& arguments, ForwardShared<Config>& shared)
       : arguments_(arguments), shared_(shared), group_(arguments.params.heads / arguments.params.kv_heads) {}
 
-  // left_out_by() is asked once the load is under way.
-  template <class LeftOutBy>
-  __device__ __forceinline__ void load(const Tile& tile, int block, LeftOutBy left_out_by) {
+  __device__ __forceinline__ void load(const Tile& tile, int block) {
     const ForwardParams& params = arguments_.params;
     const bool packed = params.q_start != nullptr;
     const int first_key = block * Config::kKeys;
-    Barrier& empty = kIsKeys ? shared_.k_empty[ring_.stage] : shared_.v_empty[ring_.stage];
-    empty.wait(ring_.parity ^ 1);
     if constexpr (kIsKeys) {
+      shared_.k_empty[ring_.stage].wait(ring_.parity ^ 1);
       load_block<Config::kKeys, Config::kHeadDim, Config::kPanel>(arguments_.k, shared_.k_full[ring_.stage],
                                                                   shared_.k[ring_.stage], tile, group_, first_key, packed,
                                                                   params.head_dim);
     } else {
+      shared_.v_empty[ring_.stage].wait(ring_.parity ^ 1);
       load_block<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(arguments_.v, shared_.v_full[ring_.stage],
                                                                     shared_.v[ring_.stage], tile, group_, first_key, packed,
                                                                     params.head_dim_v);
-    }
-    if constexpr (Config::kSkipsBlocks) {
-      const unsigned by = left_out_by();
-#pragma unroll
-      for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
-        if (by >> warpgroup & 1) arrive_for_warpgroup(empty);
-      }
     }
     ring_.advance();
   }
@@ -317,10 +275,9 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
 
   // V of one thread comes one block behind K, as it is used; a tile's slot is kept until the last of its V.
   int behind_slot = -1, behind_block = 0;
-  unsigned behind_left_out_by = 0;
   const auto load_behind = [&](bool last) {
     if (Config::kLoadsApart || behind_slot < 0) return;
-    values.load(shared.tile[behind_slot], behind_block, [&] { return behind_left_out_by; });
+    values.load(shared.tile[behind_slot], behind_block);
     if (last) shared.tile_empty[behind_slot].arrive();
     behind_slot = -1;
   };
@@ -339,22 +296,19 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
       begin_tile();
       continue;
     }
-    const LeftOut<Config> left_out(tile);
     const bool is_long = blocks.end - blocks.first > kLeadBlocks;
     // The next Q comes early where there are two stages: the one before this tile's is free once this tile is under way.
     const int next_q = Config::kStagesQ == 2 && is_long ? blocks.first + 1 : blocks.first;
     const int lead_block = min(blocks.end, blocks.first + kLeadBlocks) - 1;
 #pragma unroll 1
     for (int block = blocks.end - 1; block >= blocks.first; --block) {
-      const unsigned left_out_by = Config::kLoadsApart ? 0 : left_out(block);
-      keys.load(tile, block, [&] { return Config::kLoadsApart ? left_out(block) : left_out_by; });
+      keys.load(tile, block);
       if (Config::kLoadsApart && !begun) shared.keys_begun.arrive();
       begun = true;
       load_behind(block == blocks.end - 1);
       if constexpr (!Config::kLoadsApart) {
         behind_slot = slot;
         behind_block = block;
-        behind_left_out_by = left_out_by;
       }
       if (block == lead_block && tile.only_warp == kAllWarps) shared.nearly_loaded.arrive();
       if (block == blocks.first) {
@@ -382,11 +336,8 @@ __device__ __forceinline__ void load_values(const ForwardArguments& arguments, F
       // A launch begins with Q and K: all processors ask at once.
       if (!begun) shared.keys_begun.wait(0);
       begun = true;
-      const LeftOut<Config> left_out(tile);
 #pragma unroll 1
-      for (int block = tile.blocks.end - 1; block >= tile.blocks.first; --block) {
-        values.load(tile, block, [&] { return left_out(block); });
-      }
+      for (int block = tile.blocks.end - 1; block >= tile.blocks.first; --block) values.load(tile, block);
     }
     shared.tile_empty[ring.stage].arrive();
     ring.advance();

@@ -33,7 +33,7 @@ struct alignas(16) TileMask {
   int end_key;
 };
 
-// A tile on its way from the thread that draws it to the one that loads it and to the consumers, which keep it until they
+// A tile on its way from the warp that draws it to the threads that load it and to the consumers, which keep it until they
 // have written its results.
 struct Tile {
   enum Kind { kWork, kPause, kEnd };  // kPause: no more tiles until all consumers have finished theirs
@@ -191,15 +191,6 @@ struct Ring {
     }
   }
 
-  __device__ __forceinline__ void advance_by(int count) {
-    stage += count;
-#pragma unroll 1
-    while (stage >= kStages) {
-      stage -= kStages;
-      parity ^= 1;
-    }
-  }
-
   // Without a branch, which would end what the compiler can interleave.
   __device__ __forceinline__ void advance_if(bool condition) {
     const bool wraps = condition && stage == kStages - 1;
@@ -213,10 +204,6 @@ template <class AnyBarrier>
 __device__ __forceinline__ void arrive_as_warp(AnyBarrier& barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier.arrive();
-}
-// The arrivals of a warpgroup's four warps, by one thread.
-__device__ __forceinline__ void arrive_for_warpgroup(Barrier& barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], 4;" ::"r"(cast_smem_ptr_to_uint(&barrier)) : "memory");
 }
 template <class AnyBarrier>
 __device__ __forceinline__ void wait_as_warp(AnyBarrier& barrier, uint32_t parity) {

@@ -221,7 +221,7 @@ struct TileCounter {
 struct alignas(16) ScheduleHeader {
   TileCounter counter;
   int records;
-  int units_per_group;  // as in ForwardArguments
+  int units_per_group;  // as in TileSequence
   int uncovered;        // whether some queries may lie in no range
 };
 static_assert(sizeof(ScheduleHeader) == kHeaderElements * sizeof(int32_t));

@@ -118,7 +118,7 @@ class Exchange(Protocol):
         """Memory for a message to come: `rows` rows of the form that those of each tensor have.
 
         Called by all ranks together, with the same place and rows of the same form. It may be the place's: then it is
-        valid until all work that was queued before the next exchange into that place.
+        valid for work that is queued before the next exchange into that place is started.
         """
 
     def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
@@ -272,8 +272,9 @@ class DistributedExchange:
     it, and the error is raised by the next call of `exchange` or `wait`. Transfers may be captured in a CUDA graph,
     once a step like it has run; nobody looks after those of a replay but NCCL's own watchdog.
 
-    Where all ranks are GPUs of one host, messages into places (`room`) go by copy engines, without NCCL; not those of a
-    CUDA graph. The places stay allocated, outside of PyTorch's allocator, as long as the exchange does (`place_bytes`).
+    Where all ranks are GPUs of one host, messages into places (`room`) can go by copy engines, without NCCL; not those
+    of a CUDA graph. The places are made by the first step that needs them, or larger ones, and stay allocated, outside
+    of PyTorch's allocator, as long as the exchange does (`place_bytes`).
 
     All connections between ranks are made here, one shift after the other on every rank, and not in the first step that
     needs them. So all ranks of the group construct it together.
@@ -288,7 +289,7 @@ class DistributedExchange:
         head_start: microseconds by which a transfer is ahead of the attention that hides it (CUDA; see `let_begin`);
             None: FA3_DIST_HEAD_START of the environment, or HEAD_START.
         peer_copies: whether copy engines are to be used where they can be; None: FA3_DIST_PEER_COPIES of the
-            environment (1 or 0), or yes. No, if some rank says no.
+            environment (1 or 0), or no. No, if some rank says no.
     Raises:
         ValueError: this process is not in the group, the timeout is not positive, the margin is no number of SMs, the
             head start no time, or the environment says something else than these.
@@ -327,7 +328,8 @@ class DistributedExchange:
             weakref.finalize(self, self._watchdog.stop)
         self._connect()
         if self.device.type == "cuda" and self.world > 1:
-            self._peers = peer_copy.connect(self.group, self.device, peer_copies)
+            with torch.cuda.device(self.device):
+                self._peers = peer_copy.connect(self.group, self.device, peer_copies)
             if self._peers is not None:
                 endings.insert(0, self._peers.release)
                 self._connect()
@@ -353,7 +355,10 @@ class DistributedExchange:
 
     def _has_places(self) -> bool:
         """Whether messages into places go by copy engines now: their counts would be wrong in a graph's second run."""
-        return self._peers is not None and not torch.cuda.is_current_stream_capturing()
+        if self._peers is None:
+            return False
+        with torch.cuda.device(self.device):
+            return not torch.cuda.is_current_stream_capturing()
 
     def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
                  step: int, place: Place | None = None) -> Pending:
@@ -482,7 +487,7 @@ class _StreamPending:
                  peers: PeerCopies | None):
         self.watchdog, self.transfer, self.buffers = watchdog, transfer, buffers
         self.event, self.device = event, device  # the event: the transfer is through
-        self.peers = peers  # alive until then
+        self.peers = peers  # alive until then, as long as the watchdog is
 
     def wait(self) -> None:
         self.watchdog.raise_failure()
@@ -596,7 +601,10 @@ def _tolerate_captures() -> None:
 
 def _call_all(functions: list[Callable[[], None]]) -> None:
     for function in functions:
-        function()
+        try:
+            function()
+        except Exception:
+            logger.exception("a connection could not be ended")  # the others still are
 
 
 def _world_group() -> dist.ProcessGroup:
@@ -628,7 +636,7 @@ def _default_head_start() -> float:
 
 
 def _default_peer_copies() -> bool:
-    given = os.environ.get("FA3_DIST_PEER_COPIES", "1")
+    given = os.environ.get("FA3_DIST_PEER_COPIES", "0")
     if given not in ("0", "1"):
         raise ValueError(f"FA3_DIST_PEER_COPIES is {given!r}: expected 1 or 0")
     return given == "1"

@@ -193,7 +193,9 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
             del dkv
         while before:
             before.pop(0).add_to(own)
-        del come  # its memory, too, is wanted at the end
+        del come
+    if plan.remote:
+        del arriving  # the memory of the last K/V, too, is wanted at the end
     add_gradients(0, closing, _KeyRows(k, v), own, exchange.sm_margin if plan.remote else 0)
     dk, dv = _total_of(own, returning, kv_dtype)
     return dq.to(q.dtype), dk, dv
