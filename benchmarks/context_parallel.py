@@ -140,6 +140,11 @@ class Setup(NamedTuple):
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
+    def exchange(self, name: str) -> DistributedExchange | None:
+        """The messages of a mode of ours; None for other names."""
+        exchange = self.modes[name].exchange if name in self.modes else None
+        return exchange if isinstance(exchange, DistributedExchange) else None
+
     def align(self) -> None:
         """What follows begins on all ranks at about the same time: on CUDA on the devices, hosts running ahead."""
         if self.device.type == "cuda":
@@ -265,8 +270,8 @@ class Measurement:
     def _first(self, name: str, call: Callable[[], Call], local: Inputs) -> tuple[Call, Results] | None:
         """Builds and runs a call on every rank; None, and refused, where one cannot. Notes the memory at its peak."""
         reason, built, results = None, None, None
-        exchange = self.setup.modes[name].exchange if name in self.setup.modes else None
-        if isinstance(exchange, DistributedExchange):
+        exchange = self.setup.exchange(name)
+        if exchange is not None:
             exchange.free_places()
         before = _allocated(self.setup.device)
         try:
@@ -276,7 +281,7 @@ class Measurement:
         except CannotRun as error:
             reason = str(error)
         peak = _peak_since(before, self.setup.device)
-        if peak is not None and isinstance(exchange, DistributedExchange):
+        if peak is not None and exchange is not None:
             peak += exchange.place_bytes
         reasons = self.setup.of_all_ranks(reason)
         if any(reasons):
@@ -370,8 +375,8 @@ class Measurement:
             least = max(compute, entry["link_ms"]) if is_ring else compute + entry["link_ms"]
             entry["bound"] = compute / least
         if is_ring:
-            exchange = setup.modes[name].exchange
-            has_places = isinstance(exchange, DistributedExchange) and exchange.place_bytes > 0
+            exchange = setup.exchange(name)
+            has_places = exchange is not None and exchange.place_bytes > 0
             memory = [
                 ring_memory(self.case, self.layout, rank, self.which, setup.device.type, has_places)
                 for rank in range(setup.world)

@@ -158,9 +158,8 @@ def ring_memory(
     arrived = [0] * len(come) if has_places else come
     fetched = [row.kv * (arrived[i] + arrived[i + 1] + gathered[i + 1]) for i in range(len(steps) + 1)]
     if has_places:
-        most_rows = max(step_sizes(layout, **window(case)).keys.max(axis=0).tolist()[1:], default=0)
         backwards = row.dkv_sum if which == "forward_backward" else 0
-        memory["places"] = most_rows * (min(len(steps), 2) * row.kv + backwards)
+        memory["places"] = max(_most_rows(case, layout)) * (min(len(steps), 2) * row.kv + backwards)
     if which == "forward":
         sums = tokens * case.heads * case.head_dim_v * SUM_SIZE
         return memory | {"out in fp32": sums, "messages": max(fetched)}
@@ -181,11 +180,9 @@ def _gradients_held(case: Case, layout: Layout, come: list[int], go: list[int], 
     step, with one more at either end.
     """
     head_bytes = (case.head_dim + case.head_dim_v) * SUM_SIZE
-    sizes = step_sizes(layout, **window(case))
-    most_rows = [0, *sizes.keys.max(axis=0).tolist()[1:]]
     held: list[int] = []
     before: list[int] = []
-    for step, rows in enumerate(most_rows):
+    for step, rows in enumerate(_most_rows(case, layout)):
         parts = backward_parts(case.kv_heads, rows * head_bytes, LEAST_HALF[device_type])
         now: list[int] = []
         most = 0
@@ -197,6 +194,11 @@ def _gradients_held(case: Case, layout: Layout, come: list[int], go: list[int], 
         held.append(most)
         before = now
     return held
+
+
+def _most_rows(case: Case, layout: Layout) -> list[int]:
+    """Rows of K/V that come to a rank in each step, of all ranks; none in the local one, which is the first."""
+    return [0, *step_sizes(layout, **window(case)).keys.max(axis=0).tolist()[1:]]
 
 
 def describe(problem: Problem, layout: Layout) -> dict[str, Any]:

@@ -69,17 +69,23 @@ def run_rank(copies: PeerCopies, sizes: list[list[int]], wrong: list[str]) -> No
             wrong.append(f"rank {copies.rank}, message {number}")
 
 
-@pytest.mark.parametrize("world", [2, 3, 5])
-def test_messages_arrive_whole_and_are_not_overwritten(world: int) -> None:
-    choose = random.Random(world)
-    sizes = [[choose.choice([0, 1, 50, 700]) for _ in range(world)] for _ in range(120)]
-    ranks, wrong = make_ranks(world, message_bytes(message(0, 0, 0), 700)), []
+def run_ranks(ranks: list[PeerCopies], sizes: list[list[int]]) -> list[str]:
+    """What was wrong in messages of these rows: one list a message, by the rank that sends it."""
+    wrong: list[str] = []
     threads = [threading.Thread(target=run_rank, args=(copies, sizes, wrong)) for copies in ranks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    return wrong
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_messages_arrive_whole_and_are_not_overwritten(world: int) -> None:
+    choose = random.Random(world)
+    sizes = [[choose.choice([0, 1, 50, 700]) for _ in range(world)] for _ in range(120)]
+    ranks = make_ranks(world, message_bytes(message(0, 0, 0), 700))
+    assert run_ranks(ranks, sizes) == []
     messages = sum(count > 0 for rows in sizes for count in rows)
     assert sum(sum(copies._sent.values()) for copies in ranks) == messages
 
@@ -87,15 +93,10 @@ def test_messages_arrive_whole_and_are_not_overwritten(world: int) -> None:
 def test_without_waiting_for_the_reader_messages_are_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test above would see. (Where both send, neither gets far ahead of the other.)"""
     wait = Flags.wait
-    ranks, wrong = make_ranks(2, message_bytes(message(0, 0, 0), 700)), []
+    ranks = make_ranks(2, message_bytes(message(0, 0, 0), 700))
     ready = {copies._flag(copies.rank, 0, 1 - copies.rank, place) for copies in ranks for place in range(PLACES)}
     monkeypatch.setattr(Flags, "wait", lambda self, flag, count: None if flag in ready else wait(self, flag, count))
-    threads = [threading.Thread(target=run_rank, args=(copies, [[700, 0]] * 200, wrong)) for copies in ranks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong
+    assert run_ranks(ranks, [[700, 0]] * 200) != []
 
 
 def test_carve_keeps_parts_apart_and_aligned() -> None:

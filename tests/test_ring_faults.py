@@ -221,7 +221,7 @@ def spans_sent_in_the_wrong_order():
 
 def spans_added_in_the_wrong_order():
     add_rows = ring._add_rows
-    return patched(ring, "_add_rows", lambda x, rows, spans: add_rows(x, rows, spans[::-1]))
+    return patched(ring, "_add_rows", lambda x, rows, spans, to: add_rows(x, rows, spans[::-1], to))
 
 
 def first_flag_lost():

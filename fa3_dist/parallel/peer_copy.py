@@ -139,7 +139,7 @@ class PeerCopies:
             nbytes = int(nbytes * SPARE)
         del before
         torch.cuda.empty_cache()  # a place is not from the memory that PyTorch keeps
-        self._places[place] = _Shared((-(-nbytes // ALIGNMENT) * ALIGNMENT,), torch.uint8, self.device, self._group)
+        self._places[place] = _Shared((_aligned(nbytes),), torch.uint8, self.device, self._group)
 
 
 def connect(group: dist.ProcessGroup, device: torch.device, wanted: bool) -> PeerCopies | None:
@@ -149,32 +149,36 @@ def connect(group: dist.ProcessGroup, device: torch.device, wanted: bool) -> Pee
     Called by all ranks of the group together; they all get places, or none does. Before the first message another one
     must have gone from every rank to every other: it says that their counters have been set to 0.
     """
-    visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
-    own = str(torch.cuda.get_device_properties(device).uuid)
-    ranks: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(ranks, (wanted and _is_able(), _host(), own), group=group)
-    others = [uuid for _, _, uuid in ranks if uuid != own]
-    reach = all(uuid in visible and torch.cuda.can_device_access_peer(device, visible[uuid]) for uuid in others)
-    alike = len({host for _, host, _ in ranks}) == 1 and len(others) == len(ranks) - 1
-    if not _all_say(reach and alike and all(able for able, _, _ in ranks), group):
+    own = _uuid(device)
+    able, hosts, uuids = zip(*_of_all_ranks((wanted and _is_able(), _host(), own), group), strict=True)
+    if not all(able) or len(set(hosts)) > 1 or len(set(uuids)) < len(uuids):
+        return None  # on every rank
+    visible = {_uuid(i): i for i in range(torch.cuda.device_count())}
+    others = [visible.get(uuid) for uuid in uuids if uuid != own]
+    reaches_all = all(i is not None and torch.cuda.can_device_access_peer(device, i) for i in others)
+    if not all(_of_all_ranks(reaches_all, group)):
         return None
     copies = None
     try:
         copies = PeerCopies(group, device)
     except RuntimeError as error:  # such as from containers of one host that cannot hand memory to each other
         logger.info("no copies between GPUs: %s", error)
-    return copies if _all_say(copies is not None, group) else None
+    return copies if all(_of_all_ranks(copies is not None, group)) else None
 
 
-def _all_say(yes: bool, group: dist.ProcessGroup) -> bool:
-    answers: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, yes, group=group)
-    return all(answers)
+def _of_all_ranks(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _uuid(device: torch.device | int) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def message_bytes(like: Sequence[Tensor], rows: int) -> int:
     """Bytes that a message of so many rows of each of some tensors takes in a landing place."""
-    return sum(-(-rows * _row_bytes(x) // ALIGNMENT) * ALIGNMENT for x in like)
+    return sum(_aligned(rows * _row_bytes(x)) for x in like)
 
 
 def carve(place: Tensor, like: Sequence[Tensor], rows: int) -> tuple[Tensor, ...]:
@@ -183,8 +187,12 @@ def carve(place: Tensor, like: Sequence[Tensor], rows: int) -> tuple[Tensor, ...
     for x in like:
         nbytes = rows * _row_bytes(x)
         parts.append(place[at : at + nbytes].view(x.dtype).view(rows, *x.shape[1:]))
-        at += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        at += _aligned(nbytes)
     return tuple(parts)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _row_bytes(x: Tensor) -> int:

@@ -291,7 +291,7 @@ class _Returning(NamedTuple):
     def add_to(self, own: _KeyRows) -> None:
         """Waits for the rows and adds them where they belong."""
         for x, rows in zip(self.heads.of_kv(own), self.arrival.wait(), strict=True):
-            _add_rows(x, rows, self.arrival.spans)
+            _add_rows(x, rows, self.arrival.spans, to=x)
 
 
 def _fetch(kv: _KeyRows, plan: RingPlan, index: int, exchange: Exchange) -> _Arrival:
@@ -321,10 +321,10 @@ def _gather(x: Tensor, spans: Sequence[Span]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _add_rows(x: Tensor, rows: Tensor, spans: Sequence[Span]) -> None:
-    """Adds rows, which lie one behind the other, to the rows of x in `spans`."""
+def _add_rows(x: Tensor, rows: Tensor, spans: Sequence[Span], to: Tensor) -> None:
+    """Writes to the rows of `to` in `spans` those of x plus some that lie one behind the other. `to` may be x."""
     for (start, length), part in zip(spans, rows.split([span.length for span in spans]), strict=True):
-        x.narrow(0, start, length).add_(part)
+        torch.add(x.narrow(0, start, length), part, out=to.narrow(0, start, length))
 
 
 def adds_at_once(spans: Sequence[Span], device_type: str) -> bool:
@@ -349,8 +349,7 @@ def _total_of(own: _KeyRows, returning: list[_Returning], dtype: torch.dtype) ->
             to.narrow(0, start, length).copy_(x.narrow(0, start, length))
     for heads, rows_of_kv in arrived:
         for to, x, rows in zip(heads.of_kv(total), heads.of_kv(own), rows_of_kv, strict=True):
-            for (start, length), part in zip(spans, rows.split([span.length for span in spans]), strict=True):
-                torch.add(x.narrow(0, start, length), part, out=to.narrow(0, start, length))
+            _add_rows(x, rows, spans, to)
     return total
 
 
@@ -399,8 +398,12 @@ class RingPlan(NamedTuple):
     local_backward: tuple[Launch, ...]
     opening: tuple[Launch, ...]  # the same in two parts: this one hides the first K/V,
     closing: tuple[Launch, ...]  # and this one the last dK/dV
-    most_rows: int  # that come to a rank in a remote step, of all ranks and steps
     alone: Launch | None  # all there is, in both directions, where there are no messages and no running sums
+
+    @property
+    def most_rows(self) -> int:
+        """That come to a rank in a remote step, of all ranks and steps."""
+        return max(step.most_rows for step in self.remote)
 
     def parts_of_local(self, kv_rows: int, device: torch.device) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
         """The local backward before the remote steps, and after them. kv_rows: local rows times key/value heads."""
@@ -429,8 +432,7 @@ def ring_plan(layout: Layout, rank: int, window_left: int | None, window_right: 
     # One launch each way: every row is in one visit of the forward, so in one of the backward, and so are the keys.
     is_alone = not remote and len(local) == len(local_backward) == 1
     alone = {name: local[0][name] for name in BACKWARD_COLUMNS} if is_alone else None
-    most = max((step.most_rows for step in remote), default=0)
-    return RingPlan(local, remote, local_backward, opening_launches, closing_launches, most, alone)
+    return RingPlan(local, remote, local_backward, opening_launches, closing_launches, alone)
 
 
 def _split_local(launches: Launches) -> tuple[Launches, Launches]:
