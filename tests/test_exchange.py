@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import fa3_dist.parallel.exchange as exchanges
 from fa3_dist.parallel.exchange import (
     HEAD_START,
     DistributedExchange,
@@ -287,6 +288,48 @@ def test_watchdog_raises_the_first_overdue_transfer_and_aborts_once(caplog):
     with pytest.raises(RingError):
         watchdog.raise_failure()
     assert "K/V from rank 3 did not arrive within 0.2 s; aborting the process group" in caplog.text
+
+
+def test_watchdog_lets_go_of_transfers_until_all_are_through():
+    called: list[str] = []
+    transfers = [Transfer("first"), Transfer("second")]
+
+    def release() -> None:
+        called.append("release")
+        if len(called) > 4:
+            transfers[0].finished = True
+        if len(called) > 6:
+            transfers[1].finished = True
+
+    watchdog = Watchdog(0.1, lambda: called.append("abort"), interval=0.01, release=release)
+    for transfer in transfers:
+        watchdog.watch(transfer)
+    watchdog._thread.join(timeout=5.0)
+    assert called == ["release", "abort", *["release"] * 5]
+    with pytest.raises(RingError, match="first from rank 3 did not arrive"):
+        watchdog.raise_failure()
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_watchdog_that_is_stopped_first_lets_transfers_get_through(comes: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(exchanges, "PATIENCE", 0.3)
+    slow = Transfer("slow")
+    called: list[str] = []
+
+    def release() -> None:
+        called.append("release")
+        slow.finished = True
+
+    watchdog = Watchdog(60.0, lambda: called.append("abort"), interval=0.01, release=release)
+    watchdog.watch(slow)
+    if comes:
+        threading.Timer(0.1, lambda: setattr(slow, "finished", True)).start()
+    started = time.monotonic()
+    watchdog.stop()
+    assert not watchdog._thread.is_alive()
+    assert 0.1 <= time.monotonic() - started < 0.3 if comes else time.monotonic() - started >= 0.3
+    assert called == ([] if comes else ["release"])
+    watchdog.raise_failure()
 
 
 def test_watchdog_lets_finished_transfers_go():
@@ -582,3 +625,29 @@ def test_a_lost_peer_is_named_and_the_host_does_not_wait(is_killed: bool, by_cop
     queued, seconds, text = outcome.result
     assert queued < 1.0 and seconds < 10.0
     assert text.startswith("rank 1, ring step 1: dK/dV from rank 0 did not arrive within 3 s")
+
+
+def nccl_hands_on(rank: int, world: int) -> str:
+    """Rank 0 hands on what rank 1 never sends: it gives up after 2 s, and rank 1 after 6 s."""
+    exchange = DistributedExchange(timeout=2.0 if rank == 0 else 6.0, peer_copies=True)
+    x = torch.zeros(4, device="cuda")
+    places = [exchange.room([x], 4, Place(number, 4))[0] for number in range(2)]
+    started = time.monotonic()
+    with pytest.raises(RingError) as caught:
+        if rank == 0:
+            ahead = exchange.exchange(send=None, destination=1, receive=places[0], source=1, what="K/V", step=1, place=Place(0, 4))
+            ahead.wait()
+            exchange.exchange(send=places[0], destination=1, receive=None, source=1, what="K/V", step=2, place=Place(1, 4)).wait()
+        else:
+            exchange.exchange(send=None, destination=0, receive=places[1], source=0, what="K/V", step=2, place=Place(1, 4)).wait()
+        torch.cuda.synchronize()
+        assert time.monotonic() - started > (1.5 if rank == 0 else 5.5), "what never came was taken for a message"
+        start(exchange, None, x).wait()
+    return str(caught.value)
+
+
+@pytest.mark.multi_gpu
+def test_what_a_rank_sends_that_has_given_up_is_not_taken_for_a_message():
+    first, second = run_distributed(2, nccl_hands_on, backend="nccl", timeout=60.0)
+    assert first.startswith("rank 0, ring step 1: K/V from rank 1 did not arrive within 2 s")
+    assert second.startswith("rank 1, ring step 2: K/V from rank 0 did not arrive within 6 s")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fa3_dist.parallel import peer_copy
 from fa3_dist.parallel.peer_copy import ALIGNMENT, PLACES, PeerCopies, carve, message_bytes
 
 
@@ -27,15 +28,18 @@ class Flags:
             self.values[flag] = count
             self.changed.notify_all()
 
-    def wait(self, flag: int, count: int) -> None:
+    def wait(self, flag: int, count: int, equal: bool = False) -> None:
+        def is_there() -> bool:
+            return self.values[flag] == count if equal else self.values[flag] >= count
+
         with self.changed:
-            assert self.changed.wait_for(lambda: self.values[flag] >= count, timeout=20.0), "nobody came"
+            assert self.changed.wait_for(is_there, timeout=20.0), "nobody came"
 
 
 def make_ranks(world: int, place_bytes: int) -> list[PeerCopies]:
     """Ranks whose places lie in host memory."""
     driver = Flags()
-    flags = [torch.zeros(2 * world * PLACES, dtype=torch.int32) for _ in range(world)]  # addresses, no more
+    flags = [torch.zeros(3 * world * PLACES, dtype=torch.int32) for _ in range(world)]  # addresses, no more
     memory = [[torch.zeros(place_bytes, dtype=torch.uint8) for _ in range(world)] for _ in range(PLACES)]
     ranks = []
     for rank in range(world):
@@ -95,8 +99,48 @@ def test_without_waiting_for_the_reader_messages_are_overwritten(monkeypatch: py
     wait = Flags.wait
     ranks = make_ranks(2, message_bytes(message(0, 0, 0), 700))
     ready = {copies._flag(copies.rank, 0, 1 - copies.rank, place) for copies in ranks for place in range(PLACES)}
-    monkeypatch.setattr(Flags, "wait", lambda self, flag, count: None if flag in ready else wait(self, flag, count))
+    monkeypatch.setattr(
+        Flags, "wait", lambda self, flag, count, equal=False: None if flag in ready else wait(self, flag, count, equal)
+    )
     assert run_ranks(ranks, [[700, 0]] * 200) != []
+
+
+def test_what_a_rank_sends_that_has_given_up_is_not_taken_for_a_message() -> None:
+    """Rank 1 hands on what rank 0 was to send, and gives up on it; rank 2, which waits for that, goes on waiting until it
+    gives up itself."""
+    sent = message(0, 1, 4)
+    ranks = make_ranks(3, message_bytes(sent, 4))
+    ended: list[str] = []
+
+    def hand_on() -> None:
+        ranks[1].queue(0, [], None, 0)
+        ended.append("rank 1's wait")
+        ranks[1].queue(1, sent, 2, None)
+        ended.append("rank 1's message")
+
+    def take() -> None:
+        ranks[2].queue(1, [], None, 1)
+        ended.append("rank 2's wait")
+
+    threads = [threading.Thread(target=each) for each in (hand_on, take)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    assert not ended
+    ranks[1]._let_go()
+    threads[0].join(timeout=10.0)
+    time.sleep(0.1)
+    assert ended == ["rank 1's wait", "rank 1's message"]
+    ranks[2]._let_go()
+    threads[1].join(timeout=10.0)
+    assert ended[-1] == "rank 2's wait"
+
+
+def test_one_queue_to_the_gpu_is_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_copy, "_Driver", object)
+    assert peer_copy._is_able()
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    assert not peer_copy._is_able()
 
 
 def test_carve_keeps_parts_apart_and_aligned() -> None:

@@ -123,9 +123,11 @@ struct ForwardConfig {
   static constexpr bool kOverlapsSoftmax = FA3_FORWARD_OVERLAP;
 
   // Registers of a consumer's output, scores and weights. Two copies of the weights let a block's be rounded while the
-  // product before still reads the other's; where that does not fit, rounding waits for the product.
+  // product before still reads the other's; where that does not fit, rounding waits for the product. Of short sequences the
+  // first tiles count, whose code comes from memory: the steps for two copies are three times as much code.
   static constexpr int kTileRegisters = kHeadDimV / 2 + kKeys / 2 + kKeys / 4;
-  static constexpr bool kTwoWeights = kTileRegisters + kKeys / 4 + 40 <= kConsumerRegisters && kHeadDim <= 128;
+  static constexpr bool kTwoWeights = kTileRegisters + kKeys / 4 + 40 <= kConsumerRegisters && kHeadDim <= 128 &&
+                                      kSequences != Sequences::kShort;
 
   // With one copy, rounding may begin in the middle of a block's exponentials: by then a product of a small head_dim is done.
   static constexpr bool kRoundsFromMiddle = !kTwoWeights && kOverlapsSoftmax && kHeadDimV <= 64;
@@ -134,12 +136,14 @@ struct ForwardConfig {
   static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;
   static constexpr int kPanelV = kHeadDimV % 64 == 0 ? 64 : 32;
 
-  // A tile's output leaves through shared memory of its own where there is room for it, or for half of it.
+  // A tile's output leaves through shared memory of its own where there is room for it, or for half of it: the other half
+  // follows under the next tile's first scores.
   static constexpr int kPanelsO = kHeadDimV / kPanelV;
   static constexpr int kBytesPanelO = kQueries * kPanelV * sizeof(Element);
   static constexpr int kFreeBytes = kRoom - kStagesQ * kBytesQ - kStages * (kBytesK + kBytesV);
   static constexpr int kStagesO = kPanelsO * kBytesPanelO <= kFreeBytes ? kPanelsO
                                   : kPanelsO % 4 == 0 && kPanelsO / 2 * kBytesPanelO <= kFreeBytes ? kPanelsO / 2 : 0;
+  static constexpr bool kHalvesOutput = kStagesO > 0 && kStagesO < kPanelsO;
 
   template <int kColumns>
   using RowMajorAtom = std::conditional_t<kColumns == 64, GMMA::Layout_K_SW128_Atom<Element>,

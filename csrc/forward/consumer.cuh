@@ -71,7 +71,7 @@ __device__ __forceinline__ void hide(Scores& scores, const Tile& tile, const Key
     first[r] = query + mask.first_diagonal;
     end[r] = min(query + mask.end_diagonal, mask.end_key);
   }
-  if (tile.is_shared) {
+  if (rarely(tile.is_shared)) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const KeyBounds8 keys = bounds[min(int{rows[r].query}, mask.last_row)];
@@ -197,7 +197,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       if constexpr (kRounding == Rounding::kFromMiddle) {
         // NOTE: the branch keeps ptxas from moving the wait in front of all exponentials, and the additions of 0 in it from
         // moving what stands before it behind it, and the other way round.
-        if (last) {
+        if (rarely(last)) {
           const float zero = params.softcap;  // else there were no plain step
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
@@ -223,14 +223,14 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
 #pragma unroll
       for (int i = 0; i < 2 * kHalf; i += 2) round_into(next_weights, i);
     }
-    if (changes) rescale_output();
+    if (rarely(changes)) rescale_output();
     --block;
   };
 
   // Turns the scores of the tile's current block, whatever they are, into weights. True as OnlineSoftmax::step.
   const auto weigh = [&](OnlineSoftmax& state) __attribute__((always_inline)) -> bool {
     const Tile& tile = shared.tile[slot];
-    if (params.softcap != 0.f) {
+    if (rarely(params.softcap != 0.f)) {
       const float inner = params.softmax_scale / params.softcap;
 #pragma unroll
       for (int i = 0; i < decltype(size(rS))::value; ++i) rS(i) = tanh_accurate(rS(i) * inner);
@@ -268,18 +268,27 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     }
   };
 
-  // Hands a tile's output over to memory, and the tile back to who draws them.
-  const auto write_output = [&](int of_slot) __attribute__((always_inline)) {
+  // Hands a tile's output over to memory, and the tile back to who draws them; or, true, half of it: finish_output is to
+  // follow.
+  const auto write_output = [&](int of_slot) __attribute__((always_inline)) -> bool {
     const Tile& tile = shared.tile[of_slot];
     const int warp = thread / 32;
-    if (__any_sync(0xffffffffu, softmax.lost)) {
+    bool is_half = false;
+    if (rarely(__any_sync(0xffffffffu, softmax.lost))) {
       if (thread % 32 == 0) shared.repeat[atomicAdd(&shared.repeats, 1)] = {tile.index, warp};
     } else if (tile.only_warp == kAllWarps || tile.only_warp == warp) {
       TileRow rows[2];
       rows_of_thread(rows);
-      write_tile<Config>(arguments, shared, tile, rows, softmax, rO);
+      is_half = write_tile<Config>(arguments, shared, tile, rows, softmax, rO);
     }
-    shared.tile_empty[of_slot].arrive();
+    if (!is_half) shared.tile_empty[of_slot].arrive();
+    return is_half;
+  };
+  const auto finish_output = [&](int of_slot) __attribute__((always_inline)) {
+    if constexpr (Config::kHalvesOutput) {
+      store_boxes<Config, Config::kStagesO, Config::kPanelsO>(arguments, shared, shared.tile[of_slot], rO);
+      shared.tile_empty[of_slot].arrive();
+    }
   };
 
   // Takes the next tile from the ring if it has scores to compute. If not, it is dealt with here, unless an output is yet to
@@ -289,7 +298,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     const int next = tile_ring.stage;
     shared.tile_full[next].wait(tile_ring.parity);
     const Tile& tile = shared.tile[next];
-    if (tile.kind == Tile::kWork && tile.blocks.first < tile.blocks.end) {
+    if (!rarely(tile.kind != Tile::kWork || tile.blocks.first >= tile.blocks.end)) {
       slot = next;
       tile_ring.advance();
       block = seen_by_rows(tile).end - 1;
@@ -344,7 +353,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       if (same_tile) {
         if (changes) rescale_output();
       } else if (running) {
-        write_output(output_slot);
+        if (write_output(output_slot)) finish_output(output_slot);
       }
       softmax = next_softmax;
       running = more;
@@ -352,7 +361,9 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       --block;
       if (!more) continue;
     } else if (block < first_block) {
-      // A tile's last product and the next one's first scores, each for itself.
+      // A tile's last product and the next one's first scores, each for itself; under these the rest of the output.
+      const int output_slot = slot;
+      bool has_rest = false;
       if (running) {
         const int v_stage = v_ring.uniform_stage();
         shared.v_full[v_ring.stage].wait(v_ring.parity);
@@ -361,7 +372,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
         turn.pass();
         finish_values(running);
         const int left_out = first_block - shared.tile[slot].blocks.first;
-        write_output(slot);
+        has_rest = write_output(slot);
         running = false;
         if constexpr (Config::kSkipsBlocks) {
 #pragma unroll 1
@@ -372,8 +383,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
         }
       }
       const Next next = next_tile();
-      if (next == Next::kEnd) break;
-      if (next == Next::kNothing) continue;
+      if (rarely(next != Next::kScores)) {
+        if (has_rest) finish_output(output_slot);
+        if (next == Next::kEnd) break;
+        continue;
+      }
       const int left_out = shared.tile[slot].blocks.end - 1 - block;
       if constexpr (Config::kSkipsBlocks) skip_keys(left_out);
       const int q_stage = q_ring.uniform_stage(), k_stage = k_ring.uniform_stage();
@@ -381,6 +395,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       turn.take();
       multiply(mma_qk, sQ(_, _, _, q_stage), sK(_, _, _, k_stage), rS, false);
       turn.pass();
+      if (has_rest) finish_output(output_slot);
       warpgroup_wait<0>();
       warpgroup_fence_operand(rS);
       release_scores(block == first_block);

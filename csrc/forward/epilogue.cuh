@@ -78,9 +78,9 @@ __device__ __forceinline__ void store_rounded(const Output& rO, void* out, const
   }
 }
 
-// Stores a warp's rows of 16-bit elements as boxes, a panel each, which the copy engine takes from shared memory while the
-// warp goes on. Where that holds half of the panels, each waits for the one two before it.
-template <class Config, class Output>
+// Stores panels [kFirst, kEnd) of a warp's rows of 16-bit elements as boxes, which the copy engine takes from shared memory
+// while the warp goes on. Where that holds half of the panels, each waits for the one half before it.
+template <class Config, int kFirst, int kEnd, class Output>
 __device__ __forceinline__ void store_boxes(const ForwardArguments& arguments, ForwardShared<Config>& shared,
                                             const Tile& tile, const Output& rO) {
   constexpr int kRowBytes = 2 * Config::kPanelV, kPanelBytes = 16 * kRowBytes, kChunks = kRowBytes / 16;
@@ -91,7 +91,7 @@ __device__ __forceinline__ void store_boxes(const ForwardArguments& arguments, F
   const int swizzle = kChunks == 8 ? row % 8 : row / 2 % 4;
   const uint32_t first = cast_smem_ptr_to_uint(boxes) + row * kRowBytes + (lane / 16 ^ swizzle) * 16;
 #pragma unroll
-  for (int panel = 0; panel < Config::kPanelsO; panel += kTogether) {
+  for (int panel = kFirst; panel < kEnd; panel += kTogether) {
     if (lane == 0) tma_store_wait<Config::kStagesO / kTogether - 1>();  // until what was there has been read
     __syncwarp();
 #pragma unroll
@@ -153,14 +153,15 @@ __device__ __forceinline__ float2 load_if(const float* from, bool there) {
   return pair;
 }
 
-// out = O / sum, lse = log(2^reference sum); where the tile continues, both merged with the state by their lse's.
+// out = O / sum, lse = log(2^reference sum); where the tile continues, both merged with the state by their lse's. Returns
+// whether panels from kStagesO on are yet to be stored, as boxes.
 template <class Config, class Output>
-__device__ __forceinline__ void write_tile(const ForwardArguments& arguments, ForwardShared<Config>& shared,
+__device__ __forceinline__ bool write_tile(const ForwardArguments& arguments, ForwardShared<Config>& shared,
                                            const Tile& tile, const TileRow (&rows)[2], const OnlineSoftmax& softmax,
                                            Output& rO) {
   const ForwardParams& params = arguments.params;
   bool merges = false, ends = true;
-  if (params.out_acc != nullptr) {
+  if (rarely(params.out_acc != nullptr)) {
     merges = continues(params, tile);
     ends = finishes(params, tile);
   }
@@ -173,7 +174,7 @@ __device__ __forceinline__ void write_tile(const ForwardArguments& arguments, Fo
     factor[r] = sum == 0.f ? 0.f : inverse_approximate(sum);
   }
   float kept[2] = {0.f, 0.f};
-  if (merges) {
+  if (rarely(merges)) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float before = row[r].exists ? params.lse[row[r].lse_at] : -INFINITY;
@@ -192,7 +193,7 @@ __device__ __forceinline__ void write_tile(const ForwardArguments& arguments, Fo
   }
 #pragma unroll
   for (int i = 0; i < decltype(size(rO))::value; ++i) rO(i) *= factor[i / 2 % 2];
-  if (merges) {
+  if (rarely(merges)) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float* const state = params.out_acc + row[r].at * params.head_dim_v;
@@ -216,16 +217,20 @@ __device__ __forceinline__ void write_tile(const ForwardArguments& arguments, Fo
       }
     }
   }
-  if (!ends) {
+  if (rarely(!ends)) {
     store_float(rO, params.out_acc, row, params.head_dim_v);
-  } else if (params.out_dtype == DType::fp32) {
+  } else if (rarely(params.out_dtype == DType::fp32)) {
     store_float(rO, static_cast<float*>(params.out), row, params.head_dim_v);
   } else {
     if constexpr (Config::kStagesO > 0) {
-      if (arguments.box_queries != 0) return store_boxes<Config>(arguments, shared, tile, rO);
+      if (!rarely(arguments.box_queries == 0)) {
+        store_boxes<Config, 0, Config::kStagesO>(arguments, shared, tile, rO);
+        return Config::kHalvesOutput;
+      }
     }
     store_rounded<typename Config::Element>(rO, params.out, row, params.head_dim_v);
   }
+  return false;
 }
 
 // A row that sees no key: out 0 and lse -inf, or the running state as it is. Called by all lanes of a warp.

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerProcessor)
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     // A team's loading thread and drawing warp; with one team there are two warps left.
     const int team = Config::kTeams == 1 ? 0 : threadIdx.x / 64, thread = threadIdx.x - 64 * team;
-    if (thread == 0) load_tiles<Config>(arguments, teams[team]);
+    if (thread == 0) load_tiles<Config>(arguments, teams[team], team);
     if (thread >= 32 && thread < 64) draw_tiles<Config>(arguments, teams[team], team);
     if (Config::kLoadsApart && thread == 96) load_values<Config>(arguments, teams[0]);
     if (Config::kTeams == 1 && thread >= 64 && thread < 96 && arguments.params.out_acc != nullptr) {
@@ -127,6 +127,7 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
   arguments.heads_in_tile = heads_per_tile(params, Config::kQueries);
   arguments.queries = Config::kQueries / arguments.heads_in_tile;
   arguments.units = params.heads / arguments.heads_in_tile;
+  arguments.group = cutlass::FastDivmod(group);
   // NOTE: of packed ranges this is an upper bound, since each may end in a tile of its own.
   const int64_t tiles = ((int64_t{params.seqlen_q} + arguments.queries - 1) / arguments.queries + params.ranges) *
                         arguments.units * params.batch;
@@ -138,7 +139,8 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
         Config::kIsNarrow ? arguments.units
                           : units_per_group(params, arguments.heads_in_tile, params.seqlen_k, tiles_per_unit);
     arguments.dense = DenseTiles(arguments.units, params.batch, tiles_per_unit, units_together);
-    if (params.offsets == nullptr) arguments.sequence = sequence_at(params, 0);
+    arguments.are_alike = params.offsets == nullptr;
+    if (arguments.are_alike) arguments.sequence = sequence_at(params, 0);
   }
   arguments.counter = packed ? &reinterpret_cast<ScheduleHeader*>(params.workspace)->counter
                              : reinterpret_cast<TileCounter*>(params.tile_counter);

@@ -15,40 +15,64 @@ namespace fa3 {
 template <class Config>
 class TileOrder {
  public:
-  __device__ __forceinline__ explicit TileOrder(const ForwardArguments& arguments)
-      : arguments_(arguments), listed_(listed(arguments)) {}
+  __device__ __forceinline__ TileOrder(const ForwardArguments& arguments, ForwardShared<Config>& shared)
+      : arguments_(arguments), shared_(shared) {}
+
+  // What size and fill need. Called by all lanes of the warp that draws, as are these.
+  __device__ __forceinline__ void begin() const {
+    if (!rarely(is_listed())) return;
+    const auto& header = *reinterpret_cast<const ScheduleHeader*>(arguments_.params.workspace);
+    shared_.listed = TileSequence(arguments_.units, header.records, header.units_per_group);
+    __syncwarp();
+  }
 
   __device__ __forceinline__ int size() const {
-    const ForwardParams& params = arguments_.params;
-    return params.q_start == nullptr ? arguments_.units * params.batch * arguments_.dense.tiles_per_unit : listed_.size();
+    return rarely(is_listed()) ? shared_.listed.size() : arguments_.dense.tiles;
+  }
+
+  // Whether a block's first tile, `index`, is described by who loads it: there is no need to draw it, and a tile's way from
+  // one thread to the other takes as long as the data's while instructions and constants come from memory.
+  __device__ __forceinline__ bool is_known(int index) const { return arguments_.are_alike && index < arguments_.dense.tiles; }
+
+  // Such a tile, but for what `describe` does; its blocks of keys are known earlier.
+  __device__ __forceinline__ TileRecord known_record(int rank) const {
+    return {arguments_.sequence, (arguments_.dense.tiles_per_unit - 1 - rank) * arguments_.queries, kOneRange};
   }
 
   // Fills everything of a tile but kind, only_warp and what fill_seen does, and, if ranges share it, the bounds of its
-  // queries. Called by all lanes of a warp.
-  __device__ __forceinline__ void fill(Tile& tile, KeyBounds8 (&bounds)[Config::kQueries], int index) const {
+  // queries.
+  __device__ __forceinline__ void fill(int slot, int index) const {
     const ForwardParams& params = arguments_.params;
+    Tile& tile = shared_.tile[slot];
     const auto [batch, unit, rank] = place(index);
     // NOTE: by way of shared memory, since a tile does not fit into the producer's registers.
-    if (params.q_start != nullptr) {
+    if (rarely(is_listed())) {
       const int lane = threadIdx.x % 32;
       const auto* record = reinterpret_cast<const int*>(schedule_records(params.workspace) + rank);
       if (lane < kRecordElements) reinterpret_cast<int*>(&tile.record)[lane] = record[lane];
       __syncwarp();
-      if (tile.record.first_range != kOneRange) fill_bounds(bounds, params, tile.record);
+      if (tile.record.first_range != kOneRange) fill_bounds(shared_.bounds[slot], params, tile.record);
     }
     if (threadIdx.x % 32 != 0) return;
 
     TileRecord& record = tile.record;
-    if (params.q_start == nullptr) {
-      record.sequence = params.offsets == nullptr ? arguments_.sequence : sequence_at(params, batch);
-      record.first_query = (arguments_.dense.tiles_per_unit - 1 - rank) * arguments_.queries;
-      record.first_range = kOneRange;
+    if (!rarely(is_listed())) {
+      record = known_record(rank);
+      if (rarely(!arguments_.are_alike)) record.sequence = sequence_at(params, batch);
     }
+    describe(tile, index, batch, unit, visible_blocks(record.sequence, record.first_query, arguments_.queries, Config::kKeys));
+  }
+
+  // By one thread: what follows from a tile's record and from where it is.
+  __device__ __forceinline__ void describe(Tile& tile, int index, int batch, int unit, const KeyBlocks& blocks) const {
+    const ForwardParams& params = arguments_.params;
+    const TileRecord& record = tile.record;
     const Sequence& sequence = record.sequence;
     tile.index = index;
     tile.is_shared = record.first_range != kOneRange;
     tile.batch = batch;
     tile.first_head = unit * arguments_.heads_in_tile;
+    tile.kv_head = arguments_.group.div(tile.first_head);
     tile.mask = {min(arguments_.queries, sequence.q_len - record.first_query) - 1,
                  record.first_query + sequence.first_diagonal, record.first_query + sequence.last_diagonal + 1,
                  sequence.k_len};
@@ -56,27 +80,28 @@ class TileOrder {
     tile.token = batch * params.seqlen_q + static_cast<int>(token);
     tile.out_row = (int64_t{batch} * params.seqlen_q + token) * params.heads + tile.first_head;
     tile.lse_row = (int64_t{batch} * params.heads + tile.first_head) * params.seqlen_q + token;
-    tile.blocks = visible_blocks(sequence, record.first_query, arguments_.queries, Config::kKeys);
-    if (tile.is_shared) tile.blocks = all_masked(tile.blocks);
+    tile.blocks = rarely(tile.is_shared) ? all_masked(blocks) : blocks;
     // Softcap is in the step for masked blocks only.
-    if (params.softcap != 0.f) tile.blocks.end_plain = tile.blocks.first_plain;
+    if (rarely(params.softcap != 0.f)) tile.blocks.end_plain = tile.blocks.first_plain;
   }
 
   // Fills in the blocks that a warpgroup's rows see, or so it seems by the bounds of the first and the last row of a shared
-  // tile; all where that is none. `plain`: steps may leave out masks.
-  __device__ __forceinline__ void fill_seen(Tile& tile, const KeyBounds8 (&bounds)[Config::kQueries], int warpgroup,
-                                            bool plain) const {
+  // tile; all where that is none. `unseen`: steps may leave out to look for maxima.
+  __device__ __forceinline__ void fill_seen(int slot, int warpgroup, bool unseen) const {
     static_assert(Config::kConsumers <= std::extent_v<decltype(Tile::seen)>);
-    const int first = 64 * warpgroup / arguments_.heads_in_tile;
-    const int last = min((64 * warpgroup + 63) / arguments_.heads_in_tile, tile.mask.last_row);
+    Tile& tile = shared_.tile[slot];
+    const auto& bounds = shared_.bounds[slot];
+    const int first = shared_.row[64 * warpgroup].query;
+    const int last = min(int{shared_.row[64 * warpgroup + 63].query}, tile.mask.last_row);
     KeyBlocks seen = tile.blocks;
-    if (first <= last && tile.is_shared) {
+    if (rarely(first <= last && tile.is_shared)) {
       const int begin = bounds[first].first / Config::kKeys, end = (bounds[last].end + Config::kKeys - 1) / Config::kKeys;
       if (begin < end) seen = all_masked({begin, end, 0, 0, 0});
     } else if (first <= last) {
       const KeyBlocks own = visible_blocks(tile.record.sequence, tile.record.first_query + first, last - first + 1,
                                            Config::kKeys);
       if (own.first < own.end) {
+        const bool plain = unseen && arguments_.params.softcap == 0.f;
         seen = {own.first, own.end, own.first_plain, plain ? own.end_plain : own.first_plain, own.end_open};
       }
     }
@@ -85,25 +110,24 @@ class TileOrder {
 
  private:
   __device__ __forceinline__ DenseTiles::Place place(int index) const {
-    if (arguments_.params.q_start == nullptr) return arguments_.dense[index];
-    const auto [unit, rank] = listed_[index];
-    return {0, unit, rank};
+    if (rarely(is_listed())) {
+      const auto [unit, rank] = shared_.listed[index];
+      return {0, unit, rank};
+    }
+    return arguments_.dense[index];
   }
 
-  static __device__ __forceinline__ TileSequence listed(const ForwardArguments& arguments) {
-    if (arguments.params.q_start == nullptr) return {0, 0, 1};
-    const auto& header = *reinterpret_cast<const ScheduleHeader*>(arguments.params.workspace);
-    return {arguments.units, header.records, header.units_per_group};
-  }
+  __device__ __forceinline__ bool is_listed() const { return arguments_.params.q_start != nullptr; }
 
   const ForwardArguments& arguments_;
-  const TileSequence listed_;  // of packed ranges
+  ForwardShared<Config>& shared_;
 };
 
 // Called by all lanes of a warp, of which one draws and the others help to describe a tile.
 template <class Config>
 __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, ForwardShared<Config>& shared, int team) {
-  const TileOrder<Config> order(arguments);
+  const TileOrder<Config> order(arguments, shared);
+  order.begin();
   const int tiles = order.size();
   TileCounter& counter = *arguments.counter;
   const bool first_lane = threadIdx.x % 32 == 0;
@@ -114,49 +138,54 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
   // Lost tiles that are to be repeated; more than there are, while none is repeated.
   constexpr int kNone = INT32_MAX;
   int repeat = kNone;
+  bool is_known = order.is_known(index);
 #pragma unroll 1
   while (true) {
     Tile::Kind kind = Tile::kWork;
     int drawn = index, only_warp = kAllWarps;
     const int lost = __shfl_sync(0xffffffffu, *const_cast<volatile int*>(&shared.repeats), 0);
-    if (repeat < lost) {
+    if (rarely(repeat < lost)) {
       drawn = shared.repeat[repeat].index;
       only_warp = shared.repeat[repeat].warp;
       ++repeat;
-    } else if (repeat != kNone) {
+    } else if (rarely(repeat != kNone)) {
       repeat = kNone;
       __syncwarp();
       if (first_lane) shared.repeats = 0;
       __syncwarp();
       if (index < tiles) continue;
       kind = Tile::kEnd;
-    } else if (index >= tiles || lost >= kManyRepeats) {
+    } else if (rarely(index >= tiles || lost >= kManyRepeats)) {
       kind = Tile::kPause;
     }
 
     wait_as_warp(shared.tile_empty[ring.stage], ring.parity ^ 1);
     Tile& tile = shared.tile[ring.stage];
-    if (kind == Tile::kWork) order.fill(tile, shared.bounds[ring.stage], drawn);
-    if (first_lane && only_warp != kAllWarps) tile.blocks.end_plain = tile.blocks.first_plain;
-    if constexpr (Config::kSkipsBlocks) {
-      __syncwarp();
-      if (kind == Tile::kWork && threadIdx.x % 32 < Config::kConsumers) {
-        const bool plain = only_warp == kAllWarps && arguments.params.softcap == 0.f;
-        order.fill_seen(tile, shared.bounds[ring.stage], threadIdx.x % 32, plain);
+    if (is_known) {
+      shared.tile_full[ring.stage].wait(ring.parity);
+      is_known = false;
+    } else {
+      if (kind == Tile::kWork) order.fill(ring.stage, drawn);
+      if (first_lane && only_warp != kAllWarps) tile.blocks.end_plain = tile.blocks.first_plain;
+      if constexpr (Config::kSkipsBlocks) {
+        __syncwarp();
+        if (kind == Tile::kWork && threadIdx.x % 32 < Config::kConsumers) {
+          order.fill_seen(ring.stage, threadIdx.x % 32, only_warp == kAllWarps);
+        }
+        __syncwarp();
       }
+      if (first_lane) {
+        tile.kind = kind;
+        tile.only_warp = only_warp;
+      }
+      shared.tile_full[ring.stage].arrive();
       __syncwarp();
     }
-    if (first_lane) {
-      tile.kind = kind;
-      tile.only_warp = only_warp;
-    }
-    shared.tile_full[ring.stage].arrive();
-    __syncwarp();
     const bool is_loaded = tile.blocks.first < tile.blocks.end;
     ring.advance();
 
-    if (kind == Tile::kEnd) break;
-    if (kind == Tile::kPause) {
+    if (rarely(kind == Tile::kEnd)) break;
+    if (rarely(kind == Tile::kPause)) {
       if (index >= tiles && first_lane) {
         // The last one to get here leaves the counter as it found it.
         __threadfence();
@@ -187,7 +216,7 @@ template <int kRows, int kColumns, int kPanel, class Element>
 __device__ __forceinline__ void load_rows(const CUtensorMap& map, LoadBarrier& barrier, Element* destination, int base,
                                           int length, int first, int head, int batch, bool packed, int head_dim) {
   int row = first, outer = batch;
-  if (packed) {
+  if (rarely(packed)) {
     // The map is (head_dim, kRows, heads, tokens), and rows and tokens both step by a token: the box is moved down the
     // rows until its part past the end of the range lies outside of the map, and reads as 0.
     const int inside = min(length - first, kRows);
@@ -208,11 +237,11 @@ __device__ __forceinline__ void load_rows(const CUtensorMap& map, LoadBarrier& b
 // Starts loading a block of rows of K or V, and has `barrier` count its bytes.
 template <int kRows, int kColumns, int kPanel, class Element>
 __device__ __forceinline__ void load_block(const CUtensorMap& map, LoadBarrier& barrier, Element* destination,
-                                           const Tile& tile, int group, int first_key, bool packed, int head_dim) {
-  const Sequence& sequence = tile.record.sequence;
+                                           const Sequence& sequence, int first_key, int kv_head, int batch, bool packed,
+                                           int head_dim) {
   barrier.arrive_and_expect_tx(kRows * kColumns * sizeof(Element));
   load_rows<kRows, kColumns, kPanel>(map, barrier, destination, sequence.k_base, sequence.k_len, first_key,
-                                     tile.first_head / group, tile.batch, packed, head_dim);
+                                     kv_head, batch, packed, head_dim);
 }
 
 // Brings the blocks of K, or of V, one after the other.
@@ -220,57 +249,88 @@ template <class Config, bool kIsKeys>
 class BlockLoader {
  public:
   __device__ __forceinline__ BlockLoader(const ForwardArguments& arguments, ForwardShared<Config>& shared)
-      : arguments_(arguments), shared_(shared), group_(arguments.params.heads / arguments.params.kv_heads) {}
+      : arguments_(arguments), shared_(shared) {}
 
-  __device__ __forceinline__ void load(const Tile& tile, int block) {
+  __device__ __forceinline__ void load(const Sequence& sequence, int kv_head, int batch, int block) {
     const ForwardParams& params = arguments_.params;
     const bool packed = params.q_start != nullptr;
     const int first_key = block * Config::kKeys;
     if constexpr (kIsKeys) {
       shared_.k_empty[ring_.stage].wait(ring_.parity ^ 1);
       load_block<Config::kKeys, Config::kHeadDim, Config::kPanel>(arguments_.k, shared_.k_full[ring_.stage],
-                                                                  shared_.k[ring_.stage], tile, group_, first_key, packed,
-                                                                  params.head_dim);
+                                                                  shared_.k[ring_.stage], sequence, first_key, kv_head,
+                                                                  batch, packed, params.head_dim);
     } else {
       shared_.v_empty[ring_.stage].wait(ring_.parity ^ 1);
       load_block<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(arguments_.v, shared_.v_full[ring_.stage],
-                                                                    shared_.v[ring_.stage], tile, group_, first_key, packed,
-                                                                    params.head_dim_v);
+                                                                    shared_.v[ring_.stage], sequence, first_key, kv_head,
+                                                                    batch, packed, params.head_dim_v);
     }
     ring_.advance();
+  }
+  __device__ __forceinline__ void load(const Tile& tile, int block) {
+    load(tile.record.sequence, tile.kv_head, tile.batch, block);
   }
 
  private:
   const ForwardArguments& arguments_;
   ForwardShared<Config>& shared_;
-  const int group_;
   Ring<Config::kStages> ring_;
 };
 
 // Q and K; and V, unless that has a thread of its own.
 template <class Config>
-__device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, ForwardShared<Config>& shared) {
-  const int group = arguments.params.heads / arguments.params.kv_heads;
+__device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, ForwardShared<Config>& shared, int team) {
   Ring<Config::kStagesQ> q_ring;
   BlockLoader<Config, true> keys(arguments, shared);
   BlockLoader<Config, false> values(arguments, shared);
   Ring<kTileSlots> ring;
 
-  // Waits for the tile at `ring` to be drawn, and loads its Q.
-  const auto begin_tile = [&] {
-    shared.tile_full[ring.stage].wait(ring.parity);
-    const Tile& tile = shared.tile[ring.stage];
-    if (tile.kind != Tile::kWork || tile.blocks.first == tile.blocks.end) return;
+  const auto load_queries = [&](int first_head, int kv_head, int batch, int token) {
     shared.q_empty[q_ring.stage].wait(q_ring.parity ^ 1);
     shared.q_full[q_ring.stage].arrive_and_expect_tx(arguments.queries * arguments.heads_in_tile * Config::kHeadDim *
                                                      sizeof(typename Config::Element));
 #pragma unroll
     for (int column = 0; column < Config::kHeadDim; column += Config::kPanel) {
       SM90_TMA_LOAD_5D::copy(&arguments.q, reinterpret_cast<uint64_t*>(&shared.q_full[q_ring.stage]), 0,
-                             shared.q[q_ring.stage] + column * Config::kQueries, column, tile.first_head % group,
-                             tile.record.sequence.q_base + tile.record.first_query, tile.first_head / group, tile.batch);
+                             shared.q[q_ring.stage] + column * Config::kQueries, column,
+                             first_head - kv_head * arguments.group.divisor, token, kv_head, batch);
     }
     q_ring.advance();
+  };
+
+  // Of the first tile, if it is known, Q and the first K are asked for before it is described.
+  bool is_ahead = false;  // those of the tile at `ring` have been asked for
+  const int index = team * gridDim.x + blockIdx.x;
+  if (const TileOrder<Config> order(arguments, shared); order.is_known(index)) {
+    const auto [batch, unit, rank] = arguments.dense[index];
+    const TileRecord record = order.known_record(rank);
+    const KeyBlocks blocks = visible_blocks(record.sequence, record.first_query, arguments.queries, Config::kKeys);
+    is_ahead = blocks.first < blocks.end;
+    if (is_ahead) {
+      const int first_head = unit * arguments.heads_in_tile, kv_head = arguments.group.div(first_head);
+      load_queries(first_head, kv_head, batch, record.first_query);
+      keys.load(record.sequence, kv_head, batch, blocks.end - 1);
+    }
+    Tile& tile = shared.tile[0];
+    tile.record = record;
+    order.describe(tile, index, batch, unit, blocks);
+    if constexpr (Config::kSkipsBlocks) {
+#pragma unroll 1
+      for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) order.fill_seen(0, warpgroup, true);
+    }
+    tile.kind = Tile::kWork;
+    tile.only_warp = kAllWarps;
+    shared.tile_full[0].arrive_as(kWarpThreads);
+  }
+
+  // Waits for the tile at `ring` to be drawn, and loads its Q.
+  const auto begin_tile = [&] {
+    shared.tile_full[ring.stage].wait(ring.parity);
+    const Tile& tile = shared.tile[ring.stage];
+    if (rarely(tile.kind != Tile::kWork || tile.blocks.first == tile.blocks.end)) return;
+    if (is_ahead) return;
+    load_queries(tile.first_head, tile.kv_head, tile.batch, tile.record.sequence.q_base + tile.record.first_query);
   };
 
   // V of one thread comes one block behind K, as it is used; a tile's slot is kept until the last of its V.
@@ -287,10 +347,10 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
   while (true) {
     const int slot = ring.stage;
     const Tile& tile = shared.tile[slot];
-    if (tile.kind == Tile::kEnd) break;
+    if (rarely(tile.kind == Tile::kEnd)) break;
     ring.advance();
     const KeyBlocks blocks = tile.blocks;
-    if (tile.kind == Tile::kPause || blocks.first == blocks.end) {
+    if (rarely(tile.kind == Tile::kPause || blocks.first == blocks.end)) {
       if (tile.kind == Tile::kPause) load_behind(true);
       shared.tile_empty[slot].arrive();
       begin_tile();
@@ -302,7 +362,8 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
     const int lead_block = min(blocks.end, blocks.first + kLeadBlocks) - 1;
 #pragma unroll 1
     for (int block = blocks.end - 1; block >= blocks.first; --block) {
-      keys.load(tile, block);
+      if (!is_ahead) keys.load(tile, block);
+      is_ahead = false;
       if (Config::kLoadsApart && !begun) shared.keys_begun.arrive();
       begun = true;
       load_behind(block == blocks.end - 1);
@@ -331,7 +392,7 @@ __device__ __forceinline__ void load_values(const ForwardArguments& arguments, F
   while (true) {
     shared.tile_full[ring.stage].wait(ring.parity);
     const Tile& tile = shared.tile[ring.stage];
-    if (tile.kind == Tile::kEnd) break;
+    if (rarely(tile.kind == Tile::kEnd)) break;
     if (tile.kind == Tile::kWork && tile.blocks.first < tile.blocks.end) {
       // A launch begins with Q and K: all processors ask at once.
       if (!begun) shared.keys_begun.wait(0);
@@ -354,7 +415,7 @@ __device__ __forceinline__ void prefetch_state(const ForwardArguments& arguments
   while (true) {
     shared.tile_full[ring.stage].wait(ring.parity);
     const Tile& tile = shared.tile[ring.stage];
-    if (tile.kind == Tile::kEnd) break;
+    if (rarely(tile.kind == Tile::kEnd)) break;
     if (tile.kind == Tile::kWork && tile.blocks.first < tile.blocks.end && continues(params, tile)) {
 #pragma unroll 1
       for (int i = threadIdx.x % 32; i < Config::kQueries; i += 32) {

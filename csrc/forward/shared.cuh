@@ -17,11 +17,13 @@ struct ForwardArguments {
   ForwardParams params;
   TileCounter* counter;
   int heads_in_tile;
+  cutlass::FastDivmod group;  // query heads of a KV head
   int queries;          // of a sequence in a tile: rows / heads_in_tile
   int units;            // heads / heads_in_tile
   int box_queries;      // those of a warp; 0: a warp's rows are no box of `out`
   DenseTiles dense;     // the tiles of a dense launch,
-  Sequence sequence;    // and each of its sequences, unless they have offsets of their own
+  Sequence sequence;    // and each of its sequences, unless they have offsets of their own:
+  bool are_alike;       // there is such a sequence
 };
 
 // Which keys the queries of a tile see that is not shared: query j, the last one's for those after it, sees the keys
@@ -44,6 +46,7 @@ struct Tile {
   bool is_shared;  // by ranges: which keys a query sees stands in ForwardShared::bounds
   int batch;
   int first_head;  // of queries
+  int kv_head;     // theirs
   TileMask mask;
   TileRecord record;
   KeyBlocks blocks;
@@ -61,6 +64,7 @@ struct TileRow {
 };
 constexpr int kNoQuery = INT16_MAX;
 
+constexpr int kWarpThreads = 32;
 constexpr int kTileSlots = 3;
 constexpr int kLeadBlocks = 4;  // a tile's successor is drawn when no more than so many of its blocks are to be loaded
 
@@ -83,6 +87,10 @@ struct HandOver : Barrier {
     asm volatile("" ::: "memory");
     Barrier::arrive();
   }
+  // As so many threads.
+  __device__ __forceinline__ void arrive_as(int threads) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(cast_smem_ptr_to_uint(this)), "r"(threads) : "memory");
+  }
 };
 
 // The shared memory of a team.
@@ -101,6 +109,7 @@ struct alignas(1024) ForwardShared {
   Barrier v_empty[Config::kStages];
 
   TileRow row[Config::kQueries];
+  TileSequence listed;  // of packed ranges
   Tile tile[kTileSlots];
   KeyBounds8 bounds[kTileSlots][Config::kQueries];  // of the queries of shared tiles, counted from sequence.k_base
   HandOver tile_full[kTileSlots];
@@ -137,7 +146,7 @@ __device__ __forceinline__ void init_shared(ForwardShared<Config>& shared, bool 
     shared.v_empty[stage].init(kConsumerWarps);
   }
   for (int slot = 0; slot < kTileSlots; ++slot) {
-    shared.tile_full[slot].init(32);  // lanes of the warp that draws, any of which may have written
+    shared.tile_full[slot].init(kWarpThreads);  // of the warp that draws, any of which may have written
     // All who read a tile: consumers, the threads that load, and the warp that prefetches a running state.
     shared.tile_empty[slot].init(128 * Config::kConsumers + (Config::kLoadsApart ? 2 : 1) +
                                  (continues && Config::kTeams == 1 ? 32 : 0));

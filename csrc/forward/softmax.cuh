@@ -110,7 +110,7 @@ struct OnlineSoftmax {
     block_sum[0][0] += block_sum[0][1];
     block_sum[1][0] += block_sum[1][1];
     const bool grows = __any_sync(0xffffffffu, fmaxf(block_sum[0][0], block_sum[1][0]) >= kLargestSum);
-    if (grows) {
+    if (rarely(grows)) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float most = quad_max(block_sum[r][0]);

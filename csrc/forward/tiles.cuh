@@ -3,6 +3,7 @@
 
 #include <cutlass/fast_math.h>
 
+#include "common/branch.cuh"
 #include "forward/schedule.h"
 #include "params.h"
 
@@ -188,6 +189,7 @@ struct DenseTiles {
   cutlass::FastDivmod units_of_last_group;
   cutlass::FastDivmod units_of_batch;
   int tiles_per_unit;
+  int tiles;
   int full_groups;
 
   DenseTiles() = default;
@@ -195,6 +197,7 @@ struct DenseTiles {
       : tiles_of_group(units_per_group * tiles_per_unit), units_of_group(units_per_group), units_of_batch(units_of_batch),
         tiles_per_unit(tiles_per_unit) {
     const int units = units_of_batch * batch;
+    tiles = units * tiles_per_unit;
     full_groups = (units > units_per_group ? units - units_per_group : 0) / units_per_group;
     units_of_last_group = cutlass::FastDivmod(units - full_groups * units_per_group);
   }

@@ -260,6 +260,8 @@ def _bytes(parts: Parts) -> int:
 
 # Microseconds that a transfer gets before a kernel that fills the device: for NCCL's stream to reach and launch it.
 HEAD_START = 20.0
+# Seconds that transfers under way have to get through once their exchange has ended, or been given up.
+PATIENCE = 5.0
 SM_CLOCK = 2e9  # Hz; no Hopper GPU runs faster, so a pause is no shorter than it says
 
 
@@ -272,8 +274,8 @@ class DistributedExchange:
     it, and the error is raised by the next call of `exchange` or `wait`. Transfers may be captured in a CUDA graph,
     once a step like it has run; nobody looks after those of a replay but NCCL's own watchdog.
 
-    Where all ranks are GPUs of one host, messages into places (`room`) can go by copy engines, without NCCL; not those
-    of a CUDA graph. The places are made by the first step that needs them, or larger ones, and stay allocated, outside
+    Where all ranks are GPUs of one host, messages into places (`room`) go by copy engines, without NCCL; not those of
+    a CUDA graph. The places are made by the first step that needs them, or larger ones, and stay allocated, outside
     of PyTorch's allocator, as long as the exchange does (`place_bytes`).
 
     All connections between ranks are made here, one shift after the other on every rank, and not in the first step that
@@ -289,7 +291,7 @@ class DistributedExchange:
         head_start: microseconds by which a transfer is ahead of the attention that hides it (CUDA; see `let_begin`);
             None: FA3_DIST_HEAD_START of the environment, or HEAD_START.
         peer_copies: whether copy engines are to be used where they can be; None: FA3_DIST_PEER_COPIES of the
-            environment (1 or 0), or no. No, if some rank says no.
+            environment (1 or 0), or yes. No, if some rank says no.
     Raises:
         ValueError: this process is not in the group, the timeout is not positive, the margin is no number of SMs, the
             head start no time, or the environment says something else than these.
@@ -323,16 +325,18 @@ class DistributedExchange:
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
             # What ends every wait for another rank. NOTE: a method of self would keep it alive, for the thread to hold.
+            releases: list[Callable[[], None]] = []
             endings = [self.group._get_backend(self.device).abort]
-            self._watchdog = Watchdog(self.timeout, partial(_call_all, endings), prepare=_tolerate_captures)
+            self._watchdog = Watchdog(self.timeout, partial(_call_all, endings),
+                                      release=partial(_call_all, releases), prepare=_tolerate_captures)
             weakref.finalize(self, self._watchdog.stop)
-        self._connect()
+        self._connect("the greeting")
         if self.device.type == "cuda" and self.world > 1:
             with torch.cuda.device(self.device):
                 self._peers = peer_copy.connect(self.group, self.device, peer_copies)
             if self._peers is not None:
-                endings.insert(0, self._peers.release)
-                self._connect()
+                releases.append(self._peers.release)
+                self._connect("the greeting")
 
     @property
     def place_bytes(self) -> int:
@@ -351,6 +355,9 @@ class DistributedExchange:
             return new_room(like, rows)
         assert self._peers is not None and self._watchdog is not None
         self._watchdog.raise_failure()
+        if self._peers.must_grow(place.number, like, place.most_rows):
+            # All ranks make the memory together, and nobody watches that: so first hear from each of them.
+            self._connect("word that its landing place is to grow")
         return self._peers.room(place.number, like, rows, place.most_rows)
 
     def _has_places(self) -> bool:
@@ -372,6 +379,9 @@ class DistributedExchange:
                                  "construct DistributedExchange with that device")
         self.stats._count(send, receive)
         transfer = _Transfer(self.rank, step, what, destination if send else None, source if receive else None)
+        return self._start(transfer, send, receive, place)
+
+    def _start(self, transfer: _Transfer, send: Parts, receive: Parts, place: Place | None = None) -> Pending:
         if self._stream is None:
             return _HostPending(self, transfer, send, receive)
         return self._post_on_stream(transfer, send, receive, place if self._has_places() else None)
@@ -420,17 +430,16 @@ class DistributedExchange:
         for work in dist.batch_isend_irecv(ops):
             work.wait()  # orders the side stream after the transfer; the host does not wait
 
-    def _connect(self) -> None:
+    def _connect(self, what: str) -> None:
         """Sends one byte to every other rank: to rank + 1 while receiving from rank - 1, then 2, 3, ... In each round
         every send meets a receive that its peer starts without waiting, so no order of arrival can deadlock."""
         for shift in range(1, self.world):
             send, receive = torch.zeros(2, 1, dtype=torch.uint8, device=self.device)
-            pending = self.exchange(send=send, destination=(self.rank + shift) % self.world, receive=receive,
-                                    source=(self.rank - shift) % self.world, what="the greeting", step=shift)
+            transfer = _Transfer(self.rank, shift, what, (self.rank + shift) % self.world, (self.rank - shift) % self.world)
+            pending = self._start(transfer, (send,), (receive,))
             pending.wait()
             if isinstance(pending, _StreamPending):
                 pending.synchronize()
-        self.stats.reset()
 
 
 class _HostPending:
@@ -519,19 +528,22 @@ class Watched(Protocol):
 class Watchdog:
     """A thread that looks after transfers the host does not wait for.
 
-    Transfers finish in the order they were started, so only the oldest is looked at. If it is overdue, `abort` is
-    called (it must release whoever is stuck in the back end), and every later `raise_failure` raises the error.
+    Transfers finish in the order they were started, so only the oldest is looked at. If it is overdue, every later
+    `raise_failure` raises the error, and whoever is stuck is let go of: by `release`, again and again until all transfers
+    are through, and by `abort`.
 
     Args:
         timeout: seconds from the start of a transfer until it is overdue.
         abort: called once, on the watchdog's thread.
         interval: seconds between two looks while transfers are under way; the thread sleeps while there are none.
         prepare: what the thread does first; None: nothing.
+        release: called on the watchdog's thread, before `abort` and after it; None: nothing.
     """
 
     def __init__(self, timeout: float, abort: Callable[[], None], interval: float = 0.05,
-                 prepare: Callable[[], None] | None = None):
+                 prepare: Callable[[], None] | None = None, release: Callable[[], None] | None = None):
         self._timeout, self._abort, self._interval, self._prepare = timeout, abort, interval, prepare
+        self._release = release or _nothing
         self._pending: list[tuple[float, Watched]] = []
         self._changed = threading.Condition()
         self._stopped = False
@@ -551,15 +563,17 @@ class Watchdog:
             raise self._failure
 
     def stop(self) -> None:
-        """Ends the thread and waits until it has ended.
+        """Ends the thread, once all transfers are through or PATIENCE seconds have gone by, after which those that are not
+        are let go of, and waits until it has ended.
 
         NOTE: an interpreter that shuts down under a thread which is looking at a CUDA event aborts the process.
         """
         with self._changed:
             self._stopped = True
+            self._pending = [(min(deadline, time.monotonic() + PATIENCE), transfer) for deadline, transfer in self._pending]
             self._changed.notify()
         if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=2 * PATIENCE)
 
     def _run(self) -> None:
         if self._prepare is not None:
@@ -572,15 +586,29 @@ class Watchdog:
             elif time.monotonic() < deadline:
                 time.sleep(self._interval)
             else:
-                self._failure = transfer.overdue(self._timeout)
-                logger.critical("%s; aborting the process group", self._failure)
-                self._abort()
+                self._give_up(transfer)
                 return
+
+    def _give_up(self, transfer: Watched) -> None:
+        if not self._stopped:
+            self._failure = transfer.overdue(self._timeout)
+            logger.critical("%s; aborting the process group", self._failure)
+        self._release()
+        if not self._stopped:
+            self._abort()
+        deadline = time.monotonic() + PATIENCE
+        while not all(pending.done() for _, pending in self._pending) and time.monotonic() < deadline:
+            time.sleep(self._interval)
+            self._release()
 
     def _wait_for_work(self) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: self._pending or self._stopped)
-            return not self._stopped
+            return bool(self._pending)
+
+
+def _nothing() -> None:
+    pass
 
 
 RELAXED_CAPTURE = 2  # cudaStreamCaptureModeRelaxed
@@ -636,7 +664,7 @@ def _default_head_start() -> float:
 
 
 def _default_peer_copies() -> bool:
-    given = os.environ.get("FA3_DIST_PEER_COPIES", "0")
+    given = os.environ.get("FA3_DIST_PEER_COPIES", "1")
     if given not in ("0", "1"):
         raise ValueError(f"FA3_DIST_PEER_COPIES is {given!r}: expected 1 or 0")
     return given == "1"

@@ -10,15 +10,14 @@ ranks. A message into place s, from `source` to `destination`, is
 
     destination:  write ready[destination, s] = n at the source     once its stream has read what lay there before
     source:       wait until that is n, copy, write arrived[source, s] = n at the destination
-    destination:  wait until that is n
+    destination:  wait until that is n, and until given_up[source] is 0
 
 where n counts the messages between the two through that place. Each pair has counters of its own, so that a message of
 another rank never passes for the one that is waited for.
 
-Not done yet, and why nobody gets this without asking for it (FA3_DIST_PEER_COPIES=1): a rank that gives up on another
-releases its own streams, and what these then send, made from what never came, counts as having arrived. Its error says
-what happened, and a rank that did not give up gets one at its next message, which never comes; but what that one
-computed from the last message is wrong.
+A rank that gives up on another (`release`) must let go of its own streams, or its process could not even end; what these
+then send is made from what never came. So before that it sets given_up at all others, whose streams from there on take
+nothing of it for a message: they wait, until these ranks give up in their turn, with an error of their own.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ import contextlib
 import ctypes
 import itertools
 import logging
+import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -41,9 +41,9 @@ logger = logging.getLogger("fa3_dist")
 PLACES = 4  # that a rank has
 ALIGNMENT = 256  # bytes, of each part of a message
 SPARE = 1.25  # how much larger than asked for a place becomes that has to grow: packed batches differ in length
-WAIT_GREATER_OR_EQUAL, WRITE_DEFAULT = 0, 0  # CU_STREAM_WAIT_VALUE_GEQ (cyclic), CU_STREAM_WRITE_VALUE_DEFAULT
+WAIT_GREATER_OR_EQUAL, WAIT_EQUAL, WRITE_DEFAULT = 0, 1, 0  # CU_STREAM_WAIT_VALUE_GEQ (cyclic), _EQ, CU_STREAM_WRITE_VALUE_DEFAULT
 FAR_AHEAD = 1 << 20  # messages: what a count is set to, beyond its value, to release whoever waits for it
-READY, ARRIVED = 0, 1
+READY, ARRIVED, GIVEN_UP = 0, 1, 2  # a rank's flags, each by peer and place; GIVEN_UP has place 0 only
 
 
 class PeerCopies:
@@ -64,7 +64,7 @@ class PeerCopies:
         self._received: Counter[tuple[int, int]] = Counter()
         self._reader: Any = None  # the stream where places are read
         self._release_stream = torch.cuda.Stream(device, priority=-1)  # not one that waits for another rank
-        self._flags = _Shared((2, self.world, PLACES), torch.int32, device, group)  # ready and arrived; peer; place
+        self._flags = _Shared((3, self.world, PLACES), torch.int32, device, group)
         self._flags.own.zero_()
         torch.cuda.synchronize(device)
 
@@ -83,10 +83,13 @@ class PeerCopies:
         Args:
             most_rows: of all ranks' messages into that place that are known to come.
         """
-        wanted = message_bytes(like, most_rows)
-        if place not in self._places or self._places[place].own.nbytes < wanted:
-            self._grow(place, wanted)
+        if self.must_grow(place, like, most_rows):
+            self._grow(place, message_bytes(like, most_rows))
         return carve(self._places[place].own, like, rows)
+
+    def must_grow(self, place: int, like: Sequence[Tensor], most_rows: int) -> bool:
+        """Whether `room` with these arguments makes the place anew, which all ranks do together."""
+        return place not in self._places or self._places[place].own.nbytes < message_bytes(like, most_rows)
 
     def queue(self, place: int, send: Sequence[Tensor], destination: int | None, source: int | None) -> None:
         """Queues a message to a rank (no parts: none), and one that comes from another (None: none), on the current
@@ -106,6 +109,7 @@ class PeerCopies:
             self._driver.write(self._flag(destination, ARRIVED, self.rank, place), count)
         if source is not None:
             self._driver.wait(self._flag(self.rank, ARRIVED, source, place), self._received[source, place])
+            self._driver.wait(self._flag(self.rank, GIVEN_UP, source, 0), 0, equal=True)
 
     def follow(self, stream: Any) -> None:
         """Has a stream wait for the current one, where places are read, and for the one where they were before."""
@@ -116,12 +120,21 @@ class PeerCopies:
         self._reader = reader
 
     def release(self) -> None:
-        """Lets go of every stream of this rank that waits for another rank; what they then read, and what they send, is
-        worthless."""
+        """Gives up: lets go of every stream of this rank that waits for another rank. What they then read, and what they
+        send, is worthless; the others are told so before. To be called again until all that was queued is through: what
+        another rank does meanwhile may hold a stream once more."""
         with torch.cuda.device(self.device), torch.cuda.stream(self._release_stream):
-            for kind, counts in ((READY, self._sent.copy()), (ARRIVED, self._received.copy())):
-                for peer, place in itertools.product(range(self.world), range(PLACES)):
-                    self._driver.write(self._flag(self.rank, kind, peer, place), counts[peer, place] + FAR_AHEAD)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        others = [peer for peer in range(self.world) if peer != self.rank]
+        for peer in others:
+            self._driver.write(self._flag(peer, GIVEN_UP, self.rank, 0), 1)
+        for peer in others:
+            self._driver.write(self._flag(self.rank, GIVEN_UP, peer, 0), 0)
+        for kind, counts in ((READY, self._sent.copy()), (ARRIVED, self._received.copy())):
+            for peer, place in itertools.product(others, range(PLACES)):
+                self._driver.write(self._flag(self.rank, kind, peer, place), counts[peer, place] + FAR_AHEAD)
 
     def free(self) -> None:
         """Gives the places back; messages that come later make new ones. Called by all ranks together."""
@@ -207,6 +220,10 @@ def _host() -> str:
 
 
 def _is_able() -> bool:
+    # A stream that waits would hold up all others that share its queue to the GPU, the one that releases it included.
+    if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        logger.info("no copies between GPUs: CUDA_DEVICE_MAX_CONNECTIONS is 1")
+        return False
     try:
         import torch.distributed._symmetric_memory  # noqa: F401
 
@@ -247,9 +264,9 @@ class _Driver:
         """Sets a flag, any rank's, once all that is queued before has been done and can be seen by who waits for it."""
         self._queue(self._write, flag, count, WRITE_DEFAULT)
 
-    def wait(self, flag: int, count: int) -> None:
-        """Waits until a flag of this rank is `count` or has passed it."""
-        self._queue(self._wait, flag, count, WAIT_GREATER_OR_EQUAL)
+    def wait(self, flag: int, count: int, equal: bool = False) -> None:
+        """Waits until a flag of this rank is `count` or has passed it, or, `equal`, until it is that."""
+        self._queue(self._wait, flag, count, WAIT_EQUAL if equal else WAIT_GREATER_OR_EQUAL)
 
     def _queue(self, function: Any, flag: int, count: int, flags: int) -> None:
         if status := function(torch.cuda.current_stream().cuda_stream, flag, count & 0xFFFFFFFF, flags):
