@@ -8,12 +8,14 @@
                         FlashAttention-2
 
 All get the same N(0, 1) tensors and take turns call by call, ranks side by side; a call takes as long as its slowest
-rank, from a moment that all have reached. Every rank compares its rows of out, dq, dk and dv with what it computes
-alone; results that differ are an error and no figure. Efficiency is the time alone over ranks times the time together.
-Further calls, not timed, record on every rank when attention computes and when messages travel
-(`fa3_dist.parallel.observe`): time is exposed if messages are under way and no attention. `bound` is the efficiency
-that the links allow by themselves: the bytes that the busiest rank must move take so long at the measured bandwidth,
-and the ring can hide all of them behind attention, the all-to-all none.
+rank, from a moment that all have reached. (A GPU's clock gives way under load that lasts: an H200's after 50 ms, by
+10 % and more. So in cases with a call of LONG_MS and more every timed run, of STEADY_REPEATS, follows a quarter of a
+second of the same call, lest one peer finds the GPUs rested and another one does not.) Every rank compares its rows
+of out, dq, dk and dv with what it computes alone; results that differ are an error and no figure. Efficiency is the
+time alone over ranks times the time together. Further calls, not timed, record on every rank when attention computes
+and when messages travel (`fa3_dist.parallel.observe`): time is exposed if messages are under way and no attention.
+`bound` is the efficiency that the links allow by themselves: the bytes that the busiest rank must move take so long
+at the measured bandwidth, and the ring can hide all of them behind attention, the all-to-all none.
 
 What is run, with two GPUs in about two minutes:
 
@@ -95,6 +97,7 @@ from fa3_dist.parallel.plan import Links, links_of
 from fa3_dist.parallel.sharding import shard
 
 REPEATS, WARMUPS, TRACES = 20, 3, 5
+LONG_MS, STEADY_MS, STEADY_REPEATS = 50, 250, 5
 SPIN_CYCLES = 10_000_000  # 5 ms at 2 GHz, longer than the host takes to launch a ring of 8 in both directions
 TIMEOUT = timedelta(minutes=5)
 MODES = ("ring", "all_to_all")
@@ -424,7 +427,17 @@ def time_in_turn(
     flush = timing.Flush().overwrite if setup.device.type == "cuda" else lambda: None
     marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
     late = dict.fromkeys(calls, 0)
-    for index in range(warmups + repeats):
+    runs_before = dict.fromkeys(calls, 0)
+    index = 0
+    while index < warmups + repeats:
+        if index == warmups > 0:
+            last = {name: milliseconds(*pairs[-1]) for name, pairs in marks.items()}
+            of_ranks = setup.of_all_ranks(last)
+            slowest = {name: max(times[name] for times in of_ranks) for name in calls}
+            if max(slowest.values()) >= LONG_MS:
+                runs_before = {name: math.ceil(STEADY_MS / ms) for name, ms in slowest.items()}
+                repeats = min(repeats, STEADY_REPEATS)
+            marks = {name: [] for name in calls}
         for name, call in calls.items():
             # Of a call that ranks make one after the other, each is through before the next one has aligned.
             for turn in [setup.rank] if call.together else range(setup.world):
@@ -433,12 +446,15 @@ def time_in_turn(
                     setup.align()
                     if turn != setup.rank:
                         continue
+                    for _ in range(runs_before[name]):
+                        call.run()
                     start = mark(setup.device)
                     call.run()
                     end = mark(setup.device)
+                marks[name].append((start, end))
                 if index >= warmups:
-                    marks[name].append((start, end))
                     late[name] += setup.device.type == "cuda" and start.query()
+        index += 1
     return {name: [milliseconds(*pair) for pair in pairs] for name, pairs in marks.items()}, late
 
 

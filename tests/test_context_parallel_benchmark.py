@@ -291,17 +291,27 @@ def test_gpus_are_aligned_behind_a_flush_and_run_alone_one_after_the_other(monke
         "alone": context_parallel.Call(lambda: order.append("alone") or (), together=False),
         "ring": context_parallel.Call(lambda: order.append("ring") or (), around),
     }
+    slowest = [1.5]
     for rank in (0, 1):
         setup: Any = types.SimpleNamespace(
-            device=torch.device("cuda"), rank=rank, world=2, align=lambda: order.append("align")
+            device=torch.device("cuda"), rank=rank, world=2, align=lambda: order.append("align"),
+            of_all_ranks=lambda value: [value, value | {"ring": slowest[0]}],
         )
         order.clear()
+        slowest[0] = 1.5
         times, late = context_parallel.time_in_turn(calls, setup, repeats=2, warmups=1)
         own, others = ["flush", "align", "mark", "alone", "mark"], ["flush", "align"]
         alone = own + others if rank == 0 else others + own
         assert order == (alone + ["enter", "flush", "align", "mark", "ring", "mark", "leave"]) * 3
         assert times == {"alone": [1.5, 1.5], "ring": [1.5, 1.5]}
         assert late == {"alone": 0, "ring": 1}
+        # One that is long on some rank: each run that counts follows others of the same call.
+        order.clear()
+        slowest[0] = 100.0
+        context_parallel.time_in_turn(calls, setup, repeats=1, warmups=1)
+        timed = order[len(alone) + 7 :]
+        assert timed.count("alone") == 1 + 167 and timed.count("ring") == 1 + 3
+        assert timed[-6:] == ["ring", "ring", "mark", "ring", "mark", "leave"]
 
 
 # ---- PyTorch's own ---------------------------------------------------------------------------------------------------

@@ -634,12 +634,12 @@ def nccl_hands_on(rank: int, world: int) -> str:
     places = [exchange.room([x], 4, Place(number, 4))[0] for number in range(2)]
     started = time.monotonic()
     with pytest.raises(RingError) as caught:
+        peer: dict[str, Any] = {"destination": 1 - rank, "source": 1 - rank, "what": "K/V"}
         if rank == 0:
-            ahead = exchange.exchange(send=None, destination=1, receive=places[0], source=1, what="K/V", step=1, place=Place(0, 4))
-            ahead.wait()
-            exchange.exchange(send=places[0], destination=1, receive=None, source=1, what="K/V", step=2, place=Place(1, 4)).wait()
+            exchange.exchange(send=None, receive=places[0], **peer, step=1, place=Place(0, 4)).wait()
+            exchange.exchange(send=places[0], receive=None, **peer, step=2, place=Place(1, 4)).wait()
         else:
-            exchange.exchange(send=None, destination=0, receive=places[1], source=0, what="K/V", step=2, place=Place(1, 4)).wait()
+            exchange.exchange(send=None, receive=places[1], **peer, step=2, place=Place(1, 4)).wait()
         torch.cuda.synchronize()
         assert time.monotonic() - started > (1.5 if rank == 0 else 5.5), "what never came was taken for a message"
         start(exchange, None, x).wait()

@@ -106,8 +106,8 @@ def test_without_waiting_for_the_reader_messages_are_overwritten(monkeypatch: py
 
 
 def test_what_a_rank_sends_that_has_given_up_is_not_taken_for_a_message() -> None:
-    """Rank 1 hands on what rank 0 was to send, and gives up on it; rank 2, which waits for that, goes on waiting until it
-    gives up itself."""
+    """Rank 1 hands on what rank 0 was to send, and gives up on it; rank 2, which waits for that, goes on waiting until
+    it gives up itself."""
     sent = message(0, 1, 4)
     ranks = make_ranks(3, message_bytes(sent, 4))
     ended: list[str] = []

@@ -435,7 +435,8 @@ class DistributedExchange:
         every send meets a receive that its peer starts without waiting, so no order of arrival can deadlock."""
         for shift in range(1, self.world):
             send, receive = torch.zeros(2, 1, dtype=torch.uint8, device=self.device)
-            transfer = _Transfer(self.rank, shift, what, (self.rank + shift) % self.world, (self.rank - shift) % self.world)
+            destination, source = (self.rank + shift) % self.world, (self.rank - shift) % self.world
+            transfer = _Transfer(self.rank, shift, what, destination, source)
             pending = self._start(transfer, (send,), (receive,))
             pending.wait()
             if isinstance(pending, _StreamPending):
@@ -529,8 +530,8 @@ class Watchdog:
     """A thread that looks after transfers the host does not wait for.
 
     Transfers finish in the order they were started, so only the oldest is looked at. If it is overdue, every later
-    `raise_failure` raises the error, and whoever is stuck is let go of: by `release`, again and again until all transfers
-    are through, and by `abort`.
+    `raise_failure` raises the error, and whoever is stuck is let go of: by `release`, again and again until all
+    transfers are through, and by `abort`.
 
     Args:
         timeout: seconds from the start of a transfer until it is overdue.
@@ -563,14 +564,15 @@ class Watchdog:
             raise self._failure
 
     def stop(self) -> None:
-        """Ends the thread, once all transfers are through or PATIENCE seconds have gone by, after which those that are not
-        are let go of, and waits until it has ended.
+        """Ends the thread, once all transfers are through or PATIENCE seconds have gone by, after which those that are
+        not are let go of, and waits until it has ended.
 
         NOTE: an interpreter that shuts down under a thread which is looking at a CUDA event aborts the process.
         """
         with self._changed:
             self._stopped = True
-            self._pending = [(min(deadline, time.monotonic() + PATIENCE), transfer) for deadline, transfer in self._pending]
+            latest = time.monotonic() + PATIENCE
+            self._pending = [(min(deadline, latest), transfer) for deadline, transfer in self._pending]
             self._changed.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=2 * PATIENCE)

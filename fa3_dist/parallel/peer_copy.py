@@ -15,9 +15,9 @@ ranks. A message into place s, from `source` to `destination`, is
 where n counts the messages between the two through that place. Each pair has counters of its own, so that a message of
 another rank never passes for the one that is waited for.
 
-A rank that gives up on another (`release`) must let go of its own streams, or its process could not even end; what these
-then send is made from what never came. So before that it sets given_up at all others, whose streams from there on take
-nothing of it for a message: they wait, until these ranks give up in their turn, with an error of their own.
+A rank that gives up on another (`release`) must let go of its own streams, or its process could not even end; what
+these then send is made from what never came. So before that it sets given_up at all others, whose streams from there on
+take nothing of it for a message: they wait, until these ranks give up in their turn, with an error of their own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ logger = logging.getLogger("fa3_dist")
 PLACES = 4  # that a rank has
 ALIGNMENT = 256  # bytes, of each part of a message
 SPARE = 1.25  # how much larger than asked for a place becomes that has to grow: packed batches differ in length
-WAIT_GREATER_OR_EQUAL, WAIT_EQUAL, WRITE_DEFAULT = 0, 1, 0  # CU_STREAM_WAIT_VALUE_GEQ (cyclic), _EQ, CU_STREAM_WRITE_VALUE_DEFAULT
+WAIT_GREATER_OR_EQUAL, WAIT_EQUAL = 0, 1  # CU_STREAM_WAIT_VALUE_GEQ (cyclic), CU_STREAM_WAIT_VALUE_EQ
+WRITE_DEFAULT = 0  # CU_STREAM_WRITE_VALUE_DEFAULT
 FAR_AHEAD = 1 << 20  # messages: what a count is set to, beyond its value, to release whoever waits for it
 READY, ARRIVED, GIVEN_UP = 0, 1, 2  # a rank's flags, each by peer and place; GIVEN_UP has place 0 only
 
@@ -120,9 +121,9 @@ class PeerCopies:
         self._reader = reader
 
     def release(self) -> None:
-        """Gives up: lets go of every stream of this rank that waits for another rank. What they then read, and what they
-        send, is worthless; the others are told so before. To be called again until all that was queued is through: what
-        another rank does meanwhile may hold a stream once more."""
+        """Gives up: lets go of every stream of this rank that waits for another rank. What they then read, and what
+        they send, is worthless; the others are told so before. To be called again until all that was queued is through:
+        what another rank does meanwhile may hold a stream once more."""
         with torch.cuda.device(self.device), torch.cuda.stream(self._release_stream):
             self._let_go()
 
