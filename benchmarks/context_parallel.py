@@ -9,13 +9,13 @@
 
 All get the same N(0, 1) tensors and take turns call by call, ranks side by side; a call takes as long as its slowest
 rank, from a moment that all have reached. (A GPU's clock gives way under load that lasts: an H200's after 50 ms, by
-10 % and more. So in cases with a call of LONG_MS and more every timed run, of STEADY_REPEATS, follows a quarter of a
-second of the same call, lest one peer finds the GPUs rested and another one does not.) Every rank compares its rows
-of out, dq, dk and dv with what it computes alone; results that differ are an error and no figure. Efficiency is the
-time alone over ranks times the time together. Further calls, not timed, record on every rank when attention computes
-and when messages travel (`fa3_dist.parallel.observe`): time is exposed if messages are under way and no attention.
-`bound` is the efficiency that the links allow by themselves: the bytes that the busiest rank must move take so long
-at the measured bandwidth, and the ring can hide all of them behind attention, the all-to-all none.
+10 % and more. So in cases with a call of LONG_MS and more each is timed by itself, after BLOCK_MS of it, lest one
+peer finds the GPUs rested and another one does not.) Every rank compares its rows of out, dq, dk and dv with what it
+computes alone; results that differ are an error and no figure. Efficiency is the time alone over ranks times the time
+together. Further calls, not timed, record on every rank when attention computes and when messages travel
+(`fa3_dist.parallel.observe`): time is exposed if messages are under way and no attention. `bound` is the efficiency
+that the links allow by themselves: the bytes that the busiest rank must move take so long at the measured bandwidth,
+and the ring can hide all of them behind attention, the all-to-all none.
 
 What is run, with two GPUs in about two minutes:
 
@@ -47,7 +47,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from itertools import accumulate
@@ -97,7 +97,7 @@ from fa3_dist.parallel.plan import Links, links_of
 from fa3_dist.parallel.sharding import shard
 
 REPEATS, WARMUPS, TRACES = 20, 3, 5
-LONG_MS, STEADY_MS, STEADY_REPEATS = 50, 250, 5
+LONG_MS, BLOCK_MS, BLOCK_REPEATS = 50, 1000, 5
 SPIN_CYCLES = 10_000_000  # 5 ms at 2 GHz, longer than the host takes to launch a ring of 8 in both directions
 TIMEOUT = timedelta(minutes=5)
 MODES = ("ring", "all_to_all")
@@ -422,40 +422,67 @@ def time_in_turn(
     """Milliseconds on this rank of `repeats` runs of each call, after runs that don't count, with a cold L2.
 
     And in how many of them the device had begun before the host was through with the call: then the time holds some of
-    the host's.
+    the host's. If a call proves long, all are timed in blocks.
     """
     flush = timing.Flush().overwrite if setup.device.type == "cuda" else lambda: None
-    marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
-    late = dict.fromkeys(calls, 0)
-    runs_before = dict.fromkeys(calls, 0)
-    index = 0
-    while index < warmups + repeats:
+    times = Times(setup.device, calls)
+    for index in range(warmups + repeats):
         if index == warmups > 0:
-            last = {name: milliseconds(*pairs[-1]) for name, pairs in marks.items()}
-            of_ranks = setup.of_all_ranks(last)
-            slowest = {name: max(times[name] for times in of_ranks) for name in calls}
+            before, times = times, Times(setup.device, calls)
+            slowest = slowest_of_ranks({name: values[-1] for name, values in before.milliseconds().items()}, setup)
             if max(slowest.values()) >= LONG_MS:
-                runs_before = {name: math.ceil(STEADY_MS / ms) for name, ms in slowest.items()}
-                repeats = min(repeats, STEADY_REPEATS)
-            marks = {name: [] for name in calls}
+                time_in_blocks(calls, setup, slowest, times)
+                break
         for name, call in calls.items():
             # Of a call that ranks make one after the other, each is through before the next one has aligned.
             for turn in [setup.rank] if call.together else range(setup.world):
                 with call.around():
                     flush()
                     setup.align()
-                    if turn != setup.rank:
-                        continue
-                    for _ in range(runs_before[name]):
+                    if turn == setup.rank:
+                        times.add(name, call)
+    return times.milliseconds(), times.late
+
+
+def time_in_blocks(calls: Mapping[str, Call], setup: Setup, last_ms: Mapping[str, float], times: Times) -> None:
+    """The same of BLOCK_REPEATS runs of each call, which follow BLOCK_MS of that call; as long as one took last."""
+    for name, call in calls.items():
+        for turn in [setup.rank] if call.together else range(setup.world):
+            with call.around():
+                setup.align()
+                if turn == setup.rank:
+                    for _ in range(math.ceil(BLOCK_MS / last_ms[name])):
                         call.run()
-                    start = mark(setup.device)
-                    call.run()
-                    end = mark(setup.device)
-                marks[name].append((start, end))
-                if index >= warmups:
-                    late[name] += setup.device.type == "cuda" and start.query()
-        index += 1
-    return {name: [milliseconds(*pair) for pair in pairs] for name, pairs in marks.items()}, late
+                for _ in range(BLOCK_REPEATS):
+                    setup.align()
+                    if turn == setup.rank:
+                        times.add(name, call)
+
+
+class Times:
+    """When runs of calls began and ended on this rank."""
+
+    def __init__(self, device: torch.device, names: Iterable[str]):
+        self.device = device
+        self._marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names}
+        self.late = dict.fromkeys(self._marks, 0)  # runs that the device began before the host was through with them
+
+    def add(self, name: str, call: Call) -> None:
+        """Runs a call."""
+        start = mark(self.device)
+        call.run()
+        self._marks[name].append((start, mark(self.device)))
+        self.late[name] += self.device.type == "cuda" and start.query()
+
+    def milliseconds(self) -> dict[str, list[float]]:
+        """Of every run."""
+        return {name: [milliseconds(*pair) for pair in pairs] for name, pairs in self._marks.items()}
+
+
+def slowest_of_ranks(times: Mapping[str, float], setup: Setup) -> dict[str, float]:
+    """The longest of all ranks' times, by name."""
+    of_ranks = setup.of_all_ranks(dict(times))
+    return {name: max(of_rank[name] for of_rank in of_ranks) for name in times}
 
 
 def of_the_slowest(times_of_ranks: Sequence[Sequence[float]]) -> list[float]:

@@ -271,7 +271,7 @@ def test_gpus_are_aligned_behind_a_flush_and_run_alone_one_after_the_other(monke
 
     class Event:
         def query(self) -> bool:
-            return order.count("ring") == 2 and order[-3] == "ring"  # the first of them that counts
+            return order.count("ring") == 2 and order[-2] == "ring"  # the first of them that counts
 
     def mark(device: torch.device) -> Event:
         order.append("mark")
@@ -305,13 +305,16 @@ def test_gpus_are_aligned_behind_a_flush_and_run_alone_one_after_the_other(monke
         assert order == (alone + ["enter", "flush", "align", "mark", "ring", "mark", "leave"]) * 3
         assert times == {"alone": [1.5, 1.5], "ring": [1.5, 1.5]}
         assert late == {"alone": 0, "ring": 1}
-        # One that is long on some rank: each run that counts follows others of the same call.
+        # One that is long on some rank: each is timed by itself, after a second of it.
         order.clear()
-        slowest[0] = 100.0
-        context_parallel.time_in_turn(calls, setup, repeats=1, warmups=1)
-        timed = order[len(alone) + 7 :]
-        assert timed.count("alone") == 1 + 167 and timed.count("ring") == 1 + 3
-        assert timed[-6:] == ["ring", "ring", "mark", "ring", "mark", "leave"]
+        slowest[0] = 250.0
+        monkeypatch.setattr(context_parallel, "BLOCK_REPEATS", 2)
+        times, _ = context_parallel.time_in_turn(calls, setup, repeats=5, warmups=1)
+        assert times == {"alone": [1.5, 1.5], "ring": [1.5, 1.5]}
+        own, others = ["align", *["alone"] * 667, *["align", "mark", "alone", "mark"] * 2], ["align"] * 3
+        blocks = order[len(alone) + 7 :]
+        assert blocks[: -1 - 3 * 4 - 2] == (own + others if rank == 0 else others + own)
+        assert blocks[-15:] == ["enter", "align", *["ring"] * 4, *["align", "mark", "ring", "mark"] * 2, "leave"]
 
 
 # ---- PyTorch's own ---------------------------------------------------------------------------------------------------
