@@ -25,7 +25,7 @@ What is run, with two GPUs in about two minutes:
     TORCH_NCCL_HIGH_PRIORITY=1 make context ARGS="--cells 8k,32k --peers ring,ring_margin_4,ring_margin_8"
                                                                messages before attention where both wait for SMs
 
-    FA3_DIST_PEER_COPIES=0 make context                        the ring's messages by NCCL, not by copy engines
+    FA3_DIST_PEER_COPIES=1 make context                        the ring's messages by copy engines
 
 The ring with each margin of SMs stands beside the ring in the tables, and a line at the end compares them. The mode
 that mode="auto" would take is held against the faster one of both in every case.

@@ -328,8 +328,19 @@ def test_watchdog_that_is_stopped_first_lets_transfers_get_through(comes: bool, 
     watchdog.stop()
     assert not watchdog._thread.is_alive()
     assert 0.1 <= time.monotonic() - started < 0.3 if comes else time.monotonic() - started >= 0.3
-    assert called == ([] if comes else ["release"])
-    watchdog.raise_failure()
+    assert called == ([] if comes else ["release", "abort"])
+
+
+def test_watchdog_that_is_retired_leaves_transfers_their_time():
+    slow, called = Transfer("slow"), []
+    watchdog = Watchdog(0.4, lambda: called.append("abort"), interval=0.01)
+    watchdog.watch(slow)
+    watchdog.retire()
+    time.sleep(0.1)
+    assert watchdog._thread.is_alive() and not called
+    slow.finished = True
+    watchdog._thread.join(timeout=5.0)
+    assert not watchdog._thread.is_alive() and not called
 
 
 def test_watchdog_lets_finished_transfers_go():

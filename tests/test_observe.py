@@ -157,10 +157,13 @@ def test_messages_under_way_get_a_head_start(monkeypatch: pytest.MonkeyPatch) ->
     exchange = DistributedExchange.__new__(DistributedExchange)
     exchange.__dict__.update(
         rank=0, device=torch.device("cuda"), group=None, observer=None, head_start=10.0, _posted=None, _stream=stream,
-        _watchdog=SimpleNamespace(raise_failure=lambda: None),
-        _peers=SimpleNamespace(follow=lambda side: None, queue=lambda *message: copied.append(message)),
+        _watchdog=SimpleNamespace(raise_failure=lambda: None, watch=lambda pending: watched.append(pending)),
+        _peers=SimpleNamespace(follow=lambda side: None, queue=lambda *message: copied.append(message),
+                               confirm=lambda: copied.append(("confirm",))),
+        _unconfirmed=None,
     )
     copied: list[tuple] = []
+    watched: list[Pending] = []
 
     def post(place: Place | None = None) -> Pending:
         return exchange._post_on_stream(_Transfer(0, 2, "K/V", 1, None), (torch.zeros(5),), (), place)
@@ -177,6 +180,9 @@ def test_messages_under_way_get_a_head_start(monkeypatch: pytest.MonkeyPatch) ->
     post(Place(3, 5))
     exchange.let_begin()
     assert len(pauses) == 1 and [(place, to) for place, _, to, _ in copied] == [(3, 1)], "a copy needs no SMs"
+    exchange.confirm()
+    exchange.confirm()
+    assert copied[1:] == [("confirm",)] and len(watched) == 1, "once a call, and somebody looks after it"
     exchange.head_start = 0.0
     post()
     exchange.let_begin()

@@ -136,6 +136,37 @@ def test_what_a_rank_sends_that_has_given_up_is_not_taken_for_a_message() -> Non
     assert ended[-1] == "rank 2's wait"
 
 
+def test_who_still_reads_when_a_rank_gives_up_gets_no_further() -> None:
+    """Rank 0 has sent one message and waits for room for the next one, which it does not get before it gives up; rank 1
+    reads the first one, perhaps as the second one comes."""
+    first, second = message(0, 0, 4), message(1, 0, 4)
+    ranks = make_ranks(2, message_bytes(first, 4))
+    ended: list[str] = []
+
+    def send() -> None:
+        ranks[0].queue(0, first, 1, None)
+        ranks[0].queue(0, second, 1, None)
+        ended.append("rank 0's messages")
+
+    def read() -> None:
+        ranks[1].confirm()
+        ended.append("what was read is whole")
+
+    sender, reader = (threading.Thread(target=each) for each in (send, read))
+    sender.start()
+    ranks[1].queue(0, [], None, 0)
+    ranks[0]._let_go()
+    sender.join(timeout=10.0)
+    come = carve(ranks[1]._places[0].own, second, 4)
+    assert ended == ["rank 0's messages"] and all(map(torch.equal, come, second)), "no room, and yet it came"
+    reader.start()
+    time.sleep(0.1)
+    assert len(ended) == 1
+    ranks[1]._let_go()
+    reader.join(timeout=10.0)
+    assert len(ended) == 2
+
+
 def test_one_queue_to_the_gpu_is_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_copy, "_Driver", object)
     assert peer_copy._is_able()

@@ -509,6 +509,9 @@ class NoPeers:
     def let_begin(self) -> None:
         pass
 
+    def confirm(self) -> None:
+        pass
+
     def room(self, *message: Any) -> Parts:
         raise AssertionError(f"a ring of one rank has nobody to wait for a message from: {message}")
 

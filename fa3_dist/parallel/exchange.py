@@ -20,9 +20,11 @@ engines (`peer_copy.py`), which take no SMs from attention.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import threading
 import time
@@ -136,6 +138,10 @@ class Exchange(Protocol):
     def let_begin(self) -> None:
         """To be called before work that fills the device: exchanges started before it get their share of it first."""
 
+    def confirm(self) -> None:
+        """To be called once all that was received is read, or queued to be: work queued after it begins only if none of
+        that can have been overwritten meanwhile, by a rank that has given up."""
+
 
 class Subgroup:
     """The exchange of some of an exchange's ranks among themselves: rank i of it is rank members[i] there.
@@ -165,6 +171,10 @@ class Subgroup:
     def let_begin(self) -> None:
         """See `Exchange.let_begin`."""
         self._exchange.let_begin()
+
+    def confirm(self) -> None:
+        """See `Exchange.confirm`."""
+        self._exchange.confirm()
 
     def room(self, like: Sequence[Tensor], rows: int, place: Place) -> Parts:
         """See `Exchange.room`. The places are of all ranks, which may not come here together."""
@@ -260,7 +270,7 @@ def _bytes(parts: Parts) -> int:
 
 # Microseconds that a transfer gets before a kernel that fills the device: for NCCL's stream to reach and launch it.
 HEAD_START = 20.0
-# Seconds that transfers under way have to get through once their exchange has ended, or been given up.
+# Seconds that transfers under way have to get through at the end of the interpreter, and once more when let go of.
 PATIENCE = 5.0
 SM_CLOCK = 2e9  # Hz; no Hopper GPU runs faster, so a pause is no shorter than it says
 
@@ -274,8 +284,8 @@ class DistributedExchange:
     it, and the error is raised by the next call of `exchange` or `wait`. Transfers may be captured in a CUDA graph,
     once a step like it has run; nobody looks after those of a replay but NCCL's own watchdog.
 
-    Where all ranks are GPUs of one host, messages into places (`room`) go by copy engines, without NCCL; not those of
-    a CUDA graph. The places are made by the first step that needs them, or larger ones, and stay allocated, outside
+    Where all ranks are GPUs of one host, messages into places (`room`) can go by copy engines, without NCCL; not those
+    of a CUDA graph. The places are made by the first step that needs them, or larger ones, and stay allocated, outside
     of PyTorch's allocator, as long as the exchange does (`place_bytes`).
 
     All connections between ranks are made here, one shift after the other on every rank, and not in the first step that
@@ -291,7 +301,7 @@ class DistributedExchange:
         head_start: microseconds by which a transfer is ahead of the attention that hides it (CUDA; see `let_begin`);
             None: FA3_DIST_HEAD_START of the environment, or HEAD_START.
         peer_copies: whether copy engines are to be used where they can be; None: FA3_DIST_PEER_COPIES of the
-            environment (1 or 0), or yes. No, if some rank says no.
+            environment (1 or 0), or no. No, if some rank says no.
     Raises:
         ValueError: this process is not in the group, the timeout is not positive, the margin is no number of SMs, the
             head start no time, or the environment says something else than these.
@@ -321,6 +331,7 @@ class DistributedExchange:
         self._peers: PeerCopies | None = None
         self._stream: Any = None
         self._posted: _StreamPending | None = None  # the last one since `let_begin`
+        self._unconfirmed: _Transfer | None = None  # the last one into a place since `confirm`
         self._watchdog: Watchdog | None = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
@@ -329,7 +340,7 @@ class DistributedExchange:
             endings = [self.group._get_backend(self.device).abort]
             self._watchdog = Watchdog(self.timeout, partial(_call_all, endings),
                                       release=partial(_call_all, releases), prepare=_tolerate_captures)
-            weakref.finalize(self, self._watchdog.stop)
+            weakref.finalize(self, self._watchdog.retire).atexit = False  # then all are stopped
         self._connect("the greeting")
         if self.device.type == "cuda" and self.world > 1:
             with torch.cuda.device(self.device):
@@ -357,7 +368,9 @@ class DistributedExchange:
         self._watchdog.raise_failure()
         if self._peers.must_grow(place.number, like, place.most_rows):
             # All ranks make the memory together, and nobody watches that: so first hear from each of them.
+            observer, self.observer = self.observer, None
             self._connect("word that its landing place is to grow")
+            self.observer = observer
         return self._peers.room(place.number, like, rows, place.most_rows)
 
     def _has_places(self) -> bool:
@@ -397,6 +410,22 @@ class DistributedExchange:
                 torch.cuda._sleep(round(self.head_start * 1e-6 * SM_CLOCK))
         self._posted = None
 
+    def confirm(self) -> None:
+        """See `Exchange.confirm`."""
+        transfer, self._unconfirmed = self._unconfirmed, None
+        if transfer is None:
+            return
+        assert self._peers is not None and self._watchdog is not None
+        with torch.cuda.device(self.device):
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                self._peers.confirm()
+                done = torch.cuda.Event()
+                done.record(self._stream)
+        pending = _StreamPending(self._watchdog, transfer, (), done, self.device, self._peers)
+        self._watchdog.watch(pending)
+        pending.wait()
+
     def _post_on_stream(self, transfer: _Transfer, send: Parts, receive: Parts, place: Place | None) -> Pending:
         assert self._watchdog is not None
         self._watchdog.raise_failure()
@@ -419,6 +448,8 @@ class DistributedExchange:
             done.record(self._stream)
         pending = _StreamPending(self._watchdog, transfer, (*send, *receive), done, self.device, self._peers)
         self._posted = pending if place is None else None
+        if place is not None:
+            self._unconfirmed = transfer
         # NOTE: an event that is part of a CUDA graph being captured must not be queried.
         if not torch.cuda.is_current_stream_capturing():
             self._watchdog.watch(pending)
@@ -547,10 +578,12 @@ class Watchdog:
         self._release = release or _nothing
         self._pending: list[tuple[float, Watched]] = []
         self._changed = threading.Condition()
-        self._stopped = False
+        self._retired = False
+        self._latest = math.inf  # when no transfer is waited for any longer
         self._failure: RingError | None = None
         self._thread = threading.Thread(target=self._run, name="fa3_dist-watchdog", daemon=True)
         self._thread.start()
+        _watchdogs.add(self)
 
     def watch(self, transfer: Watched) -> None:
         """Takes over a transfer that has just been started."""
@@ -563,19 +596,23 @@ class Watchdog:
         if self._failure is not None:
             raise self._failure
 
+    def retire(self) -> None:
+        """Has the thread end once it has no transfer left to look after: those under way keep their time."""
+        with self._changed:
+            self._retired = True
+            self._changed.notify()
+
     def stop(self) -> None:
-        """Ends the thread, once all transfers are through or PATIENCE seconds have gone by, after which those that are
-        not are let go of, and waits until it has ended.
+        """Ends the thread and waits until it has ended. Transfers under way get PATIENCE seconds, and as many again
+        once they have been let go of. Called at the interpreter's end.
 
         NOTE: an interpreter that shuts down under a thread which is looking at a CUDA event aborts the process.
         """
         with self._changed:
-            self._stopped = True
-            latest = time.monotonic() + PATIENCE
-            self._pending = [(min(deadline, latest), transfer) for deadline, transfer in self._pending]
-            self._changed.notify()
+            self._latest = time.monotonic() + PATIENCE
+        self.retire()
         if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=2 * PATIENCE)
+            self._thread.join(timeout=2 * PATIENCE + 1.0)
 
     def _run(self) -> None:
         if self._prepare is not None:
@@ -585,28 +622,37 @@ class Watchdog:
             if transfer.done():
                 with self._changed:
                     self._pending.pop(0)
-            elif time.monotonic() < deadline:
+            elif time.monotonic() < min(deadline, self._latest):
                 time.sleep(self._interval)
             else:
                 self._give_up(transfer)
                 return
 
     def _give_up(self, transfer: Watched) -> None:
-        if not self._stopped:
-            self._failure = transfer.overdue(self._timeout)
-            logger.critical("%s; aborting the process group", self._failure)
+        self._failure = transfer.overdue(min(self._timeout, PATIENCE) if self._latest < math.inf else self._timeout)
+        logger.critical("%s; aborting the process group", self._failure)
         self._release()
-        if not self._stopped:
-            self._abort()
-        deadline = time.monotonic() + PATIENCE
-        while not all(pending.done() for _, pending in self._pending) and time.monotonic() < deadline:
+        self._abort()
+        # NOTE: as long as it takes: what a peer does meanwhile may hold up once more what has been let go of.
+        while not all(pending.done() for _, pending in self._pending):
+            if time.monotonic() >= self._latest + PATIENCE:
+                break
             time.sleep(self._interval)
             self._release()
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._pending or self._stopped)
+            self._changed.wait_for(lambda: self._pending or self._retired)
             return bool(self._pending)
+
+
+_watchdogs: weakref.WeakSet[Watchdog] = weakref.WeakSet()  # those whose threads may run
+
+
+@atexit.register
+def _stop_watchdogs() -> None:
+    for watchdog in list(_watchdogs):
+        watchdog.stop()
 
 
 def _nothing() -> None:
@@ -666,7 +712,7 @@ def _default_head_start() -> float:
 
 
 def _default_peer_copies() -> bool:
-    given = os.environ.get("FA3_DIST_PEER_COPIES", "1")
+    given = os.environ.get("FA3_DIST_PEER_COPIES", "0")
     if given not in ("0", "1"):
         raise ValueError(f"FA3_DIST_PEER_COPIES is {given!r}: expected 1 or 0")
     return given == "1"
@@ -812,6 +858,9 @@ class InProcessExchange:
 
     def let_begin(self) -> None:
         """See `Exchange.let_begin`: there is nothing to be done."""
+
+    def confirm(self) -> None:
+        """See `Exchange.confirm`: there is nothing to be done."""
 
     def _key(self, source: int, destination: int) -> tuple[int, int, int]:
         number = self._numbers[source, destination]

@@ -10,14 +10,16 @@ ranks. A message into place s, from `source` to `destination`, is
 
     destination:  write ready[destination, s] = n at the source     once its stream has read what lay there before
     source:       wait until that is n, copy, write arrived[source, s] = n at the destination
-    destination:  wait until that is n, and until given_up[source] is 0
+    destination:  wait until that is n
 
 where n counts the messages between the two through that place. Each pair has counters of its own, so that a message of
 another rank never passes for the one that is waited for.
 
 A rank that gives up on another (`release`) must let go of its own streams, or its process could not even end; what
-these then send is made from what never came. So before that it sets given_up at all others, whose streams from there on
-take nothing of it for a message: they wait, until these ranks give up in their turn, with an error of their own.
+these then send is made from what never came, and may land where another rank still reads. So before that it sets a
+word, given_up, at all others. Their streams wait until that is 0: before a message and after it, and once all that
+came has been read (`confirm`). So they stand still, and these ranks give up in their turn, with an error of their
+own.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ SPARE = 1.25  # how much larger than asked for a place becomes that has to grow:
 WAIT_GREATER_OR_EQUAL, WAIT_EQUAL = 0, 1  # CU_STREAM_WAIT_VALUE_GEQ (cyclic), CU_STREAM_WAIT_VALUE_EQ
 WRITE_DEFAULT = 0  # CU_STREAM_WRITE_VALUE_DEFAULT
 FAR_AHEAD = 1 << 20  # messages: what a count is set to, beyond its value, to release whoever waits for it
-READY, ARRIVED, GIVEN_UP = 0, 1, 2  # a rank's flags, each by peer and place; GIVEN_UP has place 0 only
+READY, ARRIVED, GIVEN_UP = 0, 1, 2  # a rank's flags by peer and place; of GIVEN_UP only the first one
 
 
 class PeerCopies:
@@ -65,7 +67,7 @@ class PeerCopies:
         self._received: Counter[tuple[int, int]] = Counter()
         self._reader: Any = None  # the stream where places are read
         self._release_stream = torch.cuda.Stream(device, priority=-1)  # not one that waits for another rank
-        self._flags = _Shared((3, self.world, PLACES), torch.int32, device, group)
+        self._flags = _Shared(_Shared.allocate((3, self.world, PLACES), torch.int32, device), group)
         self._flags.own.zero_()
         torch.cuda.synchronize(device)
 
@@ -95,6 +97,7 @@ class PeerCopies:
     def queue(self, place: int, send: Sequence[Tensor], destination: int | None, source: int | None) -> None:
         """Queues a message to a rank (no parts: none), and one that comes from another (None: none), on the current
         stream, which must stand behind whoever reads the place (`follow`)."""
+        self.confirm()
         if source is not None:
             self._received[source, place] += 1
             self._driver.write(self._flag(source, READY, self.rank, place), self._received[source, place])
@@ -110,7 +113,11 @@ class PeerCopies:
             self._driver.write(self._flag(destination, ARRIVED, self.rank, place), count)
         if source is not None:
             self._driver.wait(self._flag(self.rank, ARRIVED, source, place), self._received[source, place])
-            self._driver.wait(self._flag(self.rank, GIVEN_UP, source, 0), 0, equal=True)
+        self.confirm()
+
+    def confirm(self) -> None:
+        """Has the current stream go on only if no other rank has given up: then all that came before was whole."""
+        self._driver.wait(self._flag(self.rank, GIVEN_UP, 0, 0), 0, equal=True)
 
     def follow(self, stream: Any) -> None:
         """Has a stream wait for the current one, where places are read, and for the one where they were before."""
@@ -130,9 +137,8 @@ class PeerCopies:
     def _let_go(self) -> None:
         others = [peer for peer in range(self.world) if peer != self.rank]
         for peer in others:
-            self._driver.write(self._flag(peer, GIVEN_UP, self.rank, 0), 1)
-        for peer in others:
-            self._driver.write(self._flag(self.rank, GIVEN_UP, peer, 0), 0)
+            self._driver.write(self._flag(peer, GIVEN_UP, 0, 0), 1)
+        self._driver.write(self._flag(self.rank, GIVEN_UP, 0, 0), 0)
         for kind, counts in ((READY, self._sent.copy()), (ARRIVED, self._received.copy())):
             for peer, place in itertools.product(others, range(PLACES)):
                 self._driver.write(self._flag(self.rank, kind, peer, place), counts[peer, place] + FAR_AHEAD)
@@ -153,7 +159,16 @@ class PeerCopies:
             nbytes = int(nbytes * SPARE)
         del before
         torch.cuda.empty_cache()  # a place is not from the memory that PyTorch keeps
-        self._places[place] = _Shared((_aligned(nbytes),), torch.uint8, self.device, self._group)
+        own = error = None
+        try:
+            own = _Shared.allocate((_aligned(nbytes),), torch.uint8, self.device)
+        except RuntimeError as caught:
+            error = caught
+        if not all(_of_all_ranks(own is not None, self._group)):  # or the others would wait for this rank
+            raise RuntimeError(f"a landing place of {_aligned(nbytes)} bytes cannot be had on every rank: set "
+                               "FA3_DIST_PEER_COPIES=0 to do without, or leave more memory free") from error
+        assert own is not None
+        self._places[place] = _Shared(own, self._group)
 
 
 def connect(group: dist.ProcessGroup, device: torch.device, wanted: bool) -> PeerCopies | None:
@@ -237,15 +252,22 @@ def _is_able() -> bool:
 class _Shared:
     """Memory of one form on every rank of a group; made by all of them together."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup):
+    def __init__(self, own: Tensor, group: dist.ProcessGroup):
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        self.own: Tensor = symmetric_memory.empty(shape, dtype=dtype, device=device)
-        self._handle = symmetric_memory.rendezvous(self.own, group.group_name)
+        self.own = own
+        self._handle = symmetric_memory.rendezvous(own, group.group_name)
         self._of = [
-            self.own if rank == dist.get_rank(group) else self._handle.get_buffer(rank, shape, dtype)
+            own if rank == dist.get_rank(group) else self._handle.get_buffer(rank, tuple(own.shape), own.dtype)
             for rank in range(dist.get_world_size(group))
         ]
+
+    @staticmethod
+    def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """This rank's, which the others cannot reach yet."""
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        return symmetric_memory.empty(shape, dtype=dtype, device=device)
 
     def of(self, rank: int) -> Tensor:
         """A rank's, seen from here."""

@@ -137,6 +137,7 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, exchange: Exch
         if not is_last:
             arriving = _fetch(kv, plan, index + 1, exchange)
         attend(step.step.shift, step.forward, *come, 0 if is_last else exchange.sm_margin)
+    exchange.confirm()
     return out, lse
 
 
@@ -198,6 +199,7 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
         del arriving  # the memory of the last K/V, too, is wanted at the end
     add_gradients(0, closing, _KeyRows(k, v), own, exchange.sm_margin if plan.remote else 0)
     dk, dv = _total_of(own, returning, kv_dtype)
+    exchange.confirm()
     return dq.to(q.dtype), dk, dv
 
 
