@@ -434,8 +434,7 @@ def time_in_turn(
                 time_in_blocks(calls, setup, slowest, times)
                 break
         for name, call in calls.items():
-            # Of a call that ranks make one after the other, each is through before the next one has aligned.
-            for turn in [setup.rank] if call.together else range(setup.world):
+            for turn in turns(call, setup):
                 with call.around():
                     flush()
                     setup.align()
@@ -447,7 +446,7 @@ def time_in_turn(
 def time_in_blocks(calls: Mapping[str, Call], setup: Setup, last_ms: Mapping[str, float], times: Times) -> None:
     """The same of BLOCK_REPEATS runs of each call, which follow BLOCK_MS of that call; as long as one took last."""
     for name, call in calls.items():
-        for turn in [setup.rank] if call.together else range(setup.world):
+        for turn in turns(call, setup):
             with call.around():
                 setup.align()
                 if turn == setup.rank:
@@ -457,6 +456,12 @@ def time_in_blocks(calls: Mapping[str, Call], setup: Setup, last_ms: Mapping[str
                     setup.align()
                     if turn == setup.rank:
                         times.add(name, call)
+
+
+def turns(call: Call, setup: Setup) -> Iterable[int]:
+    """Which rank runs a call, time after time. Of one that ranks run one after the other, each is through before the
+    next one has aligned."""
+    return [setup.rank] if call.together else range(setup.world)
 
 
 class Times:

@@ -337,8 +337,8 @@ class DistributedExchange:
             self._stream = torch.cuda.Stream(self.device)
             # What ends every wait for another rank. NOTE: a method of self would keep it alive, for the thread to hold.
             releases: list[Callable[[], None]] = []
-            endings = [self.group._get_backend(self.device).abort]
-            self._watchdog = Watchdog(self.timeout, partial(_call_all, endings),
+            abort = self.group._get_backend(self.device).abort
+            self._watchdog = Watchdog(self.timeout, partial(_call_all, [abort]),
                                       release=partial(_call_all, releases), prepare=_tolerate_captures)
             weakref.finalize(self, self._watchdog.retire).atexit = False  # then all are stopped
         self._connect("the greeting")
@@ -415,16 +415,14 @@ class DistributedExchange:
         transfer, self._unconfirmed = self._unconfirmed, None
         if transfer is None:
             return
-        assert self._peers is not None and self._watchdog is not None
+        assert self._peers is not None
         with torch.cuda.device(self.device):
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._stream):
                 self._peers.confirm()
                 done = torch.cuda.Event()
                 done.record(self._stream)
-        pending = _StreamPending(self._watchdog, transfer, (), done, self.device, self._peers)
-        self._watchdog.watch(pending)
-        pending.wait()
+            self._look_after(transfer, (), done).wait()
 
     def _post_on_stream(self, transfer: _Transfer, send: Parts, receive: Parts, place: Place | None) -> Pending:
         assert self._watchdog is not None
@@ -446,10 +444,15 @@ class DistributedExchange:
                 observer.end(begun)
             done = torch.cuda.Event()
             done.record(self._stream)
-        pending = _StreamPending(self._watchdog, transfer, (*send, *receive), done, self.device, self._peers)
+        pending = self._look_after(transfer, (*send, *receive), done)
         self._posted = pending if place is None else None
         if place is not None:
             self._unconfirmed = transfer
+        return pending
+
+    def _look_after(self, transfer: _Transfer, buffers: Parts, done: Any) -> _StreamPending:
+        assert self._watchdog is not None
+        pending = _StreamPending(self._watchdog, transfer, buffers, done, self.device, self._peers)
         # NOTE: an event that is part of a CUDA graph being captured must not be queried.
         if not torch.cuda.is_current_stream_capturing():
             self._watchdog.watch(pending)
@@ -557,6 +560,10 @@ class Watched(Protocol):
     def overdue(self, seconds: float) -> RingError: ...
 
 
+def _nothing() -> None:
+    pass
+
+
 class Watchdog:
     """A thread that looks after transfers the host does not wait for.
 
@@ -568,14 +575,14 @@ class Watchdog:
         timeout: seconds from the start of a transfer until it is overdue.
         abort: called once, on the watchdog's thread.
         interval: seconds between two looks while transfers are under way; the thread sleeps while there are none.
-        prepare: what the thread does first; None: nothing.
-        release: called on the watchdog's thread, before `abort` and after it; None: nothing.
+        prepare: what the thread does first.
+        release: called on the watchdog's thread, before `abort` and after it.
     """
 
     def __init__(self, timeout: float, abort: Callable[[], None], interval: float = 0.05,
-                 prepare: Callable[[], None] | None = None, release: Callable[[], None] | None = None):
+                 prepare: Callable[[], None] = _nothing, release: Callable[[], None] = _nothing):
         self._timeout, self._abort, self._interval, self._prepare = timeout, abort, interval, prepare
-        self._release = release or _nothing
+        self._release = release
         self._pending: list[tuple[float, Watched]] = []
         self._changed = threading.Condition()
         self._retired = False
@@ -615,8 +622,7 @@ class Watchdog:
             self._thread.join(timeout=2 * PATIENCE + 1.0)
 
     def _run(self) -> None:
-        if self._prepare is not None:
-            self._prepare()
+        self._prepare()
         while self._wait_for_work():
             deadline, transfer = self._pending[0]
             if transfer.done():
@@ -653,10 +659,6 @@ _watchdogs: weakref.WeakSet[Watchdog] = weakref.WeakSet()  # those whose threads
 def _stop_watchdogs() -> None:
     for watchdog in list(_watchdogs):
         watchdog.stop()
-
-
-def _nothing() -> None:
-    pass
 
 
 RELAXED_CAPTURE = 2  # cudaStreamCaptureModeRelaxed
