@@ -1,18 +1,19 @@
 """Context parallelism beside one GPU: `torchrun --standalone --nproc-per-node N benchmarks/context_parallel.py`.
 
-    alone               whole sequences on one rank, by flash_attn_func, while the others wait: on each rank in turn,
-                        since no two GPUs are equally fast; its time is the mean of theirs
+    alone               whole sequences by flash_attn_func, on all ranks at once and without a message among them; its
+                        time is the mean of theirs, since no two GPUs are equally fast
     ring, all_to_all    ContextParallel in that mode, all ranks on the same sequences
     ring_margin_4, ...  the ring again, its attention leaving so many SMs to messages (`--sm-margins`)
     torch_...           PyTorch's own context_parallel: over cuDNN, with all-gather and with all-to-all; over its
                         FlashAttention-2
 
-All get the same N(0, 1) tensors and take turns call by call, ranks side by side; a call takes as long as its slowest
-rank, from a moment that all have reached. (A GPU's clock gives way under load that lasts: an H200's after 50 ms, by
-10 % and more. So in cases with a call of LONG_MS and more each is timed by itself, after BLOCK_MS of it, lest one
-peer finds the GPUs rested and another one does not.) Every rank compares its rows of out, dq, dk and dv with what it
-computes alone; results that differ are an error and no figure. Efficiency is the time alone over ranks times the time
-together. Further calls, not timed, record on every rank when attention computes and when messages travel
+All get the same N(0, 1) tensors and take turns call by call, ranks side by side, from a moment that all have reached; a
+call that ranks share takes as long as its slowest rank. (A GPU's clock gives way under load that lasts: an H200's after
+50 ms, by 10 % and more, and one that has rested is faster for over a second. So no GPU rests while another one runs
+alone; and in cases with a call of LONG_MS and more each is timed by itself, after BLOCK_MS of it, lest one peer finds
+the GPUs rested and another one does not.) Every rank compares its rows of out, dq, dk and dv with what it computes
+alone; results that differ are an error and no figure. Efficiency is the time alone over ranks times the time together.
+Further calls, not timed, record on every rank when attention computes and when messages travel
 (`fa3_dist.parallel.observe`): time is exposed if messages are under way and no attention. `bound` is the efficiency
 that the links allow by themselves: the bytes that the busiest rank must move take so long at the measured bandwidth,
 and the ring can hide all of them behind attention, the all-to-all none.
@@ -22,13 +23,12 @@ What is run, with two GPUs in about two minutes:
     make context                                               all cases but the million tokens; keeps its figures
     make context ARGS="--cells gqa_1m --peers ring"            1 M tokens: that they fit, and the peak of memory
     make context ARGS="--cells gqa_1m --peers ring --scale 4"  the same on 256 k, with the results checked
-    TORCH_NCCL_HIGH_PRIORITY=1 make context ARGS="--cells 8k,32k --peers ring,ring_margin_4,ring_margin_8"
+    FA3_DIST_PEER_COPIES=0 make context                        the ring's messages by NCCL, not by copy engines
+    FA3_DIST_PEER_COPIES=0 TORCH_NCCL_HIGH_PRIORITY=1 make context ARGS="--cells 8k,32k --peers ring,ring_margin_4"
                                                                messages before attention where both wait for SMs
 
-    FA3_DIST_PEER_COPIES=1 make context                        the ring's messages by copy engines
-
-The ring with each margin of SMs stands beside the ring in the tables, and a line at the end compares them. The mode
-that mode="auto" would take is held against the faster one of both in every case.
+The ring with each margin of SMs stands beside the ring in the tables, and a line at the end compares them; copy engines
+have no use for one. The mode that mode="auto" would take is held against the faster one of both in every case.
 
 On CPUs (gloo) it runs at small sizes, `--scale 256`, to try it out: such figures are not judged. The exit status is 1
 if a bar is missed or an output is wrong.
@@ -116,7 +116,6 @@ class Call(NamedTuple):
 
     run: Callable[[], Results]
     around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-    together: bool = True  # by all ranks at once, not by one after the other
 
 
 class Setup(NamedTuple):
@@ -171,7 +170,7 @@ def run_pass(attend: Callable[[], Tensor], leaves: Sequence[Tensor], dout: Tenso
 
 def alone_call(case: Case, x: Inputs) -> Call:
     """Whole sequences on one rank."""
-    return Call(functools.partial(run_pass, ours(case, x), x[:3], x.dout), together=False)
+    return Call(functools.partial(run_pass, ours(case, x), x[:3], x.dout))
 
 
 def local_inputs(x: Inputs, batch: LocalBatch) -> Inputs:
@@ -295,7 +294,7 @@ class Measurement:
             return None
         assert built is not None and results is not None
         inputs = sum(tensor.nbytes for tensor in (*local[:3], local.dout) if tensor is not None)
-        peaks = self.setup.of_all_ranks(None if peak is None else peak + (inputs if built.together else 0))
+        peaks = self.setup.of_all_ranks(None if peak is None else peak + inputs)
         self.entries[name] = {"peak_bytes": None if None in peaks else peaks}
         self.calls[name] = built
         return built, results
@@ -342,9 +341,10 @@ class Measurement:
         for name, local in times.items():
             of_ranks = self.setup.of_all_ranks((local, late[name]))
             times_of_ranks = [values for values, _ in of_ranks]
-            together = self.calls[name].together
-            share = total // self.setup.world if together else total
-            self.entries[name] |= timing.speed((of_the_slowest if together else of_the_mean)(times_of_ranks), share)
+            if name == "alone":
+                self.entries[name] |= timing.speed(of_the_mean(times_of_ranks), total)
+            else:
+                self.entries[name] |= timing.speed(of_the_slowest(times_of_ranks), total // self.setup.world)
             self.entries[name]["ms_of_ranks"] = [statistics.median(values) for values in times_of_ranks]
             self.entries[name]["host_was_late"] = max(count for _, count in of_ranks)
         if alone := self.entries.get("alone", {}).get("ms"):
@@ -434,34 +434,23 @@ def time_in_turn(
                 time_in_blocks(calls, setup, slowest, times)
                 break
         for name, call in calls.items():
-            for turn in turns(call, setup):
-                with call.around():
-                    flush()
-                    setup.align()
-                    if turn == setup.rank:
-                        times.add(name, call)
+            with call.around():
+                flush()
+                setup.align()
+                times.add(name, call)
     return times.milliseconds(), times.late
 
 
 def time_in_blocks(calls: Mapping[str, Call], setup: Setup, last_ms: Mapping[str, float], times: Times) -> None:
     """The same of BLOCK_REPEATS runs of each call, which follow BLOCK_MS of that call; as long as one took last."""
     for name, call in calls.items():
-        for turn in turns(call, setup):
-            with call.around():
+        with call.around():
+            setup.align()
+            for _ in range(math.ceil(BLOCK_MS / last_ms[name])):
+                call.run()
+            for _ in range(BLOCK_REPEATS):
                 setup.align()
-                if turn == setup.rank:
-                    for _ in range(math.ceil(BLOCK_MS / last_ms[name])):
-                        call.run()
-                for _ in range(BLOCK_REPEATS):
-                    setup.align()
-                    if turn == setup.rank:
-                        times.add(name, call)
-
-
-def turns(call: Call, setup: Setup) -> Iterable[int]:
-    """Which rank runs a call, time after time. Of one that ranks run one after the other, each is through before the
-    next one has aligned."""
-    return [setup.rank] if call.together else range(setup.world)
+                times.add(name, call)
 
 
 class Times:
@@ -496,7 +485,7 @@ def of_the_slowest(times_of_ranks: Sequence[Sequence[float]]) -> list[float]:
 
 
 def of_the_mean(times_of_ranks: Sequence[Sequence[float]]) -> list[float]:
-    """How long each of several calls took that ranks made one after the other, on the mean of them."""
+    """How long each of several calls took, on the mean of the ranks."""
     return [statistics.mean(times) for times in zip(*times_of_ranks, strict=True)]
 
 
@@ -696,6 +685,7 @@ def gemm_tflops(setup: Setup) -> dict[str, Any] | None:
 def header(parsed: argparse.Namespace, setup: Setup) -> dict[str, Any]:
     """Where the figures come from."""
     is_cuda = setup.device.type == "cuda"
+    ring = setup.exchange("ring")
     return {
         "benchmark": "context_parallel",
         **timing.measured_on(None if is_cuda else "CPU"),
@@ -705,7 +695,7 @@ def header(parsed: argparse.Namespace, setup: Setup) -> dict[str, Any]:
         "bandwidth": dict(setup.links.bandwidth), "latency": setup.links.latency,
         "repeats": parsed.repeats, "scale": parsed.scale, "sm_margins": parsed.sm_margins,
         "nccl_high_priority": os.environ.get("TORCH_NCCL_HIGH_PRIORITY"),
-        "peer_copies": os.environ.get("FA3_DIST_PEER_COPIES"),
+        "peer_copies": ring is not None and ring.has_copies,
         "selected": {"cells": parsed.cells, "peers": parsed.peers},
         "judged": is_cuda and parsed.scale == 1,
     }

@@ -262,11 +262,12 @@ def test_figures_of_made_up_spans() -> None:
 
 def test_figures_over_ranks() -> None:
     assert context_parallel.of_the_slowest([[1.0, 5.0, 2.0], [3.0, 4.0, 2.5]]) == [3.0, 5.0, 2.5]
+    assert context_parallel.of_the_mean([[1.0, 5.0, 2.0], [3.0, 4.0, 2.5]]) == [2.0, 4.5, 2.25]
     assert context_parallel.furthest_off([90, 108], [100, 100]) == pytest.approx(0.1)
     assert context_parallel.furthest_off([101, 108], [100, 100]) == pytest.approx(0.08)
 
 
-def test_gpus_are_aligned_behind_a_flush_and_run_alone_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_aligned_behind_a_flush_and_all_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     class Event:
@@ -288,7 +289,7 @@ def test_gpus_are_aligned_behind_a_flush_and_run_alone_one_after_the_other(monke
         order.append("leave")
 
     calls = {
-        "alone": context_parallel.Call(lambda: order.append("alone") or (), together=False),
+        "alone": context_parallel.Call(lambda: order.append("alone") or ()),
         "ring": context_parallel.Call(lambda: order.append("ring") or (), around),
     }
     slowest = [1.5]
@@ -300,8 +301,7 @@ def test_gpus_are_aligned_behind_a_flush_and_run_alone_one_after_the_other(monke
         order.clear()
         slowest[0] = 1.5
         times, late = context_parallel.time_in_turn(calls, setup, repeats=2, warmups=1)
-        own, others = ["flush", "align", "mark", "alone", "mark"], ["flush", "align"]
-        alone = own + others if rank == 0 else others + own
+        alone = ["flush", "align", "mark", "alone", "mark"]
         assert order == (alone + ["enter", "flush", "align", "mark", "ring", "mark", "leave"]) * 3
         assert times == {"alone": [1.5, 1.5], "ring": [1.5, 1.5]}
         assert late == {"alone": 0, "ring": 1}
@@ -311,10 +311,9 @@ def test_gpus_are_aligned_behind_a_flush_and_run_alone_one_after_the_other(monke
         monkeypatch.setattr(context_parallel, "BLOCK_REPEATS", 2)
         times, _ = context_parallel.time_in_turn(calls, setup, repeats=5, warmups=1)
         assert times == {"alone": [1.5, 1.5], "ring": [1.5, 1.5]}
-        own, others = ["align", *["alone"] * 667, *["align", "mark", "alone", "mark"] * 2], ["align"] * 3
-        blocks = order[len(alone) + 7 :]
-        assert blocks[: -1 - 3 * 4 - 2] == (own + others if rank == 0 else others + own)
-        assert blocks[-15:] == ["enter", "align", *["ring"] * 4, *["align", "mark", "ring", "mark"] * 2, "leave"]
+        blocks = ["align", *["alone"] * 667, *["align", "mark", "alone", "mark"] * 2]
+        blocks += ["enter", "align", *["ring"] * 4, *["align", "mark", "ring", "mark"] * 2, "leave"]
+        assert order[len(alone) + 7 :] == blocks
 
 
 # ---- PyTorch's own ---------------------------------------------------------------------------------------------------
@@ -448,6 +447,7 @@ def test_two_ranks_write_figures_and_timelines(tmp_path: Path) -> None:
     result = json.loads(output.read_text())
     assert {"device", "torch", "commit", "csrc_hash", "library", "date", "bandwidth"} <= set(result)
     assert (result["ranks"], result["scale"], result["judged"], result["valid"]) == (2, 128, False, None)
+    assert result["peer_copies"] is False
     (cell,) = result["cells"]
     assert cell["name"] == "gqa_8k" and cell["tokens_of_ranks"] == [32, 32] and not cell["errors"]
     assert cell["area_imbalance"] == pytest.approx(0, abs=1e-9) and cell["chosen"] in ("ring", "all_to_all")
@@ -458,6 +458,7 @@ def test_two_ranks_write_figures_and_timelines(tmp_path: Path) -> None:
         alone = entries["alone"]["ms"]["median"]
         assert measured["flop"] == cases.flop(case, which)
         assert entries["alone"]["tflops"]["median"] == pytest.approx(measured["flop"] / alone / 1e9)
+        assert len(entries["alone"]["ms_of_ranks"]) == 2
         counts = {"ring": counted_ring, "ring_margin_3": counted_ring, "all_to_all": counted_all_to_all}
         for name, count in counts.items():
             entry = entries[name]

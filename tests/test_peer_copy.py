@@ -1,19 +1,28 @@
-"""Messages by copy engines: how ranks tell each other, between threads; tests/test_exchange.py has them on GPUs."""
+"""Messages by copy engines: how ranks tell each other, between threads, and how they agree on whether there are copies;
+tests/test_exchange.py has them on GPUs."""
 
 from __future__ import annotations
 
+import logging
+import os
 import random
 import threading
 import time
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
+from fa3_dist.parallel import exchange as exchanges
 from fa3_dist.parallel import peer_copy
-from fa3_dist.parallel.peer_copy import ALIGNMENT, PLACES, PeerCopies, carve, message_bytes
+from fa3_dist.parallel.exchange import DistributedExchange, Place
+from fa3_dist.parallel.peer_copy import ALIGNMENT, PLACES, CannotCopy, PeerCopies, carve, message_bytes
+from tests.distributed import run_distributed
 
 
 class Flags:
@@ -167,11 +176,194 @@ def test_who_still_reads_when_a_rank_gives_up_gets_no_further() -> None:
     assert len(ended) == 2
 
 
-def test_one_queue_to_the_gpu_is_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+# ---- whether there are copies ----------------------------------------------------------------------------------------
+
+
+DEVICE = torch.device("cuda", 0)  # by name only
+
+
+def test_what_keeps_a_rank_from_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_copy, "_Driver", object)
-    assert peer_copy._is_able()
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    assert not peer_copy._is_able()
+    assert peer_copy._obstacle(DEVICE) is None
+    with monkeypatch.context() as changed:
+        changed.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # one queue to the GPU is too few
+        assert peer_copy._obstacle(DEVICE) == "CUDA_DEVICE_MAX_CONNECTIONS is 1"
+    with monkeypatch.context() as changed:
+        changed.setattr(symmetric_memory, "get_backend", lambda device: "NVSHMEM")
+        assert peer_copy._obstacle(DEVICE) == "symmetric memory is that of NVSHMEM: expected CUDA's own"
+    with monkeypatch.context() as changed:
+        changed.delattr(symmetric_memory, "get_backend")
+        assert str(peer_copy._obstacle(DEVICE)).startswith("AttributeError: ")
+
+    def no_driver() -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(peer_copy, "_Driver", no_driver)
+    assert peer_copy._obstacle(DEVICE) == "OSError: libcuda.so.1: cannot open shared object file"
+
+
+class Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[tuple[str, str]] = []
+        exchanges.logger.addHandler(self)
+        exchanges.logger.setLevel(logging.DEBUG)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.levelname, record.getMessage()))
+
+
+def fails(message: str) -> Any:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError(message)
+
+    return fail
+
+
+def connect_worker(rank: int, world: int) -> list[tuple[bool, list[tuple[str, str]]]]:
+    """Whether this rank gets copies, and what it says, in cases; in most of them the last rank is unlike others."""
+    group, is_odd, words = dist.group.WORLD, rank == world - 1, Records()
+    assert group is not None
+    found = []
+
+    def connect(wanted: bool | None, /, **odd: Any) -> None:
+        """odd: what is so on the last rank."""
+        usual: dict[str, Any] = {
+            "_obstacle": lambda device: None, "_host": lambda: ("a",), "_Driver": Flags, "_uuid": gpus.__getitem__,
+            "reach": True, "empty": torch.zeros, "rendezvous": lambda own, name: SimpleNamespace(get_buffer=buffer),
+            "wanted": wanted,
+        }
+        now = usual | odd if is_odd else usual
+        torch.cuda.can_device_access_peer = lambda device, peer: now["reach"]
+        for name in ("_obstacle", "_host", "_Driver", "_uuid"):
+            setattr(peer_copy, name, now[name])
+        symmetric_memory.empty, symmetric_memory.rendezvous = now["empty"], now["rendezvous"]
+        words.lines = []
+        found.append((peer_copy.connect(group, torch.device("cpu"), now["wanted"]) is not None, words.lines))
+
+    def buffer(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    gpus: dict[Any, str] = {torch.device("cpu"): f"GPU {rank}"} | {i: f"GPU {i}" for i in range(world)}
+    torch.cuda.device_count = lambda: world
+    torch.cuda.synchronize = torch.cuda.Stream = lambda *arguments, **options: None
+    connect(None)
+    connect(True)
+    connect(True, wanted=False)
+    connect(None, wanted=True, _obstacle=lambda device: "CUDA_DEVICE_MAX_CONNECTIONS is 1")
+    connect(None, _host=lambda: ("b",))
+    connect(None, _uuid=lambda device: "GPU 0")
+    connect(None, reach=False)
+    connect(None, empty=fails("out of memory\nin detail"))
+    connect(None, rendezvous=fails("no file descriptor came"))
+    connect(None, _Driver=lambda: SimpleNamespace(write=fails("cuStreamWriteValue32_v2 failed")))
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_all_ranks_have_copies_or_none_has_and_the_reason_is_told_to_who_asked_for_them(world: int) -> None:
+    of_ranks = run_distributed(world, connect_worker)
+    last = world - 1
+    for rank, found in enumerate(of_ranks):
+        assert found[:2] == [(True, []), (True, [])]
+        reasons = [
+            f"rank {last}: copies are switched off", f"rank {last}: CUDA_DEVICE_MAX_CONNECTIONS is 1",
+            "ranks are on several hosts, or in containers that do not share processes and TMPDIR",
+            "several ranks share a GPU",
+            f"rank {last}: it does not see the GPU of every other rank, or has no peer access to it",
+            f"rank {last}: out of memory", f"rank {last}: no file descriptor came",
+            f"rank {last}: cuStreamWriteValue32_v2 failed",
+        ]
+        levels = ["INFO" if rank == last else "WARNING", "WARNING" if rank == last else "INFO", *["INFO"] * 6]
+        assert found[2:] == [
+            (False, [(level, f"the ring's messages go by NCCL, not by copy engines: {reason}")])
+            for level, reason in zip(levels, reasons, strict=True)
+        ]
+
+
+def test_ranks_that_share_no_sockets_are_not_of_one_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    host = peer_copy._host()
+    assert host == peer_copy._host()
+    monkeypatch.setattr(peer_copy.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert peer_copy._host() != host and peer_copy._host()[0] == host[0]
+    monkeypatch.setattr(peer_copy.tempfile, "gettempdir", lambda: str(tmp_path / "missing"))
+    assert peer_copy._host() == host[:1]
+
+
+def test_symmetric_memory_is_made_without_multicast(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in (None, "0"):
+        if before is not None:
+            monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", before)
+        with pytest.raises(ZeroDivisionError), peer_copy._without_multicast():
+            assert os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
+            raise ZeroDivisionError
+        assert os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") == before
+
+
+class Crowded:
+    """Copies on a device that has no memory for a larger place."""
+
+    nbytes = 100
+
+    def must_grow(self, place: int, like: list[Tensor], most_rows: int) -> bool:
+        return most_rows > 4
+
+    def room(self, place: int, like: list[Tensor], rows: int, most_rows: int) -> tuple[Tensor, ...]:
+        if most_rows > 4:
+            raise CannotCopy("rank 1: out of memory")
+        return tuple(torch.full((rows, *x.shape[1:]), 7.0) for x in like)
+
+    def free(self) -> None:
+        self.nbytes = 0
+
+
+def test_messages_go_by_nccl_once_a_place_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    exchange = DistributedExchange.__new__(DistributedExchange)
+    exchange.__dict__.update(
+        _peers=Crowded(), _lacks_memory=False, device=torch.device("cpu"), observer=None,
+        _watchdog=SimpleNamespace(raise_failure=lambda: None), _connect=lambda what: None,
+    )
+    monkeypatch.setattr(torch.cuda, "device", lambda device: threading.Lock())  # a context manager
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x = torch.zeros(2, 3)
+    assert exchange.room([x], 2, Place(0, 4))[0].eq(7.0).all() and exchange.has_copies and exchange.place_bytes
+    assert not caplog.messages
+    assert exchange.room([x], 2, Place(0, 5))[0].shape == (2, 3) and not exchange.has_copies
+    assert exchange.place_bytes == 0 and not exchange._has_places()
+    assert caplog.messages == [
+        "a landing place cannot be had, so messages go by NCCL from here on: rank 1: out of memory"
+    ]
+    assert exchange.room([x], 2, Place(0, 4))[0].shape == (2, 3) and len(caplog.messages) == 1
+
+
+def test_a_place_that_cannot_be_had_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    (copies,) = make_ranks(1, 1024)
+    copies.__dict__.update(device=torch.device("cpu"), _group=None)
+    like = [torch.zeros(1, 256)]
+    before = copies._places[0]
+    assert len(copies.room(0, like, 1, 1)[0]) == 1 and copies._places[0] is before
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(peer_copy, "_of_all_ranks", lambda value, group: [None, value])
+    monkeypatch.setattr(symmetric_memory, "empty", fails("CUDA out of memory"))
+    with pytest.raises(CannotCopy, match="rank 1: CUDA out of memory"):
+        copies.room(0, like, 2, 2)
+    assert 0 not in copies._places and copies.must_grow(0, like, 1)
+
+
+def test_copies_are_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, wanted in ((None, None), ("0", False), ("1", True)):
+        monkeypatch.delenv("FA3_DIST_PEER_COPIES", raising=False)
+        if given is not None:
+            monkeypatch.setenv("FA3_DIST_PEER_COPIES", given)
+        assert exchanges._default_peer_copies() is wanted
+    monkeypatch.setenv("FA3_DIST_PEER_COPIES", "yes")
+    with pytest.raises(ValueError, match="FA3_DIST_PEER_COPIES is 'yes': expected 1 or 0"):
+        exchanges._default_peer_copies()
+
+
+# ---- where messages lie ----------------------------------------------------------------------------------------------
 
 
 def test_carve_keeps_parts_apart_and_aligned() -> None:

@@ -82,6 +82,8 @@ class ContextParallel:
     """Shards sequences over the ranks of a group and puts the pieces together again.
 
     All ranks of the group construct it together (connections are made here) and call its methods in the same order.
+    Between GPUs of one host a ring's messages go by copy engines where they can (see `DistributedExchange`), unless
+    FA3_DIST_PEER_COPIES is 0 in the environment of some rank.
 
     Args:
         group: a 1-D DeviceMesh, such as mesh["cp"], or a ProcessGroup. A 2-D one with the dimensions "ring" and "heads"

@@ -14,8 +14,8 @@ A message may have several parts, such as K and V: tensors that travel together,
 wanted. What has no elements is never sent; both sides know every size from the schedule, so both skip it. A peer that
 is dead or stuck becomes a `RingError` that names this rank, the step, what was awaited and the peer, in time.
 
-Where a message lands may be the exchange's to say (`Exchange.room`): between GPUs of one host it then travels by copy
-engines (`peer_copy.py`), which take no SMs from attention.
+Where a message lands may be the exchange's to say (`Exchange.room`): between GPUs of one host that can write to each
+other's memory it then travels by copy engines (`peer_copy.py`), which take no SMs from attention.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from torch import Tensor
 
 from fa3_dist.parallel import peer_copy
 from fa3_dist.parallel.observe import COMMUNICATION, Observer
-from fa3_dist.parallel.peer_copy import PeerCopies
+from fa3_dist.parallel.peer_copy import CannotCopy, PeerCopies
 
 logger = logging.getLogger("fa3_dist")
 
@@ -284,9 +284,10 @@ class DistributedExchange:
     it, and the error is raised by the next call of `exchange` or `wait`. Transfers may be captured in a CUDA graph,
     once a step like it has run; nobody looks after those of a replay but NCCL's own watchdog.
 
-    Where all ranks are GPUs of one host, messages into places (`room`) can go by copy engines, without NCCL; not those
-    of a CUDA graph. The places are made by the first step that needs them, or larger ones, and stay allocated, outside
-    of PyTorch's allocator, as long as the exchange does (`place_bytes`).
+    Where all ranks are GPUs of one host, with peer access, messages into places (`room`) go by copy engines, without
+    NCCL (`has_copies`); not those of a CUDA graph. The places are made by the first step that needs them, or larger
+    ones, and stay allocated, outside of PyTorch's allocator, as long as the exchange does (`place_bytes`). If some rank
+    has no memory for one, all ranks say so in a warning and let NCCL carry the messages from there on.
 
     All connections between ranks are made here, one shift after the other on every rank, and not in the first step that
     needs them. So all ranks of the group construct it together.
@@ -297,11 +298,12 @@ class DistributedExchange:
         timeout: seconds until a message is overdue; None: the group's own timeout (under NCCL a tenth less, so that
             this error, which names the peer, comes before the group's own).
         sm_margin: SMs that attention kernels leave to the transfers (CUDA); None: FA3_DIST_SM_MARGIN of the
-            environment, or 0. `make context` times some margins.
+            environment, or 0. `FA3_DIST_PEER_COPIES=0 make context` times some margins.
         head_start: microseconds by which a transfer is ahead of the attention that hides it (CUDA; see `let_begin`);
             None: FA3_DIST_HEAD_START of the environment, or HEAD_START.
-        peer_copies: whether copy engines are to be used where they can be; None: FA3_DIST_PEER_COPIES of the
-            environment (1 or 0), or no. No, if some rank says no.
+        peer_copies: False: no message goes by copy engines, on any rank if one says so; True: they do where they can,
+            with a warning that says why where they cannot; None: FA3_DIST_PEER_COPIES of the environment (1 or 0), or
+            where they can, without a word. Nothing to CPU tensors.
     Raises:
         ValueError: this process is not in the group, the timeout is not positive, the margin is no number of SMs, the
             head start no time, or the environment says something else than these.
@@ -329,6 +331,7 @@ class DistributedExchange:
         self.stats = Traffic()
         self.observer: Observer | None = None
         self._peers: PeerCopies | None = None
+        self._lacks_memory = False  # for places, on some rank
         self._stream: Any = None
         self._posted: _StreamPending | None = None  # the last one since `let_begin`
         self._unconfirmed: _Transfer | None = None  # the last one into a place since `confirm`
@@ -348,6 +351,11 @@ class DistributedExchange:
             if self._peers is not None:
                 releases.append(self._peers.release)
                 self._connect("the greeting")
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether messages into places go by copy engines. The same on all ranks."""
+        return self._peers is not None and not self._lacks_memory
 
     @property
     def place_bytes(self) -> int:
@@ -371,11 +379,18 @@ class DistributedExchange:
             observer, self.observer = self.observer, None
             self._connect("word that its landing place is to grow")
             self.observer = observer
-        return self._peers.room(place.number, like, rows, place.most_rows)
+        try:
+            return self._peers.room(place.number, like, rows, place.most_rows)
+        except CannotCopy as reason:
+            logger.warning("a landing place cannot be had, so messages go by NCCL from here on: %s", reason)
+        # NOTE: not in the handler, whose traceback holds what memory some ranks did get.
+        self._lacks_memory = True
+        self.free_places()
+        return new_room(like, rows)
 
     def _has_places(self) -> bool:
         """Whether messages into places go by copy engines now: their counts would be wrong in a graph's second run."""
-        if self._peers is None:
+        if not self.has_copies:
             return False
         with torch.cuda.device(self.device):
             return not torch.cuda.is_current_stream_capturing()
@@ -713,11 +728,11 @@ def _default_head_start() -> float:
         raise ValueError(f"FA3_DIST_HEAD_START is {given!r}: expected microseconds, 0 or more") from None
 
 
-def _default_peer_copies() -> bool:
-    given = os.environ.get("FA3_DIST_PEER_COPIES", "0")
-    if given not in ("0", "1"):
+def _default_peer_copies() -> bool | None:
+    given = os.environ.get("FA3_DIST_PEER_COPIES")
+    if given not in (None, "0", "1"):
         raise ValueError(f"FA3_DIST_PEER_COPIES is {given!r}: expected 1 or 0")
-    return given == "1"
+    return None if given is None else given == "1"
 
 
 def _seconds(timeout: float | timedelta) -> float:

@@ -20,6 +20,9 @@ these then send is made from what never came, and may land where another rank st
 word, given_up, at all others. Their streams wait until that is 0: before a message and after it, and once all that
 came has been read (`confirm`). So they stand still, and these ranks give up in their turn, with an error of their
 own.
+
+Copies are taken where every rank can make them; what keeps one from it becomes `CannotCopy` on all of them, with the
+same words, so that they do without together.
 """
 
 from __future__ import annotations
@@ -30,15 +33,18 @@ import itertools
 import logging
 import os
 import platform
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 logger = logging.getLogger("fa3_dist")
+
+T = TypeVar("T")
 
 PLACES = 4  # that a rank has
 ALIGNMENT = 256  # bytes, of each part of a message
@@ -49,12 +55,18 @@ FAR_AHEAD = 1 << 20  # messages: what a count is set to, beyond its value, to re
 READY, ARRIVED, GIVEN_UP = 0, 1, 2  # a rank's flags by peer and place; of GIVEN_UP only the first one
 
 
+class CannotCopy(Exception):
+    """Some rank cannot do what copies need; raised on all ranks of a group."""
+
+
 class PeerCopies:
     """One rank's landing places, and the way into those of the others. Made by `connect`.
 
     Args:
         group: ranks of one host, every one of which makes this object.
         device: this rank's.
+    Raises:
+        CannotCopy: memory cannot be shared, or a stream not wait for it.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
@@ -67,9 +79,15 @@ class PeerCopies:
         self._received: Counter[tuple[int, int]] = Counter()
         self._reader: Any = None  # the stream where places are read
         self._release_stream = torch.cuda.Stream(device, priority=-1)  # not one that waits for another rank
-        self._flags = _Shared(_Shared.allocate((3, self.world, PLACES), torch.int32, device), group)
+        self._flags = _Shared((3, self.world, PLACES), torch.int32, device, group)
         self._flags.own.zero_()
+        _on_all_ranks(self._try_driver, group)
         torch.cuda.synchronize(device)
+
+    def _try_driver(self) -> None:
+        """Raises RuntimeError where there are no stream memory operations."""
+        self._driver.write(self._flag(self.rank, GIVEN_UP, 0, 0), 0)
+        self.confirm()
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +103,8 @@ class PeerCopies:
 
         Args:
             most_rows: of all ranks' messages into that place that are known to come.
+        Raises:
+            CannotCopy: a larger place cannot be had; there is none then.
         """
         if self.must_grow(place, like, most_rows):
             self._grow(place, message_bytes(like, most_rows))
@@ -159,40 +179,61 @@ class PeerCopies:
             nbytes = int(nbytes * SPARE)
         del before
         torch.cuda.empty_cache()  # a place is not from the memory that PyTorch keeps
-        own = error = None
-        try:
-            own = _Shared.allocate((_aligned(nbytes),), torch.uint8, self.device)
-        except RuntimeError as caught:
-            error = caught
-        if not all(_of_all_ranks(own is not None, self._group)):  # or the others would wait for this rank
-            raise RuntimeError(f"a landing place of {_aligned(nbytes)} bytes cannot be had on every rank: set "
-                               "FA3_DIST_PEER_COPIES=0 to do without, or leave more memory free") from error
-        assert own is not None
-        self._places[place] = _Shared(own, self._group)
+        self._places[place] = _Shared((_aligned(nbytes),), torch.uint8, self.device, self._group)
 
 
-def connect(group: dist.ProcessGroup, device: torch.device, wanted: bool) -> PeerCopies | None:
+def connect(group: dist.ProcessGroup, device: torch.device, wanted: bool | None = None) -> PeerCopies | None:
     """Landing places on all ranks of a group, or None where these cannot write to each other's memory: ranks of several
-    hosts, GPUs without peer access, one device for several ranks, or not `wanted` by some.
+    hosts, GPUs without peer access, one device for several ranks, no symmetric memory, or not wanted by some.
 
     Called by all ranks of the group together; they all get places, or none does. Before the first message another one
     must have gone from every rank to every other: it says that their counters have been set to 0.
+
+    Args:
+        wanted: None: where they can be had; True: the same, with a warning where they cannot; False: not on this rank,
+            and so on none.
     """
+    try:
+        _agree("copies are switched off" if wanted is False else _obstacle(device), group)
+        _check_reach(group, device)
+        return PeerCopies(group, device)
+    except CannotCopy as reason:
+        level = logging.WARNING if wanted else logging.INFO
+        logger.log(level, "the ring's messages go by NCCL, not by copy engines: %s", reason)
+    return None
+
+
+def _check_reach(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raises CannotCopy unless each rank has a GPU of its own and can write to the memory of all others'."""
     own = _uuid(device)
-    able, hosts, uuids = zip(*_of_all_ranks((wanted and _is_able(), _host(), own), group), strict=True)
-    if not all(able) or len(set(hosts)) > 1 or len(set(uuids)) < len(uuids):
-        return None  # on every rank
+    hosts, uuids = zip(*_of_all_ranks((_host(), own), group), strict=True)
+    if len(set(hosts)) > 1:
+        raise CannotCopy("ranks are on several hosts, or in containers that do not share processes and TMPDIR")
+    if len(set(uuids)) < len(uuids):
+        raise CannotCopy("several ranks share a GPU")
     visible = {_uuid(i): i for i in range(torch.cuda.device_count())}
     others = [visible.get(uuid) for uuid in uuids if uuid != own]
     reaches_all = all(i is not None and torch.cuda.can_device_access_peer(device, i) for i in others)
-    if not all(_of_all_ranks(reaches_all, group)):
-        return None
-    copies = None
+    _agree(None if reaches_all else "it does not see the GPU of every other rank, or has no peer access to it", group)
+
+
+def _agree(trouble: str | None, group: dist.ProcessGroup) -> None:
+    """Raises CannotCopy on all ranks if one of them has trouble."""
+    for rank, each in enumerate(_of_all_ranks(trouble, group)):
+        if each is not None:
+            raise CannotCopy(f"rank {rank}: {each}")
+
+
+def _on_all_ranks(make: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """What `make` gives; if it raises RuntimeError on some rank, CannotCopy on all: or they would wait for that one."""
+    made: list[T] = []
+    trouble = None
     try:
-        copies = PeerCopies(group, device)
-    except RuntimeError as error:  # such as from containers of one host that cannot hand memory to each other
-        logger.info("no copies between GPUs: %s", error)
-    return copies if all(_of_all_ranks(copies is not None, group)) else None
+        made.append(make())
+    except RuntimeError as error:
+        trouble = str(error).partition("\n")[0]
+    _agree(trouble, group)
+    return made[0]
 
 
 def _of_all_ranks(value: Any, group: dist.ProcessGroup) -> list[Any]:
@@ -228,46 +269,61 @@ def _row_bytes(x: Tensor) -> int:
     return x.shape[1:].numel() * x.itemsize
 
 
-def _host() -> str:
-    """A name of the running system; containers on a host have the same one."""
+def _host() -> tuple[str | int, ...]:
+    """Equal for ranks that can hand memory to each other, which symmetric memory has them do by their process ids and
+    sockets in a folder: containers of a host may share neither, and it would wait for a handle that never comes."""
+    found: list[str | int] = [platform.node()]
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
-    return platform.node()
+        found[0] = file.read().strip()  # of the running system, whatever its containers are called
+    with contextlib.suppress(OSError):
+        folder = os.stat(tempfile.gettempdir())
+        found += [os.readlink("/proc/self/ns/pid"), folder.st_dev, folder.st_ino]
+    return tuple(found)
 
 
-def _is_able() -> bool:
+def _obstacle(device: torch.device) -> str | None:
+    """Why this rank can make no copies, whatever the others can."""
     # A stream that waits would hold up all others that share its queue to the GPU, the one that releases it included.
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
-        logger.info("no copies between GPUs: CUDA_DEVICE_MAX_CONNECTIONS is 1")
-        return False
+        return "CUDA_DEVICE_MAX_CONNECTIONS is 1"
     try:
-        import torch.distributed._symmetric_memory  # noqa: F401
+        import torch.distributed._symmetric_memory as symmetric_memory
 
         _Driver()
-    except (ImportError, OSError, AttributeError):
-        return False
-    return True
+        backend = symmetric_memory.get_backend(device)
+    except (ImportError, OSError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None if backend in (None, "CUDA") else f"symmetric memory is that of {backend}: expected CUDA's own"
+
+
+@contextlib.contextmanager
+def _without_multicast() -> Iterator[None]:
+    """Inside, symmetric memory is made without NVLink multicast objects, which copies have no use for."""
+    name = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 class _Shared:
-    """Memory of one form on every rank of a group; made by all of them together."""
+    """Memory of one form on every rank of a group; made by all of them together. CannotCopy where some cannot."""
 
-    def __init__(self, own: Tensor, group: dist.ProcessGroup):
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup):
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        self.own = own
-        self._handle = symmetric_memory.rendezvous(own, group.group_name)
+        with _without_multicast():
+            self.own = own = _on_all_ranks(lambda: symmetric_memory.empty(shape, dtype=dtype, device=device), group)
+            self._handle = _on_all_ranks(lambda: symmetric_memory.rendezvous(own, group.group_name), group)
         self._of = [
-            own if rank == dist.get_rank(group) else self._handle.get_buffer(rank, tuple(own.shape), own.dtype)
+            own if rank == dist.get_rank(group) else self._handle.get_buffer(rank, shape, dtype)
             for rank in range(dist.get_world_size(group))
         ]
-
-    @staticmethod
-    def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """This rank's, which the others cannot reach yet."""
-        import torch.distributed._symmetric_memory as symmetric_memory
-
-        return symmetric_memory.empty(shape, dtype=dtype, device=device)
 
     def of(self, rank: int) -> Tensor:
         """A rank's, seen from here."""
