@@ -450,9 +450,10 @@ Launcher existing(const char* op, Launcher launch, const Call& call) {
   return launch;
 }
 
-// Where a packed call's tiles, of keys or of queries, are listed; `owner` keeps it.
+// Where a call's tiles, of keys or of queries, are listed, if they are; `owner` keeps it.
 int32_t* workspace(const Call& call, bool tiles_of_keys, std::optional<Tensor>& owner) {
   const fa3::ForwardParams& params = call.params;
+  if (!fa3::lists_tiles(params)) return nullptr;
   const int64_t elements =
       tiles_of_keys ? fa3::workspace_elements(params.seqlen_k, params.kv_heads, params.kv_heads, params.ranges)
                     : fa3::workspace_elements(params.seqlen_q, params.heads, params.kv_heads, params.ranges);
@@ -460,15 +461,19 @@ int32_t* workspace(const Call& call, bool tiles_of_keys, std::optional<Tensor>& 
   return static_cast<int32_t*>(owner->mutable_data_ptr());
 }
 
-// Gives a call that is not empty its kernel's scratch memory, which `owner` keeps; returns the stream to launch it on.
-// `tiles_of_keys`: the launch draws tiles of keys, not of queries.
-cudaStream_t prepare_launch(Call& call, bool tiles_of_keys, std::optional<Tensor>& owner) {
+// Keeps the scratch memory of a launch.
+struct Scratch {
+  std::optional<Tensor> workspace, counter;
+};
+
+// Gives a call that is not empty its kernel's scratch memory; returns the stream to launch it on. `tiles_of_keys`: the launch
+// draws tiles of keys, not of queries. `one_by_one`: several ranges may be launched each for itself.
+cudaStream_t prepare_launch(Call& call, bool tiles_of_keys, bool one_by_one, Scratch& scratch) {
   const cudaStream_t stream = current_stream(call.device);
   fa3::ForwardParams& params = call.params;
-  if (call.packed) {
-    params.workspace = workspace(call, tiles_of_keys, owner);
-  } else {
-    params.tile_counter = tile_counter(call.device, stream, owner);
+  params.workspace = workspace(call, tiles_of_keys, scratch.workspace);
+  if (params.workspace == nullptr || one_by_one) {
+    params.tile_counter = tile_counter(call.device, stream, scratch.counter);
   }
   return stream;
 }
@@ -479,9 +484,9 @@ ForwardLauncher forward_launcher(const char* op, const Call& call) {
 }
 
 void launch_forward(const char* op, Call& call) {
-  std::optional<Tensor> scratch;
+  Scratch scratch;
   const ForwardLauncher launch = forward_launcher(op, call);
-  const cudaStream_t stream = prepare_launch(call, false, scratch);
+  const cudaStream_t stream = prepare_launch(call, false, false, scratch);
   check_launch(launch(call.params, stream), op);
 }
 
@@ -639,7 +644,8 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   params.dout_stride = mapped_strides(kOp, "dout", dout_view);
   params.deterministic = deterministic;
   const bool separate = fa3::separates_dq(kernel.head_dim);
-  std::optional<Tensor> dq_sum, turns, query_scratch, scratch;
+  std::optional<Tensor> dq_sum, turns, query_workspace;
+  Scratch scratch;
   if (!accumulate && !separate) {
     dq_sum = empty(call.device, {fa3::elements_of_sum(call.params, kernel.head_dim)}, ScalarType::Float);
     params.dq_sum = static_cast<float*>(dq_sum->mutable_data_ptr());
@@ -648,8 +654,8 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
     turns = empty(call.device, shapes.lse, ScalarType::Int);
     params.turns = static_cast<int32_t*>(turns->mutable_data_ptr());
   }
-  if (separate && call.packed) params.query_workspace = workspace(call, false, query_scratch);
-  const cudaStream_t stream = prepare_launch(call, true, scratch);
+  if (separate) params.query_workspace = workspace(call, false, query_workspace);
+  const cudaStream_t stream = prepare_launch(call, true, deterministic && accumulate, scratch);
   params.forward = call.params;
   check_launch(launch(params, stream), kOp);
 }

@@ -65,8 +65,8 @@ struct ForwardParams {
   const int32_t* offsets;  // (ranges,) or (batch,), or nullptr: `offset`
   const int32_t* flags;    // (ranges,) of kVisit*; given together with out_acc
   int32_t ranges;
-  int32_t* workspace;      // packed only: workspace_elements() of scratch memory
-  int32_t* tile_counter;   // dense only: kCounterElements that are 0 before and after every launch, used by one at a time
+  int32_t* workspace;      // of several ranges: workspace_elements() of scratch memory
+  int32_t* tile_counter;   // of others: kCounterElements that are 0 before and after every launch, used by one at a time
 
   Strides q_stride;
   Strides k_stride;
@@ -109,7 +109,7 @@ struct BackwardParams {
   bool accumulate;     // dq, dk, dv are fp32 and added to; the ranges' keys are disjoint, and without it the queries, too
   bool deterministic;  // gradients are bitwise equal from run to run
   int32_t* turns;      // deterministic, unless separates_dq: scratch memory, shaped as lse
-  int32_t* query_workspace;  // packed, and separates_dq: as forward.workspace, for tiles of queries (that one has those of keys)
+  int32_t* query_workspace;  // of several ranges, and separates_dq: as forward.workspace, for tiles of queries (that one has those of keys)
 };
 
 constexpr int32_t kMaxSequence = 1 << 30;

@@ -185,6 +185,42 @@ def test_packed_mixture(heads, head_dim, mask, gap, deterministic):
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("accumulate", [False, True], ids=["", "accumulate"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("spans", [(0, 500, 0, 700), (37, 300, 11, 440), (499, 1, 600, 100), (100, 0, 0, 5)], ids=str)
+def test_one_range(head_dim, mask, spans, accumulate, deterministic):
+    """No list of tiles is made for a single one; what lies outside of it is NaN and must not be seen."""
+    tensors = [x[0] for x in problem_tensors(13, 500, 700, 4, 2, head_dim, batch=1)]
+    rows, keys = (slice(start, start + length) for start, length in (spans[:2], spans[2:]))
+    inside = dict(zip("q k v dout".split(), (rows, keys, keys, rows)))
+    lse, delta = torch.full((2, 4, 500), torch.nan, device="cuda")
+    parts = [x[None, span] for x, span in zip(tensors, inside.values())]
+    if spans[1]:
+        lse[:, rows], delta[:, rows] = (x[0] for x in rows_of(*parts, **MASKS[mask]))
+    for x, part, span in zip(tensors, [x.clone() for x in parts], inside.values()):
+        x.fill_(torch.nan)
+        x[span] = part[0]
+    q, k, v, dout = tensors
+    before = [torch.randn(x.shape, device="cuda") if accumulate else torch.full_like(x, torch.nan) for x in (q, k, v)]
+    grads = [x.clone() for x in before]
+    poison_memory()
+    ops.backward(
+        dout, q, k, v, lse, delta, *grads, **dict(zip(ops.RANGES, (column([x]) for x in spans))), **MASKS[mask],
+        accumulate=accumulate, deterministic=deterministic,
+    )  # fmt: skip
+    if accumulate:
+        grads = [x.double() - y.double() for x, y in zip(grads, before)]
+    if spans[1]:
+        of_range = [x[None, inside[name]].to(q.dtype) for name, x in zip("qkv", grads)]
+        judge(of_range, *(x[None, span] for x, span in zip(tensors, inside.values())), **MASKS[mask])
+    for name, grad in zip("qkv", grads):
+        if spans[1]:
+            grad[inside[name]] = 0.0
+        assert not grad.any(), f"rows of {name} that are in no range, or that meet none"
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
 @pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
 @pytest.mark.parametrize("mask", [*MASKS, "offsets"])

@@ -146,6 +146,21 @@ def test_windows(head_dim, lengths, window):
     judge(out, lse, q, k, v, **options)
 
 
+@pytest.mark.parametrize("window", [(128, 0), (127, 0), (129, 0), (65, 0), (63, 0), (0, 0), (64, 64)], ids=str)
+@pytest.mark.parametrize("lengths", [(1921, 1921), (2000, 2064), (1500, 1500), (900, 1000)], ids=str)
+@pytest.mark.parametrize("sm_margin", [0, 125, 131])
+def test_windows_along_which_blocks_walk(lengths, window, sm_margin):
+    """At head_dim 128 a block of threads takes a head's tiles one after the other, and loads once what two of them see;
+    if there are few blocks, they go on from head to head. With a wider window, or another offset, they do not."""
+    choose = random.Random(str((lengths, window, sm_margin)))
+    heads, kv_heads = choose.choice([(5, 5), (8, 2)])
+    q, k, v = qkv(43, *lengths, heads, kv_heads, 128, dtype=choose.choice([*DTYPES.values()]))
+    options = {"window_left": window[0], "window_right": window[1]} | choose.choice([{}, {}, {"softcap": 5.0}])
+    poison_memory()
+    out, lse = ops.forward(q, k, v, sm_margin=sm_margin, **options)
+    judge(out, lse, q, k, v, **options)
+
+
 @pytest.mark.parametrize("window", [(0, 0), (64, 0), (128, 64), (900, 0)], ids=str)
 @pytest.mark.parametrize("lengths", [[0, 1, 700, 191, 193, 1000, 17], [60, 100, 1, 32, 3, 64, 2, 128, 190]], ids=str)
 def test_windows_of_packed_documents(lengths, window):
@@ -249,6 +264,18 @@ def test_scores_that_grow_in_a_window(steps):
     judge(out, lse, q, k, v, **options)
 
 
+@pytest.mark.parametrize("sm_margin", [0, 131])
+@pytest.mark.parametrize("steps", [[0.0, 60.0], [0.0, 0.0, 1000.0], [300.0, -500.0, 900.0]], ids=str)
+def test_scores_that_grow_where_blocks_walk(steps, sm_margin):
+    """Tiles that are repeated come between those of a walk, which then begins anew."""
+    steps = steps * (48 // len(steps))
+    _, k, v = growing(11, steps, torch.bfloat16, head_dim=128)
+    q = growing(12, [0.0], torch.bfloat16, head_dim=128)[0].repeat(1, 8, 1, 1)
+    options = {"softmax_scale": 1.0, "window_left": 128, "window_right": 0}
+    out, lse = ops.forward(q, k, v, sm_margin=sm_margin, **options)
+    judge(out, lse, q, k, v, **options)
+
+
 def test_more_overflowing_tiles_than_are_remembered():
     """All tiles of a launch overflow: the list of those to repeat fills up, and known maxima take over."""
     q, k, v = growing(9, ONE_JUMP, torch.bfloat16)
@@ -336,6 +363,27 @@ def test_packed_mixture(heads, head_dim, mask, gap):
         rows = slice(s, s + n)
         if n:
             judge(out[None, rows], lse[None, :, rows], *(x[None, rows] for x in (q, k, v)), **MASKS[mask])
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 1)])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("spans", [(0, 900, 0, 1100), (37, 500, 11, 640), (899, 1, 1000, 100), (100, 0, 0, 5)], ids=str)
+def test_one_range(heads, head_dim, mask, spans):
+    """No list of tiles is made for a single one; what lies outside of it is NaN and must not be seen."""
+    q, k, v = (x[0] for x in qkv(14, 900, 1100, *heads, head_dim, batch=1))
+    rows, keys = (slice(start, start + length) for start, length in (spans[:2], spans[2:]))
+    for x, inside in ((q, rows), (k, keys), (v, keys)):
+        values = x[inside].clone()
+        x.fill_(torch.nan)
+        x[inside] = values
+    ranges = {name: torch.tensor([value], dtype=torch.int32, device="cuda") for name, value in zip(ops.RANGES, spans)}
+    poison_memory()
+    out, lse = ops.forward(q, k, v, **ranges, **MASKS[mask])
+    if spans[1]:
+        judge(out[None, rows], lse[None, :, rows], q[None, rows], k[None, keys], v[None, keys], **MASKS[mask])
+    out[rows], lse[:, rows] = 0.0, -torch.inf
+    assert not out.any() and (lse == -torch.inf).all(), "rows in no range"
 
 
 def test_one_long_document_among_many_short_ones():

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   auto& shared = *reinterpret_cast<BackwardShared<Config>*>(storage);
   if (static_cast<uint32_t>(__cvta_generic_to_shared(storage)) % 1024 != 0) __trap();
   const ForwardParams& forward = arguments.params.forward;
-  if (threadIdx.x == 0) init_shared(shared, forward.q_start != nullptr);
+  if (threadIdx.x == 0) init_shared(shared, lists_tiles(forward));
   clear_if_short<Config::kHeadDim, Config::kPanel>(shared.k, forward.head_dim);
   clear_if_short<Config::kHeadDim, Config::kPanel>(shared.q, forward.head_dim);
   clear_if_short<Config::kHeadDimV, Config::kPanelV>(shared.v, forward.head_dim_v);
@@ -33,11 +33,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) load_key_tiles<Config>(arguments, shared);
+    if (threadIdx.x < 32 && is_elected()) load_key_tiles<Config>(arguments, shared);
     if (threadIdx.x >= 32 && threadIdx.x < 64) draw_key_tiles<Config>(arguments, shared);
     if (threadIdx.x >= 64 && threadIdx.x < 96) load_row_values<Config>(arguments, shared);
     if constexpr (!Config::kSharesKeys) {
-      if (threadIdx.x == 96) add_query_blocks<Config>(arguments, shared);
+      if (threadIdx.x >= 96 && is_elected()) add_query_blocks<Config>(arguments, shared);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
@@ -154,7 +154,7 @@ bool make_operand_maps(Arguments& arguments, const BackwardParams& params) {
                       Config::kKeys, Config::kPanelV);
 }
 
-// dQ by tiles of queries, beside the last of the tiles of keys; packed ones have been listed.
+// dQ by tiles of queries, beside the last of the tiles of keys; those of several ranges have been listed.
 template <class Config>
 cudaError_t launch_query_tiles(const BackwardParams& params, cudaStream_t stream) {
   QueryGradientArguments arguments{};
@@ -163,7 +163,7 @@ cudaError_t launch_query_tiles(const BackwardParams& params, cudaStream_t stream
   forward.workspace = params.query_workspace;
   arguments.units_per_group =
       units_per_group(forward, 1, forward.seqlen_k, (forward.seqlen_q + Config::kQueries - 1) / Config::kQueries);
-  arguments.counter = forward.q_start != nullptr
+  arguments.counter = lists_tiles(forward)
                           ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
                           : reinterpret_cast<TileCounter*>(forward.tile_counter) + 1;
   if (!make_operand_maps<Config>(arguments, params)) return cudaErrorInvalidValue;
@@ -191,8 +191,9 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   arguments.units_per_group = kv_heads_per_group(arguments.transposed, params.turns != nullptr,
                                                  int64_t{forward.seqlen_q} * arguments.group,
                                                  (forward.seqlen_k + Config::kKeys - 1) / Config::kKeys);
-  arguments.counter = packed ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
-                             : reinterpret_cast<TileCounter*>(forward.tile_counter);
+  const bool is_listed = lists_tiles(forward);
+  arguments.counter = is_listed ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
+                                : reinterpret_cast<TileCounter*>(forward.tile_counter);
   if (!make_operand_maps<Config>(arguments, params)) return cudaErrorInvalidValue;
   if (!Config::kSharesKeys && !make_sum_map(arguments.dq, params, packed, kHeadDim, Config::kColumnsPanelDQ)) {
     return cudaErrorInvalidValue;
@@ -221,20 +222,21 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
       clear(params.dv, key_rows * forward.head_dim_v, params.dv_dtype);
     }
   }
-  if (error == cudaSuccess && packed) {
+  if (error == cudaSuccess && is_listed) {
     error = launch_schedule(arguments.transposed, {Config::kKeys, Config::kQueries}, 1, stream);
     if (error == cudaSuccess && Config::kSharesKeys) {
       ForwardParams queries = forward;
       queries.workspace = params.query_workspace;
       error = launch_schedule(queries, QueryConfig::kTile, 1, stream, true);
     }
-    if (error == cudaSuccess && !params.accumulate) {
-      error = launch(clear_kernel<Config>, processors, kScanThreads, 0, stream, true, params, arguments.transposed);
-    }
+  }
+  const bool clears = packed && !params.accumulate;
+  if (error == cudaSuccess && clears) {
+    error = launch(clear_kernel<Config>, processors, kScanThreads, 0, stream, is_listed, params, arguments.transposed);
   }
   if (error != cudaSuccess) return error;
   const int64_t blocks = std::min<int64_t>(tiles, std::max(1, processors - forward.sm_margin));
-  error = launch(backward_kernel<Config>, blocks, Config::kThreads, kSharedBytes, stream, packed, arguments);
+  error = launch(backward_kernel<Config>, blocks, Config::kThreads, kSharedBytes, stream, is_listed || clears, arguments);
   if (error != cudaSuccess) return error;
   if constexpr (Config::kSharesKeys) return launch_query_tiles<QueryConfig>(params, stream);
   if (params.accumulate) return cudaSuccess;

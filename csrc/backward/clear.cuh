@@ -14,7 +14,7 @@ __device__ __forceinline__ void clear_memory(void* to, int64_t elements, DType d
   }
 }
 
-// Runs beside the schedule, and has ended no earlier than that. `transposed`: with the keys for queries.
+// Runs beside the schedule, if there is one, and has ended no earlier than that. `transposed`: with the keys for queries.
 template <class Config>
 __global__ void __launch_bounds__(kScanThreads) clear_kernel(const BackwardParams params, const ForwardParams transposed) {
   __shared__ int ends[kScanThreads], starts[kScanThreads], scan[32];

@@ -162,6 +162,9 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     const RowTile& tile = shared.tiles.tile[tile_ring.stage];
     const bool fresh = steps == 0;
     if (fresh) {
+      // NOTE: before anything is waited for: the next keys come when both warpgroups have begun this tile, and the other one may
+      // not have, since its last dQ finds no room until this one is on its way (add_query_blocks).
+      if (step >= 2) hand_over_dq();
       shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
       if (tile.end) break;
       first_plain = tile.blocks.first_plain;
@@ -177,7 +180,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     shared.step_full[0][stage].wait(ring.parity);
     multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[k_ring.stage], typename Config::LayoutK{})),
              thread_s.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQ{})), rS, false);
-    if (step >= 2) hand_over_dq();
+    if (!fresh && step >= 2) hand_over_dq();
     if (fresh) shared.v_full[v_ring.stage].wait(v_ring.parity);
     Tensor rdP = make_tensor_like(rS);
     multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[v_ring.stage], typename Config::LayoutV{})),
@@ -294,7 +297,6 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     ++step;
   }
 
-  if (step >= 2) hand_over_dq();
   if (step > 0) {
     Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<Config::kQueries>, Int<Config::kColumnsDQ>>{});
     shared.step_done.wait(parity ^ 1);

@@ -31,18 +31,18 @@ __device__ __forceinline__ void for_each_step(const BackwardArguments& arguments
 
 // The tiles of a launch, in the order in which they are drawn; of a head those that see most first. Of each kRows rows,
 // which meet blocks of kColumns. `params`: transposed if the rows are keys. Heads that are walked together: units_per_group,
-// or, where ranges are listed, at least least_units. `known`: so many tiles go to the blocks by their numbers, without asking.
+// or, where tiles are listed, at least least_units. `known`: so many tiles go to the blocks by their numbers, without asking.
 // wait(barrier, parity), by one lane, waits for a barrier. Called by all lanes of a warp, of which one draws; if ranges may
 // share tiles, the others help to describe these.
 template <int kRows, int kColumns, class Wait>
 __device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, TileCounter& counter, int units_per_group,
                                                int least_units, int known, RowTiles& tiles, Wait wait) {
-  const bool packed = params.q_start != nullptr;
+  const bool is_listed = lists_tiles(params);
   const bool first_lane = threadIdx.x % 32 == 0;
-  if (!packed && !first_lane) return;
-  const unsigned lanes = packed ? 0xffffffffu : 1u;
-  int per_unit = (params.seqlen_q + kRows - 1) / kRows;
-  if (packed) {
+  if (!is_listed && !first_lane) return;
+  const unsigned lanes = is_listed ? 0xffffffffu : 1u;
+  int per_unit = (sequence_at(params, 0).q_len + kRows - 1) / kRows;  // of all sequences of a batch
+  if (is_listed) {
     const auto& header = *reinterpret_cast<const ScheduleHeader*>(params.workspace);
     per_unit = header.records;
     units_per_group = max(header.units_per_group, least_units);
@@ -68,8 +68,8 @@ __device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, Tile
     const int batch = unit / params.heads;
     // Under a causal mask the first keys are seen by the most queries, and the last queries see the most keys.
     const TileRecord record =
-        packed ? schedule_records(params.workspace)[rank]
-               : TileRecord{sequence_at(params, batch), (params.transposed ? rank : per_unit - 1 - rank) * kRows, kOneRange};
+        is_listed ? schedule_records(params.workspace)[rank]
+                  : TileRecord{sequence_at(params, batch), (params.transposed ? rank : per_unit - 1 - rank) * kRows, kOneRange};
     const Sequence& sequence = record.sequence;
     const int first_row = record.first_query;
     KeyBlocks blocks = visible_blocks(sequence, first_row, kRows, kColumns);
@@ -243,7 +243,8 @@ __device__ __forceinline__ void load_row_values(const BackwardArguments& argumen
   }
 }
 
-// Adds dQ, or stores it, a warpgroup's part at a time, as the consumers leave it in shared memory.
+// Adds dQ, or stores it, a warpgroup's part at a time, as the consumers leave it in shared memory, which it takes half a step to
+// read: a part's place is given back once the other warpgroup's next part is on its way.
 template <class Config>
 __device__ __forceinline__ void add_query_blocks(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
   const bool packed = arguments.transposed.q_start != nullptr;
@@ -252,6 +253,8 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
   TurnEnds<Config> ends(shared);
   Ring<kRowTileSlots> tile_ring;
   uint32_t parity = 0;
+  bool begun = false;
+  static_assert(Config::kConsumers == 2);
   while (true) {
     shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
     const RowTile& tile = shared.tiles.tile[tile_ring.stage];
@@ -288,13 +291,16 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
                            sequence.k_base, sequence.k_len,
                            block * Config::kQueries + (Config::kSplitsColumns ? 0 : warpgroup * 64), first_head + head,
                            batch, packed);
-        tma_store_wait<0>();
-        shared.dq_empty[warpgroup].arrive();
+        // The part before has been read by now, most likely; to wait for this one would keep the next one waiting.
+        tma_store_wait<1>();
+        if (begun) shared.dq_empty[1 - warpgroup].arrive();
+        begun = true;
       }
       parity ^= 1;
     });
     end_last_turn();
   }
+  tma_store_wait<0>();
   if (takes_turns) ends.leave(nullptr);
 }
 

@@ -93,7 +93,7 @@ struct alignas(1024) QueryGradientShared {
 };
 
 template <class Config>
-__device__ __forceinline__ void init_shared(QueryGradientShared<Config>& shared, bool packed) {
+__device__ __forceinline__ void init_shared(QueryGradientShared<Config>& shared, bool is_listed) {
   constexpr int kConsumerWarps = 4 * Config::kConsumers;
   const auto init = [](auto& full, auto& empty) {
     for (auto& barrier : full) barrier.init(1);
@@ -103,7 +103,7 @@ __device__ __forceinline__ void init_shared(QueryGradientShared<Config>& shared,
   init(shared.dout_full, shared.dout_empty);
   init(shared.k_full, shared.k_empty);
   init(shared.v_full, shared.v_empty);
-  shared.tiles.init(128 * Config::kConsumers + 1, packed ? 32 : 1);
+  shared.tiles.init(128 * Config::kConsumers + 1, is_listed ? 32 : 1);
   cutlass::arch::fence_barrier_init();
 }
 
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   auto& shared = *reinterpret_cast<QueryGradientShared<Config>*>(storage);
   if (static_cast<uint32_t>(__cvta_generic_to_shared(storage)) % 1024 != 0) __trap();
   const ForwardParams& forward = arguments.params.forward;
-  if (threadIdx.x == 0) init_shared(shared, forward.q_start != nullptr);
+  if (threadIdx.x == 0) init_shared(shared, lists_tiles(forward));
   clear_if_short<Config::kHeadDim, Config::kPanel>(shared.k, forward.head_dim);
   clear_if_short<Config::kHeadDim, Config::kPanel>(shared.q, forward.head_dim);
   clear_if_short<Config::kHeadDimV, Config::kPanelV>(shared.v, forward.head_dim_v);
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) load_query_tiles<Config>(arguments, shared);
+    if (threadIdx.x < 32 && is_elected()) load_query_tiles<Config>(arguments, shared);
     if (threadIdx.x >= 32 && threadIdx.x < 64) {
       // NOTE: it needs nothing of the kernel before, beside whose last blocks it begins, so no tile is given to a block
       // before that runs. But it must not end earlier: what comes next waits for this kernel only.

@@ -94,7 +94,7 @@ struct alignas(1024) BackwardShared {
 };
 
 template <class Config>
-__device__ __forceinline__ void init_shared(BackwardShared<Config>& shared, bool packed) {
+__device__ __forceinline__ void init_shared(BackwardShared<Config>& shared, bool is_listed) {
   constexpr int kConsumerWarps = 4 * Config::kConsumers;
   for (int stage = 0; stage < Config::kStagesK; ++stage) {
     shared.k_full[stage].init(1);
@@ -117,7 +117,7 @@ __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared, bool
     shared.added_empty[slot].init(1);
   }
   // All who read a tile: consumers, the thread that loads, the warp that brings lse and delta, and the thread that adds dQ.
-  shared.tiles.init(128 * Config::kConsumers + 1 + 32 + !Config::kSharesKeys, packed ? 32 : 1);
+  shared.tiles.init(128 * Config::kConsumers + 1 + 32 + !Config::kSharesKeys, is_listed ? 32 : 1);
   for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
     shared.dq_full[warpgroup].init(4);
     shared.dq_empty[warpgroup].init(1);

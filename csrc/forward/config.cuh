@@ -87,7 +87,7 @@ struct ForwardConfig {
   static constexpr int kBytesQ = kQueries * kHeadDim * sizeof(Element);
   static constexpr int kBytesK = kKeys * kHeadDim * sizeof(Element);
   static constexpr int kBytesV = kKeys * kHeadDimV * sizeof(Element);
-  static constexpr int kStages = kTeams > 1 || kIsNarrow ? 3 : kKeys * kHeadDim <= 64 * 64 ? 4 : 2;  // of K and of V
+  static constexpr int kStages = kIsNarrow ? 4 : kTeams > 1 ? 3 : kKeys * kHeadDim <= 64 * 64 ? 4 : 2;  // of K and of V
   // Shared memory for the operands and results of a team.
   static constexpr int kRoom = (kTeams > 1 ? 108 : kQueries == 64 ? 112 : 224) * 1024;
   // The next tile's queries arrive under this tile's last blocks where there is room and no other team to hide the wait;
@@ -103,6 +103,11 @@ struct ForwardConfig {
   static constexpr bool kSkipsBlocks =
       !kTilesOverlap && kKeys < kQueries && (kHeadDim == 256 || kTeams > 1 || kIsNarrow);
   static_assert(!kSkipsBlocks || (kQueries - 64) / kKeys + 1 <= kStages);  // keys that are given back before any values
+
+  // Whether a block of threads may walk along the tiles of a unit, from the last queries to the first, and bring every block of
+  // keys once: each warpgroup passes from tile to tile at its own place in their stream (can_walk).
+  static constexpr bool kWalks = kIsNarrow && kSkipsBlocks && kKeys == 64;
+  static_assert(!kWalks || kQueries / kKeys <= kStages);
 
   // Whether K and V have a loading thread each: a team of several has only one.
   static constexpr bool kLoadsApart = kTeams == 1;

@@ -136,6 +136,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
   int first_block = 1;
   bool running = false;           // rP holds the weights of a tile's last block
   bool has_output = false;        // rO holds what the blocks before it gave
+  int left_behind = 0;            // blocks of a tile that come after the last one that this warpgroup's rows see
   OnlineSoftmax softmax;
   float rescale[2];
 
@@ -268,6 +269,14 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     }
   };
 
+  const auto skip_blocks = [&](int blocks) __attribute__((always_inline)) {
+#pragma unroll 1
+    for (; blocks > 0; --blocks) {
+      skip_keys(1);
+      skip_values(1);
+    }
+  };
+
   // Hands a tile's output over to memory, and the tile back to who draws them; or, true, half of it: finish_output is to
   // follow.
   const auto write_output = [&](int of_slot) __attribute__((always_inline)) -> bool {
@@ -371,16 +380,10 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
         multiply(mma_pv, rP, sVt(_, _, _, v_stage), rO, has_output);
         turn.pass();
         finish_values(running);
-        const int left_out = first_block - shared.tile[slot].blocks.first;
+        left_behind = first_block - shared.tile[slot].blocks.first;
         has_rest = write_output(slot);
         running = false;
-        if constexpr (Config::kSkipsBlocks) {
-#pragma unroll 1
-          for (int i = 0; i < left_out; ++i) {
-            skip_keys(1);
-            skip_values(1);
-          }
-        }
+        if constexpr (Config::kSkipsBlocks && !Config::kWalks) skip_blocks(left_behind);
       }
       const Next next = next_tile();
       if (rarely(next != Next::kScores)) {
@@ -388,7 +391,13 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
         if (next == Next::kEnd) break;
         continue;
       }
-      const int left_out = shared.tile[slot].blocks.end - 1 - block;
+      int left_out = shared.tile[slot].blocks.end - 1 - block;
+      if constexpr (Config::kWalks) {
+        // The first blocks of this tile may be the last ones of the tile before.
+        const int kept = shared.tile[slot].kept;
+        if (kept == 0) skip_blocks(left_behind);
+        else left_out += left_behind - kept;
+      }
       if constexpr (Config::kSkipsBlocks) skip_keys(left_out);
       const int q_stage = q_ring.uniform_stage(), k_stage = k_ring.uniform_stage();
       shared.k_full[k_ring.stage].wait(k_ring.parity);

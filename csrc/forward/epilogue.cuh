@@ -92,7 +92,7 @@ __device__ __forceinline__ void store_boxes(const ForwardArguments& arguments, F
   const uint32_t first = cast_smem_ptr_to_uint(boxes) + row * kRowBytes + (lane / 16 ^ swizzle) * 16;
 #pragma unroll
   for (int panel = kFirst; panel < kEnd; panel += kTogether) {
-    if (lane == 0) tma_store_wait<Config::kStagesO / kTogether - 1>();  // until what was there has been read
+    if (is_elected()) tma_store_wait<Config::kStagesO / kTogether - 1>();  // until what was there has been read
     __syncwarp();
 #pragma unroll
     for (int chunk = panel * kChunks; chunk < (panel + kTogether) * kChunks; chunk += 2) {
@@ -108,7 +108,7 @@ __device__ __forceinline__ void store_boxes(const ForwardArguments& arguments, F
     }
     tma_store_fence();
     __syncwarp();
-    if (lane == 0) {
+    if (is_elected()) {
       const TileRow begin = shared.row[16 * warp];
       // The box is moved down the map's queries until those past the tile's last one lie outside of it.
       const int inside = min(tile.mask.last_row + 1 - begin.query, arguments.box_queries);
@@ -266,7 +266,9 @@ template <class Config>
 __device__ __forceinline__ void write_uncovered_rows(const ForwardArguments& arguments) {
   const ForwardParams& params = arguments.params;
   if (params.q_start == nullptr || params.out_acc != nullptr) return;
-  if (!reinterpret_cast<const ScheduleHeader*>(params.workspace)->uncovered) return;
+  const bool some = lists_tiles(params) ? reinterpret_cast<const ScheduleHeader*>(params.workspace)->uncovered
+                                        : sequence_at(params, 0).q_len != params.seqlen_q;
+  if (!some) return;
   constexpr int kWarps = 4 * Config::kAllConsumers;
   const int warp = blockIdx.x * kWarps + threadIdx.x / 32 - 4;
 #pragma unroll 1

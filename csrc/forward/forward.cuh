@@ -24,8 +24,8 @@ __device__ __forceinline__ void prepare_team(const ForwardArguments& arguments, 
   if (threadIdx.x == 64 * team) init_shared(shared, arguments.params.out_acc != nullptr);
   if (const int row = threadIdx.x - 128; row >= 0 && row < Config::kQueries) {
     const int query = row / arguments.heads_in_tile;
-    shared.row[row] = {static_cast<int16_t>(query < arguments.queries ? query : kNoQuery),
-                       static_cast<int16_t>(row - query * arguments.heads_in_tile)};
+    shared.row[row] = {static_cast<uint8_t>(query < arguments.queries ? query : kNoQuery),
+                       static_cast<uint8_t>(row - query * arguments.heads_in_tile)};
   }
   if (arguments.queries * arguments.heads_in_tile < Config::kQueries) {
     // Rows of a tile that no load fills hold zeros: scores of what an earlier kernel left there may overflow.
@@ -58,9 +58,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerProcessor)
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     // A team's loading thread and drawing warp; with one team there are two warps left.
     const int team = Config::kTeams == 1 ? 0 : threadIdx.x / 64, thread = threadIdx.x - 64 * team;
-    if (thread == 0) load_tiles<Config>(arguments, teams[team], team);
+    if (thread < 32 && is_elected()) load_tiles<Config>(arguments, teams[team], team);
     if (thread >= 32 && thread < 64) draw_tiles<Config>(arguments, teams[team], team);
-    if (Config::kLoadsApart && thread == 96) load_values<Config>(arguments, teams[0]);
+    if (Config::kLoadsApart && thread >= 96 && is_elected()) load_values<Config>(arguments, teams[0]);
     if (Config::kTeams == 1 && thread >= 64 && thread < 96 && arguments.params.out_acc != nullptr) {
       prefetch_state<Config>(arguments, teams[0]);
     }
@@ -117,6 +117,19 @@ cudaError_t allow_shared_memory(int device, int bytes) {
   return error;
 }
 
+constexpr int64_t kMostWalked = INT32_MAX / 128;  // tiles of a launch that walks: 32 bits count them by its blocks
+
+// Whether a block of threads may walk along the tiles of a sequence: none of a warpgroup's queries sees a block of keys that its
+// queries of the tile before have seen. NOTE: that holds in all tiles if the end of the keys cuts none of them short, and if
+// blocks lie alike on the diagonal of all warpgroups.
+template <class Config>
+bool can_walk(const Sequence& sequence) {
+  const int last = sequence.last_diagonal, first = sequence.first_diagonal;
+  if (last < 0 || last % Config::kKeys != 0 || sequence.q_len + last > sequence.k_len) return false;
+  const int blocks = (last + 63) / Config::kKeys + 1 - (first >= 0 ? first : first - Config::kKeys + 1) / Config::kKeys;
+  return blocks <= Config::kQueries / Config::kKeys;
+}
+
 template <class Config>
 cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t stream) {
   constexpr DType kDType = Config::kDType;
@@ -132,18 +145,21 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
   const int64_t tiles = ((int64_t{params.seqlen_q} + arguments.queries - 1) / arguments.queries + params.ranges) *
                         arguments.units * params.batch;
   if (tiles > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
+  const int tiles_per_unit = (params.seqlen_q + arguments.queries - 1) / arguments.queries;
+  // Tiles of windows are all alike and share few keys, but those of all heads the pages of memory that these lie in.
+  arguments.units_together =
+      Config::kIsNarrow ? arguments.units
+                        : units_per_group(params, arguments.heads_in_tile, params.seqlen_k, tiles_per_unit);
   if (!packed) {
-    const int tiles_per_unit = (params.seqlen_q + arguments.queries - 1) / arguments.queries;
-    // Tiles of windows are all alike and share few keys, but those of all heads the pages of memory that these lie in.
-    const int units_together =
-        Config::kIsNarrow ? arguments.units
-                          : units_per_group(params, arguments.heads_in_tile, params.seqlen_k, tiles_per_unit);
-    arguments.dense = DenseTiles(arguments.units, params.batch, tiles_per_unit, units_together);
     arguments.are_alike = params.offsets == nullptr;
     if (arguments.are_alike) arguments.sequence = sequence_at(params, 0);
+    arguments.walks = Config::kWalks && arguments.are_alike && arguments.heads_in_tile == 1 && tiles < kMostWalked &&
+                      can_walk<Config>(arguments.sequence);
+    arguments.dense = DenseTiles(arguments.units, params.batch, tiles_per_unit, arguments.walks ? 1 : arguments.units_together);
   }
-  arguments.counter = packed ? &reinterpret_cast<ScheduleHeader*>(params.workspace)->counter
-                             : reinterpret_cast<TileCounter*>(params.tile_counter);
+  const bool is_listed = lists_tiles(params);
+  arguments.counter = is_listed ? &reinterpret_cast<ScheduleHeader*>(params.workspace)->counter
+                                : reinterpret_cast<TileCounter*>(params.tile_counter);
 
   const int64_t q_extents[5] = {params.head_dim, group, params.seqlen_q, params.kv_heads, params.batch};
   const int64_t q_strides[4] = {params.q_stride.heads, params.q_stride.seqlen, params.q_stride.heads * group,
@@ -166,11 +182,16 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
   constexpr int kSharedBytes = Config::kTeams * sizeof(ForwardShared<Config>);
   static_assert(kSharedBytes <= 227 * 1024);
   cudaError_t error = allow_shared_memory<forward_kernel<Config>>(device, kSharedBytes);
-  if (error == cudaSuccess && packed) error = launch_schedule(params, Config::kTile, arguments.heads_in_tile, stream);
+  if (error == cudaSuccess && is_listed) error = launch_schedule(params, Config::kTile, arguments.heads_in_tile, stream);
   if (error != cudaSuccess) return error;
-  const int64_t blocks = std::min<int64_t>((tiles + Config::kTeams - 1) / Config::kTeams,
-                                           Config::kBlocksPerProcessor * std::max(1, processors - params.sm_margin));
-  return launch(forward_kernel<Config>, blocks, Config::kThreads, kSharedBytes, stream, packed, arguments);
+  int64_t blocks = std::min<int64_t>((tiles + Config::kTeams - 1) / Config::kTeams,
+                                     Config::kBlocksPerProcessor * std::max(1, processors - params.sm_margin));
+  if (arguments.walks) {
+    // As many for each unit, if that leaves few processors idle: they then walk side by side through the same memory.
+    const int64_t units = int64_t{arguments.units} * params.batch, of_unit = blocks / units;
+    if (16 * of_unit * units >= 15 * blocks) blocks = of_unit * units;
+  }
+  return launch(forward_kernel<Config>, blocks, Config::kThreads, kSharedBytes, stream, is_listed, arguments);
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV>

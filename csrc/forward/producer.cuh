@@ -20,15 +20,28 @@ class TileOrder {
 
   // What size and fill need. Called by all lanes of the warp that draws, as are these.
   __device__ __forceinline__ void begin() const {
-    if (!rarely(is_listed())) return;
-    const auto& header = *reinterpret_cast<const ScheduleHeader*>(arguments_.params.workspace);
-    shared_.listed = TileSequence(arguments_.units, header.records, header.units_per_group);
+    const ForwardParams& params = arguments_.params;
+    if (!rarely(is_packed())) return;
+    if (lists_tiles(params)) {
+      const auto& header = *reinterpret_cast<const ScheduleHeader*>(params.workspace);
+      shared_.packed = TileSequence(arguments_.units, header.records, header.units_per_group);
+    } else {
+      const int queries = arguments_.queries, tiles = (sequence_at(params, 0).q_len + queries - 1) / queries;
+      shared_.packed = TileSequence(arguments_.units, tiles, arguments_.units_together);
+    }
     __syncwarp();
   }
 
   __device__ __forceinline__ int size() const {
-    return rarely(is_listed()) ? shared_.listed.size() : arguments_.dense.tiles;
+    return rarely(is_packed()) ? shared_.packed.size() : arguments_.dense.tiles;
   }
+
+  // Whether each block walks along tiles of its own, [first, end). If not, the first is a team's own, and others are drawn.
+  __device__ __forceinline__ bool walks() const { return Config::kWalks && arguments_.walks; }
+  __device__ __forceinline__ int first(int team) const {
+    return walks() ? share(blockIdx.x) : team * gridDim.x + blockIdx.x;
+  }
+  __device__ __forceinline__ int end() const { return walks() ? share(blockIdx.x + 1) : size(); }
 
   // Whether a block's first tile, `index`, is described by who loads it: there is no need to draw it, and a tile's way from
   // one thread to the other takes as long as the data's while instructions and constants come from memory.
@@ -39,14 +52,15 @@ class TileOrder {
     return {arguments_.sequence, (arguments_.dense.tiles_per_unit - 1 - rank) * arguments_.queries, kOneRange};
   }
 
-  // Fills everything of a tile but kind, only_warp and what fill_seen does, and, if ranges share it, the bounds of its
+  // Fills everything of a tile but kind, only_warp, kept and what fill_seen does, and, if ranges share it, the bounds of its
   // queries.
   __device__ __forceinline__ void fill(int slot, int index) const {
     const ForwardParams& params = arguments_.params;
     Tile& tile = shared_.tile[slot];
     const auto [batch, unit, rank] = place(index);
     // NOTE: by way of shared memory, since a tile does not fit into the producer's registers.
-    if (rarely(is_listed())) {
+    const bool is_listed = lists_tiles(params);
+    if (rarely(is_listed)) {
       const int lane = threadIdx.x % 32;
       const auto* record = reinterpret_cast<const int*>(schedule_records(params.workspace) + rank);
       if (lane < kRecordElements) reinterpret_cast<int*>(&tile.record)[lane] = record[lane];
@@ -56,9 +70,10 @@ class TileOrder {
     if (threadIdx.x % 32 != 0) return;
 
     TileRecord& record = tile.record;
-    if (!rarely(is_listed())) {
+    if (!rarely(is_listed)) {
       record = known_record(rank);
       if (rarely(!arguments_.are_alike)) record.sequence = sequence_at(params, batch);
+      if (rarely(is_packed())) record.first_query = (shared_.packed.tiles_per_unit - 1 - rank) * arguments_.queries;
     }
     describe(tile, index, batch, unit, visible_blocks(record.sequence, record.first_query, arguments_.queries, Config::kKeys));
   }
@@ -86,14 +101,14 @@ class TileOrder {
   }
 
   // Fills in the blocks that a warpgroup's rows see, or so it seems by the bounds of the first and the last row of a shared
-  // tile; all where that is none. `unseen`: steps may leave out to look for maxima.
+  // tile; all where that is none, or, in a walk, the last one, which comes before all of the next tile. `unseen`: steps may leave out to look for maxima.
   __device__ __forceinline__ void fill_seen(int slot, int warpgroup, bool unseen) const {
     static_assert(Config::kConsumers <= std::extent_v<decltype(Tile::seen)>);
     Tile& tile = shared_.tile[slot];
     const auto& bounds = shared_.bounds[slot];
     const int first = shared_.row[64 * warpgroup].query;
     const int last = min(int{shared_.row[64 * warpgroup + 63].query}, tile.mask.last_row);
-    KeyBlocks seen = tile.blocks;
+    KeyBlocks seen = walks() ? all_masked({tile.blocks.end - 1, tile.blocks.end, 0, 0, 0}) : tile.blocks;
     if (rarely(first <= last && tile.is_shared)) {
       const int begin = bounds[first].first / Config::kKeys, end = (bounds[last].end + Config::kKeys - 1) / Config::kKeys;
       if (begin < end) seen = all_masked({begin, end, 0, 0, 0});
@@ -109,15 +124,18 @@ class TileOrder {
   }
 
  private:
+  // Where the tiles of a block begin.
+  __device__ __forceinline__ int share(unsigned block) const { return block * arguments_.dense.tiles / gridDim.x; }
+
   __device__ __forceinline__ DenseTiles::Place place(int index) const {
-    if (rarely(is_listed())) {
-      const auto [unit, rank] = shared_.listed[index];
+    if (rarely(is_packed())) {
+      const auto [unit, rank] = shared_.packed[index];
       return {0, unit, rank};
     }
     return arguments_.dense[index];
   }
 
-  __device__ __forceinline__ bool is_listed() const { return arguments_.params.q_start != nullptr; }
+  __device__ __forceinline__ bool is_packed() const { return arguments_.params.q_start != nullptr; }
 
   const ForwardArguments& arguments_;
   ForwardShared<Config>& shared_;
@@ -128,17 +146,19 @@ template <class Config>
 __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, ForwardShared<Config>& shared, int team) {
   const TileOrder<Config> order(arguments, shared);
   order.begin();
-  const int tiles = order.size();
+  const int tiles = order.end();
   TileCounter& counter = *arguments.counter;
   const bool first_lane = threadIdx.x % 32 == 0;
   Ring<kTileSlots> ring;
   uint32_t loaded_parity = 0, drained_parity = 0;
   const int drawers = Config::kTeams * gridDim.x;
-  int index = team * gridDim.x + blockIdx.x;
+  int index = order.first(team);
   // Lost tiles that are to be repeated; more than there are, while none is repeated.
   constexpr int kNone = INT32_MAX;
   int repeat = kNone;
   bool is_known = order.is_known(index);
+  // The tile before, its first query, and its first block of keys (kWalks).
+  int index_before = kNone, query_before = 0, block_before = 0;
 #pragma unroll 1
   while (true) {
     Tile::Kind kind = Tile::kWork;
@@ -177,11 +197,21 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
       if (first_lane) {
         tile.kind = kind;
         tile.only_warp = only_warp;
+        if constexpr (Config::kWalks) {
+          const bool follows = order.walks() && kind == Tile::kWork && only_warp == kAllWarps && drawn - 1 == index_before &&
+                               tile.record.first_query + arguments.queries == query_before;
+          tile.kept = follows ? tile.blocks.end - block_before : 0;
+        }
       }
       shared.tile_full[ring.stage].arrive();
       __syncwarp();
     }
     const bool is_loaded = tile.blocks.first < tile.blocks.end;
+    if constexpr (Config::kWalks) {
+      index_before = kind == Tile::kWork ? drawn : kNone;
+      query_before = tile.record.first_query;
+      block_before = tile.blocks.first;
+    }
     ring.advance();
 
     if (rarely(kind == Tile::kEnd)) break;
@@ -195,6 +225,8 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
       wait_as_warp(shared.drained, drained_parity);
       drained_parity ^= 1;
       repeat = 0;
+    } else if (repeat == kNone && order.walks()) {
+      ++index;
     } else if (repeat == kNone) {
       // Who draws early keeps a tile from a block that would have been free for it.
       if (is_loaded) {
@@ -278,6 +310,12 @@ class BlockLoader {
   Ring<Config::kStages> ring_;
 };
 
+// The block of keys that loading a tile begins with.
+template <class Config>
+__device__ __forceinline__ int last_to_load(const Tile& tile) {
+  return tile.blocks.end - 1 - (Config::kWalks ? tile.kept : 0);
+}
+
 // Q and K; and V, unless that has a thread of its own.
 template <class Config>
 __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, ForwardShared<Config>& shared, int team) {
@@ -301,8 +339,8 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
 
   // Of the first tile, if it is known, Q and the first K are asked for before it is described.
   bool is_ahead = false;  // those of the tile at `ring` have been asked for
-  const int index = team * gridDim.x + blockIdx.x;
-  if (const TileOrder<Config> order(arguments, shared); order.is_known(index)) {
+  const TileOrder<Config> order(arguments, shared);
+  if (const int index = order.first(team); order.is_known(index)) {
     const auto [batch, unit, rank] = arguments.dense[index];
     const TileRecord record = order.known_record(rank);
     const KeyBlocks blocks = visible_blocks(record.sequence, record.first_query, arguments.queries, Config::kKeys);
@@ -321,6 +359,7 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
     }
     tile.kind = Tile::kWork;
     tile.only_warp = kAllWarps;
+    tile.kept = 0;
     shared.tile_full[0].arrive_as(kWarpThreads);
   }
 
@@ -361,7 +400,7 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
     const int next_q = Config::kStagesQ == 2 && is_long ? blocks.first + 1 : blocks.first;
     const int lead_block = min(blocks.end, blocks.first + kLeadBlocks) - 1;
 #pragma unroll 1
-    for (int block = blocks.end - 1; block >= blocks.first; --block) {
+    for (int block = last_to_load<Config>(tile); block >= blocks.first; --block) {
       if (!is_ahead) keys.load(tile, block);
       is_ahead = false;
       if (Config::kLoadsApart && !begun) shared.keys_begun.arrive();
@@ -398,7 +437,7 @@ __device__ __forceinline__ void load_values(const ForwardArguments& arguments, F
       if (!begun) shared.keys_begun.wait(0);
       begun = true;
 #pragma unroll 1
-      for (int block = tile.blocks.end - 1; block >= tile.blocks.first; --block) values.load(tile, block);
+      for (int block = last_to_load<Config>(tile); block >= tile.blocks.first; --block) values.load(tile, block);
     }
     shared.tile_empty[ring.stage].arrive();
     ring.advance();

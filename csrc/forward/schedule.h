@@ -37,6 +37,12 @@ inline Sequences sequences_of(const ForwardParams& params) {
   return keys <= short_keys ? Sequences::kShort : Sequences::kLong;
 }
 
+// Whether a launch's tiles are listed on the device beforehand: those of several ranges. Those of a single one follow from its
+// length, which blocks read for themselves.
+inline __host__ __device__ bool lists_tiles(const ForwardParams& params) {
+  return params.q_start != nullptr && params.ranges != 1;
+}
+
 // Query heads of a KV head whose rows share a tile: all of them where the queries alone would leave tiles under-filled,
 // else 1.
 inline int heads_per_tile(const ForwardParams& params, int tile_queries) {

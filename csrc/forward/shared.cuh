@@ -20,10 +20,12 @@ struct ForwardArguments {
   cutlass::FastDivmod group;  // query heads of a KV head
   int queries;          // of a sequence in a tile: rows / heads_in_tile
   int units;            // heads / heads_in_tile
+  int units_together;   // that are walked together, unless tiles are listed
   int box_queries;      // those of a warp; 0: a warp's rows are no box of `out`
   DenseTiles dense;     // the tiles of a dense launch,
   Sequence sequence;    // and each of its sequences, unless they have offsets of their own:
   bool are_alike;       // there is such a sequence
+  bool walks;           // can_walk, and each block of threads does
 };
 
 // Which keys the queries of a tile see that is not shared: query j, the last one's for those after it, sees the keys
@@ -50,6 +52,7 @@ struct Tile {
   TileMask mask;
   TileRecord record;
   KeyBlocks blocks;
+  int kept;         // so many of them, the last ones, are there from the tile before (ForwardConfig::kWalks)
   int token;        // of its first query in (batch, seqlen), as `out` counts them
   int64_t out_row;  // of its first query and head in (batch, seqlen, heads)
   int64_t lse_row;  // and in (batch, heads, seqlen)
@@ -59,10 +62,10 @@ constexpr int kAllWarps = -1;
 
 // Which query and head a row of any tile is, counted from the tile's first ones.
 struct TileRow {
-  int16_t query;  // kNoQuery: none, since the heads that share a tile do not fill it
-  int16_t head;
+  uint8_t query;  // kNoQuery: none, since the heads that share a tile do not fill it
+  uint8_t head;
 };
-constexpr int kNoQuery = INT16_MAX;
+constexpr int kNoQuery = UINT8_MAX;  // past the last query of any tile that heads share
 
 constexpr int kWarpThreads = 32;
 constexpr int kTileSlots = 3;
@@ -109,7 +112,7 @@ struct alignas(1024) ForwardShared {
   Barrier v_empty[Config::kStages];
 
   TileRow row[Config::kQueries];
-  TileSequence listed;  // of packed ranges
+  TileSequence packed;  // the tiles of packed ranges
   Tile tile[kTileSlots];
   KeyBounds8 bounds[kTileSlots][Config::kQueries];  // of the queries of shared tiles, counted from sequence.k_base
   HandOver tile_full[kTileSlots];
@@ -157,6 +160,11 @@ __device__ __forceinline__ void init_shared(ForwardShared<Config>& shared, bool 
   shared.repeats = 0;
   cutlass::arch::fence_barrier_init();
 }
+
+// Whether this lane is the one of its warp that starts bulk operations. Called by all lanes.
+// NOTE: it is elected, not known by its number: of an elected lane the compiler knows that it is alone, and around the bulk
+// operations of others it writes loops over the lanes, since what these take from uniform registers might differ.
+__device__ __forceinline__ bool is_elected() { return cute::elect_one_sync(); }
 
 // Fills an array of operands with zeros. Called by all threads of a block.
 template <class Array>
