@@ -18,6 +18,11 @@ from tests.test_forward_kernel import growing, pack, qkv, visit_columns
 for dims in ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)):
     q, k, v = qkv(0, 300, 420, 4, 2, *dims, batch=1)
     ops.forward(q, k, v, window_left=150, window_right=0)
+q, k, v = qkv(3, 400, 400, 3, 3, 128, batch=1)
+ops.forward(q, k, v, window_left=128, window_right=0, sm_margin=131)  # by one block of threads, which walks
+start, length, total = pack([300], gap=3)  # no list of tiles
+q, k, v = (x[0] for x in qkv(4, total, total, 4, 2, 128, batch=1))
+ops.forward(q, k, v, q_start=start, q_len=length, k_start=start, k_len=length, window_right=0)
 start, length, total = pack([130, 0, 1, 200], gap=3)
 q, k, v = (x[0] for x in qkv(1, total, total, 4, 2, 64, batch=1))
 ops.forward(q, k, v, q_start=start, q_len=length, k_start=start, k_len=length, window_right=0, softcap=5.0)
@@ -46,11 +51,13 @@ for dims in ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
     lengths = [130, 0, 1, 200]
     starts, total = pack(lengths, gap=3)
     ranges = dict(zip(ops.RANGES, map(column, (starts, lengths, starts, lengths))))
+    one_range = dict(zip(ops.RANGES, map(column, ([3], [200], [5], [200]))))
     packed = [x[0] for x in problem_tensors(1, total, total, 4, 2, *dims, batch=1)]
     for deterministic in (False, True):
         call(*dense, window_left=150, window_right=0, deterministic=deterministic)
         call(*dense, accumulate=True, softcap=5.0, deterministic=deterministic)
         call(*packed, **ranges, window_right=0, deterministic=deterministic)
+        call(*packed, **one_range, window_right=0, deterministic=deterministic)
 torch.cuda.synchronize()
 print("all calls made")
 """
