@@ -94,17 +94,18 @@ def forward(
     """
     if softmax_scale is None:
         softmax_scale = _default_scale(q)
-    ranges = q_start, q_len, k_start, k_len, offsets
-    options = offset, softmax_scale, window_left, window_right, softcap, out_dtype, deterministic, sm_margin
+    args = (
+        q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left, window_right, softcap,
+        out_dtype, deterministic, sm_margin,
+    )  # fmt: skip
     if _is_unobserved(q, k, v, q_start):
-        result = _direct_forward(q, k, v, *ranges, *options)
+        result = _direct_forward(*args)
         if result is not None:
             if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-                has_ranges = q_start is not None or offsets is not None
-                return _record(q, k, v, (result, ranges if has_ranges else (), options))
+                return _record(q, k, v, args, result)
             return result
     _check_is_tensor("q", q)
-    return torch.ops.fa3_dist.forward.default(q, k, v, *ranges, *options)
+    return torch.ops.fa3_dist.forward.default(*args)
 
 
 def forward_into(
@@ -623,15 +624,15 @@ class _DirectForward(torch.autograd.Function):
     """What `register_autograd` makes of the operator, made of a result of the compiled kernel's: the same formula."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        result, ranges, ctx.options = call
-        ctx.save_for_backward(q, k, v, *result, *ranges)
-        ctx.set_materialize_grads(False)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, args: tuple[Any, ...], result: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        _save_for_backward(ctx, args, result)
         return result
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_forward_autograd(ctx, dout, dlse)[:3], None
+        return *_forward_autograd(ctx, dout, dlse)[:3], None, None
 
 
 # NOTE: what `apply` does before this is for functorch, which is not active here, and takes as long as a launch.
@@ -680,13 +681,12 @@ def _fake_delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors, ctx.options = inputs[:_TENSORS], inputs[_TENSORS:]
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
 def _forward_autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, *ranges = ctx.saved_tensors
-    q_start, q_len, k_start, k_len, offsets = ranges or (None,) * 5
+    q, k, v, q_start, q_len, k_start, k_len, offsets, out, lse = ctx.saved_tensors
     offset, softmax_scale, window_left, window_right, softcap, _, deterministic, sm_margin = ctx.options
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, dout, dlse)):
         raise RuntimeError(

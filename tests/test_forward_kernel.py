@@ -377,7 +377,7 @@ def test_one_range(heads, head_dim, mask, spans):
         values = x[inside].clone()
         x.fill_(torch.nan)
         x[inside] = values
-    ranges = {name: torch.tensor([value], dtype=torch.int32, device="cuda") for name, value in zip(ops.RANGES, spans)}
+    ranges = dict(zip(ops.RANGES, (column([x]) for x in spans)))
     poison_memory()
     out, lse = ops.forward(q, k, v, **ranges, **MASKS[mask])
     if spans[1]:
