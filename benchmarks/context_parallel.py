@@ -7,11 +7,12 @@
     torch_...           PyTorch's own context_parallel: over cuDNN, with all-gather and with all-to-all; over its
                         FlashAttention-2
 
-All get the same N(0, 1) tensors and take turns call by call, ranks side by side, from a moment that all have reached; a
-call that ranks share takes as long as its slowest rank. (A GPU's clock gives way under load that lasts: an H200's after
-50 ms, by 10 % and more, and one that has rested is faster for over a second. So no GPU rests while another one runs
-alone; and in cases with a call of LONG_MS and more each is timed by itself, after BLOCK_MS of it, lest one peer finds
-the GPUs rested and another one does not.) Every rank compares its rows of out, dq, dk and dv with what it computes
+All get the same N(0, 1) tensors and take turns, ranks side by side, from a moment that all have reached; a call that
+ranks share takes as long as its slowest rank. (A GPU's clock gives way under load that lasts: an H200's after 50 ms, by
+10 % and more, and one that has rested is faster for over a second. So no GPU rests while another one runs alone, calls
+come in an order that is drawn anew each time, and GPUs rest before each call for REST times what the one before took.
+Cases with a call of LONG_MS and more find the GPUs warm instead: all calls come in ROUNDS, each after BLOCK_MS of the
+same, in one order and then in the other.) Every rank compares its rows of out, dq, dk and dv with what it computes
 alone; results that differ are an error and no figure. Efficiency is the time alone over ranks times the time together.
 Further calls, not timed, record on every rank when attention computes and when messages travel
 (`fa3_dist.parallel.observe`): time is exposed if messages are under way and no attention. `bound` is the efficiency
@@ -43,6 +44,7 @@ import gc
 import json
 import math
 import os
+import random
 import statistics
 import sys
 import time
@@ -97,8 +99,10 @@ from fa3_dist.parallel.plan import Links, links_of
 from fa3_dist.parallel.sharding import shard
 
 REPEATS, WARMUPS, TRACES = 20, 3, 5
-LONG_MS, BLOCK_MS, BLOCK_REPEATS = 50, 1000, 5
-SPIN_CYCLES = 10_000_000  # 5 ms at 2 GHz, longer than the host takes to launch a ring of 8 in both directions
+REST = 1.5
+LONG_MS, BLOCK_MS, BLOCK_REPEATS, ROUNDS = 50, 400, 3, 2
+SPIN_MS = 5.0  # longer than the host takes to launch a ring of 8 in both directions
+CYCLES_OF_MS = 2_000_000  # at 2 GHz
 TIMEOUT = timedelta(minutes=5)
 MODES = ("ring", "all_to_all")
 TORCH = {  # PyTorch's own: backend, and how keys and values travel
@@ -147,10 +151,11 @@ class Setup(NamedTuple):
         exchange = self.modes[name].exchange if name in self.modes else None
         return exchange if isinstance(exchange, DistributedExchange) else None
 
-    def align(self) -> None:
-        """What follows begins on all ranks at about the same time: on CUDA on the devices, hosts running ahead."""
+    def align(self, rest_ms: float = 0.0) -> None:
+        """What follows begins on all ranks at about the same time: on CUDA on the devices, which rest for some
+        milliseconds before, hosts running ahead."""
         if self.device.type == "cuda":
-            torch.cuda._sleep(SPIN_CYCLES)
+            torch.cuda._sleep(round(max(rest_ms, SPIN_MS) * CYCLES_OF_MS))
             dist.all_reduce(torch.zeros(1, device=self.device))
         else:
             dist.barrier(group=self.host_group)
@@ -426,6 +431,7 @@ def time_in_turn(
     """
     flush = timing.Flush().overwrite if setup.device.type == "cuda" else lambda: None
     times = Times(setup.device, calls)
+    order, draw, slowest, rest_ms = list(calls), random.Random(0), dict.fromkeys(calls, 0.0), 0.0
     for index in range(warmups + repeats):
         if index == warmups > 0:
             before, times = times, Times(setup.device, calls)
@@ -433,24 +439,32 @@ def time_in_turn(
             if max(slowest.values()) >= LONG_MS:
                 time_in_blocks(calls, setup, slowest, times)
                 break
-        for name, call in calls.items():
-            with call.around():
+        draw.shuffle(order)
+        for name in order:
+            with calls[name].around():
                 flush()
-                setup.align()
-                times.add(name, call)
+                setup.align(rest_ms)
+                times.add(name, calls[name])
+            rest_ms = REST * slowest[name]
     return times.milliseconds(), times.late
 
 
 def time_in_blocks(calls: Mapping[str, Call], setup: Setup, last_ms: Mapping[str, float], times: Times) -> None:
-    """The same of BLOCK_REPEATS runs of each call, which follow BLOCK_MS of that call; as long as one took last."""
-    for name, call in calls.items():
-        with call.around():
-            setup.align()
-            for _ in range(math.ceil(BLOCK_MS / last_ms[name])):
-                call.run()
-            for _ in range(BLOCK_REPEATS):
+    """The same of BLOCK_REPEATS runs of each call a round, which follow BLOCK_MS of it; last_ms: as long as one takes.
+
+    A round that doesn't count comes first.
+    """
+    order = list(calls)
+    for index in range(1 + ROUNDS):
+        for name in order:
+            with calls[name].around():
                 setup.align()
-                times.add(name, call)
+                for _ in range(math.ceil(BLOCK_MS / last_ms[name])):
+                    calls[name].run()
+                for _ in range(BLOCK_REPEATS if index else 0):
+                    setup.align()
+                    times.add(name, calls[name])
+        order.reverse()
 
 
 class Times:

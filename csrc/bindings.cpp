@@ -591,8 +591,8 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
                    const std::optional<Tensor>& q_len, const std::optional<Tensor>& k_start,
                    const std::optional<Tensor>& k_len, const std::optional<Tensor>& offsets,
                    std::optional<int64_t> offset, double softmax_scale, std::optional<int64_t> window_left,
-                   std::optional<int64_t> window_right, double softcap, bool accumulate, bool deterministic,
-                   int64_t sm_margin) {
+                   std::optional<int64_t> window_right, double softcap, bool accumulate, bool accumulate_kv,
+                   bool deterministic, int64_t sm_margin) {
   constexpr const char* kOp = "backward";
   const View view = view_of(q);
   Call call = check_call(kOp, {view, view_of(k), view_of(v), view_of(q_start), view_of(q_len), view_of(k_start),
@@ -611,8 +611,8 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
             "device, got shape ", shape_of(dout_view));
 
   fa3::BackwardParams params{};
-  const auto gradient = [&](const char* name, Tensor& tensor, const Tensor& like, fa3::DType& gradient_dtype) {
-    const bool is_float = accumulate || tensor.scalar_type() == ScalarType::Float;
+  const auto gradient = [&](const char* name, Tensor& tensor, const Tensor& like, bool is_sum, fa3::DType& gradient_dtype) {
+    const bool is_float = is_sum || tensor.scalar_type() == ScalarType::Float;
     gradient_dtype = is_float ? fa3::DType::fp32 : dtype;
     // NOTE: asked for memory to write to, a tensor that shares its own with a lazy copy parts from it.
     if (tensor.is_cuda()) tensor.mutable_data_ptr();
@@ -620,10 +620,12 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
     return state_pointer(kOp, name, view_of(tensor), {shape.sizes, shape.sizes + shape.dims},
                          is_float ? ScalarType::Float : call.dtype, view);
   };
-  params.dq = gradient("dq", dq, q, params.dq_dtype);
-  params.dk = gradient("dk", dk, k, params.dk_dtype);
-  params.dv = gradient("dv", dv, v, params.dv_dtype);
+  FA3_CHECK(accumulate || !accumulate_kv, "backward: accumulate_kv is for calls that accumulate dq, too");
+  params.dq = gradient("dq", dq, q, accumulate, params.dq_dtype);
+  params.dk = gradient("dk", dk, k, accumulate_kv, params.dk_dtype);
+  params.dv = gradient("dv", dv, v, accumulate_kv, params.dv_dtype);
   params.accumulate = accumulate;
+  params.accumulate_kv = accumulate_kv;
   const auto row_values = [&](const char* name, const Tensor& tensor) {
     const View rows = view_of(tensor);
     FA3_CHECK(has(rows, shapes.lse, ScalarType::Float) && is_contiguous(rows), "backward: ", name,

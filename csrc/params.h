@@ -106,7 +106,8 @@ struct BackwardParams {
   DType dq_dtype;      // the inputs' or fp32
   DType dk_dtype;
   DType dv_dtype;
-  bool accumulate;     // dq, dk, dv are fp32 and added to; the ranges' keys are disjoint, and without it the queries, too
+  bool accumulate;     // dq is fp32 and added to; the ranges' keys are disjoint, and without it the queries, too
+  bool accumulate_kv;  // only with accumulate: so are dk and dv; else their rows that a query sees are written
   bool deterministic;  // gradients are bitwise equal from run to run
   int32_t* turns;      // deterministic, unless separates_dq: scratch memory, shaped as lse
   int32_t* query_workspace;  // of several ranges, and separates_dq: as forward.workspace, for tiles of queries (that one has those of keys)

@@ -48,7 +48,8 @@ SCHEMAS = {
     f"{_VISITS}, {_SCORES}, int sm_margin) -> ()",
     "delta": "(Tensor dout, Tensor out, Tensor? dlse) -> Tensor",
     "backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor(a!) dq, Tensor(b!) dk, "
-    f"Tensor(c!) dv, {_RANGES}, {_SCORES}, bool accumulate, bool deterministic, int sm_margin) -> ()",
+    f"Tensor(c!) dv, {_RANGES}, {_SCORES}, bool accumulate, bool accumulate_kv, bool deterministic, "
+    "int sm_margin) -> ()",
 }
 # names of dtypes in csrc/instances.def
 _VARIANT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -165,15 +166,19 @@ def backward(
     q_start: Tensor | None = None, q_len: Tensor | None = None, k_start: Tensor | None = None,
     k_len: Tensor | None = None, offsets: Tensor | None = None, offset: int | None = None,
     softmax_scale: float | None = None, window_left: int | None = None, window_right: int | None = None,
-    softcap: float = 0.0, accumulate: bool = False, deterministic: bool = False, sm_margin: int = 0,
+    softcap: float = 0.0, accumulate: bool = False, accumulate_kv: bool | None = None, deterministic: bool = False,
+    sm_margin: int = 0,
 ) -> None:
-    """Gradients of attention, written to dq, dk and dv.
+    """Gradients of attention, written to dq, dk and dv or added to them.
 
     Args:
         dout: (B, Sq, Hq, Dv) or (Tq, Hq, Dv); lse: the final one; delta: from `delta`.
         dq, dk, dv: shapes of q, k, v. accumulate=True: fp32 (fp64 for fp64 inputs), added to in place.
             accumulate=False: any float dtype, overwritten; rows in no range get 0. The ranges of keys of one call are
             disjoint, and without accumulate those of queries, too.
+        accumulate_kv: whether dk and dv are added to; default: as dq is. False where dq is: they are of any float dtype
+            and their rows of keys that a query sees are overwritten; those in a range that none sees get 0 or keep
+            what they hold, those in no range keep it.
         deterministic: bitwise equal gradients from run to run. Ranges that accumulate may share queries: the compiled
             kernel then takes them one after the other, a launch each.
         others: as in `forward`.
@@ -186,7 +191,8 @@ def backward(
         softmax_scale = _default_scale(q)
     torch.ops.fa3_dist.backward.default(
         dout, q, k, v, lse, delta, dq, dk, dv, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale,
-        window_left, window_right, softcap, accumulate, deterministic, sm_margin,
+        window_left, window_right, softcap, accumulate, accumulate if accumulate_kv is None else accumulate_kv,
+        deterministic, sm_margin,
     )
 
 
@@ -341,7 +347,7 @@ def _check_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     q_start: Tensor | None, q_len: Tensor | None, k_start: Tensor | None, k_len: Tensor | None, offsets: Tensor | None,
     offset: int | None, softmax_scale: float, window_left: int | None, window_right: int | None, softcap: float,
-    accumulate: bool, deterministic: bool, sm_margin: int,
+    accumulate: bool, accumulate_kv: bool, deterministic: bool, sm_margin: int,
 ) -> None:
     check_qkv(q, k, v)
     _check_ranges(q, (q_start, q_len, k_start, k_len), offsets, offset)
@@ -351,8 +357,11 @@ def _check_backward(
     sums = accumulator_dtype(q.dtype)
     for name, x in (("lse", lse), ("delta", delta)):
         _check_tensor(name, x, _rows_shape(q), q, (sums,))
-    for name, x, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
-        _check_tensor(name, x, _shape(like), q, (sums,) if accumulate else DTYPES)
+    if accumulate_kv and not accumulate:
+        raise ValueError("accumulate_kv is True and accumulate False: expected dq to be added to where dk and dv are")
+    _check_tensor("dq", dq, _shape(q), q, (sums,) if accumulate else DTYPES)
+    for name, x, like in (("dk", dk, k), ("dv", dv, v)):
+        _check_tensor(name, x, _shape(like), q, (sums,) if accumulate_kv else DTYPES)
 
 
 _CHECKS: dict[str, Callable[..., None]] = {

@@ -243,15 +243,12 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     q_start: Tensor | None, q_len: Tensor | None, k_start: Tensor | None, k_len: Tensor | None, offsets: Tensor | None,
     offset: int | None, softmax_scale: float, window_left: int | None, window_right: int | None, softcap: float,
-    accumulate: bool, deterministic: bool, sm_margin: int,
+    accumulate: bool, accumulate_kv: bool, deterministic: bool, sm_margin: int,
 ) -> None:
     del deterministic, sm_margin
     dtype = accumulator_dtype(q.dtype)
-    gradients = (dq, dk, dv)
-    if not accumulate:
-        for gradient in gradients:
-            gradient.zero_()
-    sums = [x if x.dtype == dtype else torch.zeros_like(x, dtype=dtype) for x in gradients]
+    gradients = ((dq, accumulate), (dk, accumulate_kv), (dv, accumulate_kv))
+    sums = [x if adds else torch.zeros_like(x, dtype=dtype) for x, adds in gradients]
 
     def run(queries: tuple[Tensor, ...], rows: tuple[Tensor, Tensor], keys: tuple[Tensor, ...], offset: int) -> None:
         (dout, q, dq), (lse, delta), (k, v, dk, dv) = queries, rows, keys
@@ -259,9 +256,12 @@ def backward(
         attend_backward(dout, q, k, v, lse, delta, dq, dk, dv, mask, softmax_scale, softcap)
 
     queries, keys = (dout, q, sums[0]), (k, v, sums[1], sums[2])
+    written = [slice(None)]  # rows of dk and dv, beside a dq that is added to
     if q.dim() == 3:
         assert q_start is not None and q_len is not None and k_start is not None and k_len is not None
-        for r in read_ranges(q_start, q_len, k_start, k_len, offsets, offset, None, q.shape[0], k.shape[0]):
+        ranges = read_ranges(q_start, q_len, k_start, k_len, offsets, offset, None, q.shape[0], k.shape[0])
+        written = [r.k for r in ranges]
+        for r in ranges:
             rows = (lse[None, :, r.q], delta[None, :, r.q])
             run(tuple(x[None, r.q] for x in queries), rows, tuple(x[None, r.k] for x in keys), r.offset)
     elif offsets is None:
@@ -271,6 +271,7 @@ def backward(
             one = slice(b, b + 1)
             run(tuple(x[one] for x in queries), (lse[one], delta[one]), tuple(x[one] for x in keys), offset_b)
 
-    for gradient, total in zip(gradients, sums):
-        if gradient is not total:
-            gradient.copy_(total)
+    for (gradient, adds), total in zip(gradients, sums):
+        if not adds:
+            for keys_of_range in written if accumulate else [slice(None)]:
+                gradient[keys_of_range] = total[keys_of_range].to(gradient.dtype)

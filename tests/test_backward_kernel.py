@@ -185,11 +185,11 @@ def test_packed_mixture(heads, head_dim, mask, gap, deterministic):
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
-@pytest.mark.parametrize("accumulate", [False, True], ids=["", "accumulate"])
+@pytest.mark.parametrize("accumulate, accumulate_kv", [(False, False), (True, True), (True, False)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("spans", [(0, 500, 0, 700), (37, 300, 11, 440), (499, 1, 600, 100), (100, 0, 0, 5)], ids=str)
-def test_one_range(head_dim, mask, spans, accumulate, deterministic):
+def test_one_range(head_dim, mask, spans, accumulate, accumulate_kv, deterministic):
     """No list of tiles is made for a single one; what lies outside of it is NaN and must not be seen."""
     tensors = [x[0] for x in problem_tensors(13, 500, 700, 4, 2, head_dim, batch=1)]
     rows, keys = (slice(start, start + length) for start, length in (spans[:2], spans[2:]))
@@ -202,15 +202,21 @@ def test_one_range(head_dim, mask, spans, accumulate, deterministic):
         x.fill_(torch.nan)
         x[span] = part[0]
     q, k, v, dout = tensors
-    before = [torch.randn(x.shape, device="cuda") if accumulate else torch.full_like(x, torch.nan) for x in (q, k, v)]
+    adds = (accumulate, accumulate_kv, accumulate_kv)
+    before = [
+        torch.randn(x.shape, device="cuda") if add else torch.full_like(x, torch.nan) for x, add in zip((q, k, v), adds)
+    ]
+    if accumulate and not accumulate_kv:  # keys that no query sees keep what they hold
+        for x in before[1:]:
+            x.zero_()
+            x[keys][seen_keys(spans[1], spans[3], **MASKS[mask])] = torch.nan
     grads = [x.clone() for x in before]
     poison_memory()
     ops.backward(
         dout, q, k, v, lse, delta, *grads, **dict(zip(ops.RANGES, (column([x]) for x in spans))), **MASKS[mask],
-        accumulate=accumulate, deterministic=deterministic,
+        accumulate=accumulate, accumulate_kv=accumulate_kv, deterministic=deterministic,
     )  # fmt: skip
-    if accumulate:
-        grads = [x.double() - y.double() for x, y in zip(grads, before)]
+    grads = [x.double() - y.double() if add else x for x, y, add in zip(grads, before, adds)]
     if spans[1]:
         of_range = [x[None, inside[name]].to(q.dtype) for name, x in zip("qkv", grads)]
         judge(of_range, *(x[None, span] for x, span in zip(tensors, inside.values())), **MASKS[mask])
@@ -218,6 +224,14 @@ def test_one_range(head_dim, mask, spans, accumulate, deterministic):
         if spans[1]:
             grad[inside[name]] = 0.0
         assert not grad.any(), f"rows of {name} that are in no range, or that meet none"
+
+
+def seen_keys(queries: int, keys: int, window_left: int | None = None, window_right: int | None = None) -> slice:
+    """Keys that some query sees, the last query at the last key."""
+    offset = keys - queries
+    first = 0 if window_left is None else max(0, offset - window_left)
+    end = keys if window_right is None else min(keys, queries + offset + window_right)
+    return slice(first, end if queries else first)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])

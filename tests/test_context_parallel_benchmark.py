@@ -292,28 +292,48 @@ def test_gpus_are_aligned_behind_a_flush_and_all_run_at_once(monkeypatch: pytest
         "alone": context_parallel.Call(lambda: order.append("alone") or ()),
         "ring": context_parallel.Call(lambda: order.append("ring") or (), around),
     }
-    slowest = [1.5]
+    slowest, rests = [1.5], []
+
+    def align(rest_ms: float = 0.0) -> None:
+        order.append("align")
+        rests.append(rest_ms)
+
+    orders = []
     for rank in (0, 1):
         setup: Any = types.SimpleNamespace(
-            device=torch.device("cuda"), rank=rank, world=2, align=lambda: order.append("align"),
+            device=torch.device("cuda"), rank=rank, world=2, align=align,
             of_all_ranks=lambda value: [value, value | {"ring": slowest[0]}],
         )
         order.clear()
         slowest[0] = 1.5
         times, late = context_parallel.time_in_turn(calls, setup, repeats=2, warmups=1)
+        orders.append(order.copy())
+        assert orders[rank] == orders[0], "ranks draw the same order, or their calls would not meet"
         alone = ["flush", "align", "mark", "alone", "mark"]
-        assert order == (alone + ["enter", "flush", "align", "mark", "ring", "mark", "leave"]) * 3
+        ring = ["enter", "flush", "align", "mark", "ring", "mark", "leave"]
+        turns = ["".join(alone + ring), "".join(ring + alone)]
+        rounds = ["".join(order[12 * i : 12 * i + 12]) for i in range(3)]
+        assert len(order) == 36 and set(rounds) == set(turns), "each of them comes first at times"
+        assert rests[:2] == [0.0, 0.0] and rests[3:6] == [1.5 * context_parallel.REST] * 3
+        rests.clear()
         assert times == {"alone": [1.5, 1.5], "ring": [1.5, 1.5]}
         assert late == {"alone": 0, "ring": 1}
-        # One that is long on some rank: each is timed by itself, after a second of it.
+        # One that is long on some rank: each is timed after much of the same, in one order and then in the other.
         order.clear()
         slowest[0] = 250.0
-        monkeypatch.setattr(context_parallel, "BLOCK_REPEATS", 2)
+        monkeypatch.setattr(context_parallel, "BLOCK_REPEATS", 1)
         times, _ = context_parallel.time_in_turn(calls, setup, repeats=5, warmups=1)
         assert times == {"alone": [1.5, 1.5], "ring": [1.5, 1.5]}
-        blocks = ["align", *["alone"] * 667, *["align", "mark", "alone", "mark"] * 2]
-        blocks += ["enter", "align", *["ring"] * 4, *["align", "mark", "ring", "mark"] * 2, "leave"]
-        assert order[len(alone) + 7 :] == blocks
+
+        def block(name: str, runs: int, repeats: int) -> list[str]:
+            return ["align", *[name] * runs, *["align", "mark", name, "mark"] * repeats]
+
+        assert order[12:] == [
+            *block("alone", 267, 0), "enter", *block("ring", 2, 0), "leave",
+            "enter", *block("ring", 2, 1), "leave", *block("alone", 267, 1),
+            *block("alone", 267, 1), "enter", *block("ring", 2, 1), "leave",
+        ]  # fmt: skip
+        rests.clear()
 
 
 # ---- PyTorch's own ---------------------------------------------------------------------------------------------------

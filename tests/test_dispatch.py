@@ -249,8 +249,9 @@ def test_deterministic_gradients_come_from_the_library(how, deterministic, libra
     """From an argument of the interface, or from torch's setting, down to the compiled kernel."""
     seen = []
     monkeypatch.setattr(ops, "_backward_sm90", lambda *args: seen.append(dict(zip(ops.SCHEMA_ARGS["backward"], args))))
-    monkeypatch.setattr(ops, "backward", lambda *args, accumulate=False, offset=None, **call: ops._run_on_cuda(
-        "backward", *args, *({"accumulate": accumulate, "offset": offset, **call}[name]
+    defaults = {"accumulate": False, "accumulate_kv": False, "offset": None}
+    monkeypatch.setattr(ops, "backward", lambda *args, **call: ops._run_on_cuda(
+        "backward", *args, *((defaults | call)[name]
                              for name in ops.SCHEMA_ARGS["backward"][len(args):])))  # fmt: skip
     q, k, v, dout = random_qkv("cpu", BF16, head_dim=64)
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -409,7 +410,7 @@ def test_debug_mode_finds_ranges_that_share_rows(op, shared):
     else:
         accumulate = op != "backward"
         rows = torch.zeros(2, 2, 8)
-        call = ("backward", (dout, q, k, v, *rows, q, k, v, *ranges, *mask, accumulate, False, 0))
+        call = ("backward", (dout, q, k, v, *rows, q, k, v, *ranges, *mask, accumulate, accumulate, False, 0))
         wrong = {"keys"} if accumulate else {"queries", "keys"}
     if shared not in wrong:
         ops._check_contents(*call)

@@ -813,6 +813,39 @@ def test_backward_overwrites_poisoned_memory(grad_dtype, packed, device):
         assert not any(x.any() for x in outside)
 
 
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_backward_adds_to_dq_and_overwrites_dk_and_dv(grad_dtype, packed, device):
+    """Keys of a range are overwritten, all others keep what they hold."""
+    q, k, v, dout = random_qkv(device, torch.bfloat16, seqlen_q=30, seqlen_k=25, heads=4, heads_kv=2, head_dim=16)
+    arguments = {"window_right": 0}
+    inside = slice(None)
+    problem = dense_problem(q, k, v, dout, window_right=0)
+    if packed:
+        q, k, v, dout = (x[0] for x in (q, k, v, dout))
+        ranges = {"q_start": [3, 23], "q_len": [20, 7], "k_start": [0, 20], "k_len": [15, 3]}
+        inside = torch.tensor([*range(15), *range(20, 23)], device=device)
+        arguments |= dict(zip(RANGE_NAMES, index_tensors(device, *ranges.values()), strict=True))
+        problem = Problem(q, k, v, dout, None, None, window_right=0, **ranges)
+    out, lse = ops.forward(q, k, v, **arguments)
+    dq = torch.full_like(q, 0.25, dtype=torch.float32)
+    dk, dv = (lay_out(torch.full_like(x, torch.nan, dtype=grad_dtype), "transposed") for x in (k, v))
+    if packed:
+        outside = torch.ones(25, dtype=torch.bool, device=device)
+        outside[inside] = False
+        dk[outside], dv[outside] = 7.0, 7.0
+    delta = ops.delta(dout, out)
+    ops.backward(dout, q, k, v, lse, delta, dq, dk, dv, accumulate=True, accumulate_kv=False, **arguments)
+    if packed:
+        assert torch.equal(dk[outside], torch.full_like(dk[outside], 7.0)) and torch.equal(dk[outside], dv[outside])
+        dk[outside], dv[outside] = 0.0, 0.0
+        touched = torch.zeros(30, dtype=torch.bool, device=device)
+        touched[3:] = True
+        assert torch.equal(dq[~touched], torch.full_like(dq[~touched], 0.25))
+    grads = [dq - 0.25, dk, dv]
+    assert_solves_added_to(problem, oracle.Grads(None, None, *(grads if packed else [flatten(x) for x in grads]), None))
+
+
 def test_backward_accumulates_on_top_of_dense_gradients(device):
     q, k, v, dout = random_qkv(device, seqlen_q=12, seqlen_k=12)
     out, lse = ops.forward(q, k, v, window_right=0)

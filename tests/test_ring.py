@@ -23,7 +23,7 @@ from fa3_dist.parallel.exchange import DistributedExchange, Exchange, run_in_pro
 from fa3_dist.parallel.ring import ring_attention
 from fa3_dist.parallel.schedule import Layout, Visit, contiguous, packed, ring_schedule, zigzag
 from tests.distributed import run_distributed
-from tests.ring_gate import NAMES, Case, judge, local_rows, make_inputs, patched, run_case, total_error
+from tests.ring_gate import NAMES, Case, judge, local_rows, make_inputs, patched, run_case, striped, total_error
 
 WORLDS = (2, 3, 4, 8)
 BF16 = torch.bfloat16
@@ -109,8 +109,9 @@ GPU_CASES = [case for case in CASES if 100 < sum(case.lengths) and case.schedule
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
-def test_gate_of_eight_ranks_on_one_gpu(case: Case):
-    assert judge(case, run_in_process(8, run_case, case, False, "cuda")) == []
+@pytest.mark.parametrize("world", [2, 8])
+def test_gate_of_ranks_on_one_gpu(world: int, case: Case):
+    assert judge(case, run_in_process(world, run_case, case, False, "cuda")) == []
 
 
 def nccl_worker(rank: int, world: int, peer_copies: bool) -> list[dict]:
@@ -338,6 +339,47 @@ def test_one_half_travels_while_the_other_computes():
             "compute 4",  # the rest of the local step: the last half travels meanwhile
             "wait dK/dV 2", "wait dK/dV 2",
         ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------- sums that are written, not added to zeros
+
+
+@pytest.mark.parametrize("window_left, window_right", [(None, None), (None, 0), (40, 0), (3, 5), (200, 0)], ids=str)
+@pytest.mark.parametrize("make", [zigzag, contiguous, packed, striped])
+@pytest.mark.parametrize("world", [2, 3])
+def test_rows_are_written_where_one_launch_alone_meets_them(world, make, window_left, window_right):
+    """Counted pair by pair: keys of a step, and local ones in either form, that are met once and seen."""
+    layout, found = make((61, 7, 300, 150), world), set()
+    for rank in range(world):
+        steps = ring_schedule(layout, rank, window_left=window_left, window_right=window_right)
+        plan = ring.ring_plan(layout, rank, window_left, window_right, torch.device("cpu"))
+        parts = [ring._split_local(steps[0].backward)] if len(steps) > 1 else []
+        for parts_of_local in [(steps[0].backward,), *parts]:
+            launches = sum(parts_of_local, ())
+            may_write = meets_each_once(launches, layout.tokens(rank), window_left, window_right)
+            assert plan.writes_own <= may_write
+        for step, planned in zip(steps[1:], plan.remote, strict=True):
+            rows = sum(span.length for span in step.receive)
+            assert planned.writes == meets_each_once(step.backward, rows, window_left, window_right)
+            found.add(planned.writes)
+        found.add(plan.writes_own)
+    if make is zigzag and window_left is None:
+        assert found == {True}
+    if make is striped and window_left is not None:
+        assert False in found
+
+
+def meets_each_once(launches: ring.Launches, keys: int, window_left: int | None, window_right: int | None) -> bool:
+    met, seen = [0] * keys, [False] * keys
+    for visit in (visit for launch in launches for visit in launch):
+        for j in range(visit.k_len):
+            met[visit.k_start + j] += 1
+            seen[visit.k_start + j] |= any(
+                (window_left is None or i + visit.offset - window_left <= j)
+                and (window_right is None or j <= i + visit.offset + window_right)
+                for i in range(visit.q_len)
+            )
+    return set(met) <= {1} and all(seen)
 
 
 # ----------------------------------------------------------------------------------- the parts of the local step

@@ -252,7 +252,17 @@ def scale_dropped_in_backward():
 
 
 def gradients_overwritten():
-    return option_dropped("accumulate", False)
+    return option_dropped("accumulate_kv", False)
+
+
+def dq_overwritten():
+    operator = ops.backward
+    return patched(ops, "backward", lambda *args, **options: operator(
+        *args, **(options | {"accumulate": False, "accumulate_kv": False})))  # fmt: skip
+
+
+def keys_met_more_than_once_written():
+    return patched(ring, "_meets_each_once", lambda *arguments: True)
 
 
 MUTANTS: dict[Callable[[], Any], Case] = {  # each with a case that must turn red
@@ -283,7 +293,9 @@ MUTANTS: dict[Callable[[], Any], Case] = {  # each with a case that must turn re
     delta_of_the_wrong_sign: LONG_BF16,
     softcap_dropped_in_backward: SOFTCAP,
     scale_dropped_in_backward: SOFTCAP,
-    gradients_overwritten: CAUSAL,
+    gradients_overwritten: BLIND,
+    dq_overwritten: CAUSAL,
+    keys_met_more_than_once_written: BLIND,
 }
 
 

@@ -17,7 +17,8 @@ inline int64_t elements_of_sum(const ForwardParams& forward, int64_t head_dim) {
 }
 
 // Gradients of `params`, of which no extent is 0: every row of dq, dk and dv, or, where params.accumulate is set, what the
-// ranges add to them. cudaErrorInvalidValue: a tensor that the copy engine cannot address (see ForwardParams).
+// ranges add to dq, and to dk and dv or write there. cudaErrorInvalidValue: a tensor that the copy engine cannot address
+// (see ForwardParams).
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream);
 

@@ -284,9 +284,9 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
 
     if (steps == 0) {
       write_rows<Element>(rdV, 1.f, params.dv, params.dv_dtype, forward.head_dim_v, forward.seqlen_k, forward.kv_heads,
-                          params.accumulate, tile, rows.row);
+                          params.accumulate_kv, tile, rows.row);
       write_rows<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, forward.head_dim, forward.seqlen_k,
-                          forward.kv_heads, params.accumulate, tile, rows.row);
+                          forward.kv_heads, params.accumulate_kv, tile, rows.row);
       shared.tiles.empty[tile_ring.stage].arrive();
       tile_ring.advance();
       k_ring.advance();

@@ -172,7 +172,7 @@ __device__ __forceinline__ void consume_weights(const BackwardArguments& argumen
 
     if (--at.steps == 0) {
       write_rows<Element>(rdV, 1.f, params.dv, params.dv_dtype, forward.head_dim_v, forward.seqlen_k, forward.kv_heads,
-                          params.accumulate, tile, rows.row);
+                          params.accumulate_kv, tile, rows.row);
       at.end_tile();
     }
   }
@@ -249,7 +249,7 @@ __device__ __forceinline__ void consume_weight_gradients(const BackwardArguments
 
     if (at.steps == 0) {
       write_rows<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, forward.head_dim, forward.seqlen_k,
-                          forward.kv_heads, params.accumulate, tile, rows.row);
+                          forward.kv_heads, params.accumulate_kv, tile, rows.row);
       at.end_tile();
     }
   }

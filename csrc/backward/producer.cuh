@@ -41,11 +41,13 @@ __device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, Tile
   const bool first_lane = threadIdx.x % 32 == 0;
   if (!is_listed && !first_lane) return;
   const unsigned lanes = is_listed ? 0xffffffffu : 1u;
-  int per_unit = (sequence_at(params, 0).q_len + kRows - 1) / kRows;  // of all sequences of a batch
+  int per_unit = 0;
   if (is_listed) {
     const auto& header = *reinterpret_cast<const ScheduleHeader*>(params.workspace);
     per_unit = header.records;
     units_per_group = max(header.units_per_group, least_units);
+  } else {
+    per_unit = (sequence_at(params, 0).q_len + kRows - 1) / kRows;  // of all sequences of a batch
   }
   const TileSequence order(params.heads * params.batch, per_unit, units_per_group);
   Ring<kRowTileSlots> ring;
@@ -253,8 +255,11 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
   TurnEnds<Config> ends(shared);
   Ring<kRowTileSlots> tile_ring;
   uint32_t parity = 0;
-  bool begun = false;
-  static_assert(Config::kConsumers == 2);
+  int unread = -1;  // the warpgroup whose part is still to be read, or is not known to have been
+  const auto give_back = [&] {
+    if (unread >= 0) shared.dq_empty[unread].arrive();
+    unread = -1;
+  };
   while (true) {
     shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
     const RowTile& tile = shared.tiles.tile[tile_ring.stage];
@@ -270,6 +275,7 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
     const auto end_last_turn = [&] {
       if (last == nullptr) return;
       wait_for_additions();
+      give_back();
       ends.leave(last);
     };
     for_each_step(arguments, first_block, end_block, [&](int head, int block) {
@@ -293,8 +299,8 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
                            batch, packed);
         // The part before has been read by now, most likely; to wait for this one would keep the next one waiting.
         tma_store_wait<1>();
-        if (begun) shared.dq_empty[1 - warpgroup].arrive();
-        begun = true;
+        give_back();
+        unread = warpgroup;
       }
       parity ^= 1;
     });

@@ -71,7 +71,7 @@ struct QueryGradientArguments {
   CUtensorMap v;
   BackwardParams params;  // with the workspace of the queries' tiles
   TileCounter* counter;
-  int units_per_group;  // query heads that are walked together (dense)
+  int units_per_group;  // query heads that are walked together, unless tiles are listed
 };
 
 template <class Config>

@@ -18,7 +18,7 @@ struct BackwardArguments {
   ForwardParams transposed;  // params.forward with queries and keys in each other's place: what tiles are drawn from
   TileCounter* counter;
   int group;            // query heads of a KV head
-  int units_per_group;  // KV heads that are walked together (dense)
+  int units_per_group;  // KV heads that are walked together, unless tiles are listed
 };
 
 // A tile on its way from the warp that draws it to those that load it and to the consumers, which keep it until they have

@@ -101,7 +101,8 @@ class TileOrder {
   }
 
   // Fills in the blocks that a warpgroup's rows see, or so it seems by the bounds of the first and the last row of a shared
-  // tile; all where that is none, or, in a walk, the last one, which comes before all of the next tile. `unseen`: steps may leave out to look for maxima.
+  // tile; all where that is none, or, in a walk, the last one, which comes before all of the next tile. `unseen`: steps may
+  // leave out to look for maxima.
   __device__ __forceinline__ void fill_seen(int slot, int warpgroup, bool unseen) const {
     static_assert(Config::kConsumers <= std::extent_v<decltype(Tile::seen)>);
     Tile& tile = shared_.tile[slot];
@@ -175,16 +176,17 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
       __syncwarp();
       if (index < tiles) continue;
       kind = Tile::kEnd;
-    } else if (rarely(index >= tiles || lost >= kManyRepeats)) {
+    } else if (rarely(!is_known && (index >= tiles || lost >= kManyRepeats))) {
       kind = Tile::kPause;
     }
 
-    wait_as_warp(shared.tile_empty[ring.stage], ring.parity ^ 1);
     Tile& tile = shared.tile[ring.stage];
     if (is_known) {
+      // NOTE: nobody waits for its slot to be empty: by now it may be so for the second time.
       shared.tile_full[ring.stage].wait(ring.parity);
       is_known = false;
     } else {
+      wait_as_warp(shared.tile_empty[ring.stage], ring.parity ^ 1);
       if (kind == Tile::kWork) order.fill(ring.stage, drawn);
       if (first_lane && only_warp != kAllWarps) tile.blocks.end_plain = tile.blocks.first_plain;
       if constexpr (Config::kSkipsBlocks) {

@@ -514,6 +514,9 @@ class NoPeers:
     def confirm(self) -> None:
         pass
 
+    def side_stream(self) -> None:
+        pass
+
     def room(self, *message: Any) -> Parts:
         raise AssertionError(f"a ring of one rank has nobody to wait for a message from: {message}")
 

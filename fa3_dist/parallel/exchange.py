@@ -142,6 +142,10 @@ class Exchange(Protocol):
         """To be called once all that was received is read, or queued to be: work queued after it begins only if none of
         that can have been overwritten meanwhile, by a rank that has given up."""
 
+    def side_stream(self) -> Any:
+        """A CUDA stream for work beside that of the current one that may take every SM: None where messages would then
+        wait for SMs, and on the CPU."""
+
 
 class Subgroup:
     """The exchange of some of an exchange's ranks among themselves: rank i of it is rank members[i] there.
@@ -175,6 +179,10 @@ class Subgroup:
     def confirm(self) -> None:
         """See `Exchange.confirm`."""
         self._exchange.confirm()
+
+    def side_stream(self) -> Any:
+        """See `Exchange.side_stream`: messages don't go into places here, so not by copy engines."""
+        return None
 
     def room(self, like: Sequence[Tensor], rows: int, place: Place) -> Parts:
         """See `Exchange.room`. The places are of all ranks, which may not come here together."""
@@ -333,11 +341,12 @@ class DistributedExchange:
         self._peers: PeerCopies | None = None
         self._lacks_memory = False  # for places, on some rank
         self._stream: Any = None
+        self._side: Any = None
         self._posted: _StreamPending | None = None  # the last one since `let_begin`
         self._unconfirmed: _Transfer | None = None  # the last one into a place since `confirm`
         self._watchdog: Watchdog | None = None
         if self.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self.device)
+            self._stream, self._side = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
             # What ends every wait for another rank. NOTE: a method of self would keep it alive, for the thread to hold.
             releases: list[Callable[[], None]] = []
             abort = self.group._get_backend(self.device).abort
@@ -438,6 +447,10 @@ class DistributedExchange:
                 done = torch.cuda.Event()
                 done.record(self._stream)
             self._look_after(transfer, (), done).wait()
+
+    def side_stream(self) -> Any:
+        """See `Exchange.side_stream`."""
+        return self._side if self._has_places() else None
 
     def _post_on_stream(self, transfer: _Transfer, send: Parts, receive: Parts, place: Place | None) -> Pending:
         assert self._watchdog is not None
@@ -878,6 +891,10 @@ class InProcessExchange:
 
     def confirm(self) -> None:
         """See `Exchange.confirm`: there is nothing to be done."""
+
+    def side_stream(self) -> Any:
+        """See `Exchange.side_stream`."""
+        return torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def _key(self, source: int, destination: int) -> tuple[int, int, int]:
         number = self._numbers[source, destination]

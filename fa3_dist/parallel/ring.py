@@ -18,11 +18,14 @@ them is data in the schedule (`schedule.ring_schedule`), and how messages travel
                                               add the last dK/dV that came back
 
 A half's dK/dV travel while the other half computes. That pays where links are slow: elsewhere, and where there is one
-key/value head, a step is one launch (`LEAST_HALF`).
+key/value head, a step is one launch (`LEAST_HALF`). Where there is one remote step, and its messages take no SMs, the
+gradients of local keys are computed on a stream of their own: what a launch leaves of the GPU at its end, when its last
+tiles are under way, the next one takes (`_Beside`).
 
 Softmax over all keys is continued from step to step in fp32 (`ops.forward_into`: running out and lse), the gradients
-accumulate in fp32, and dK/dV travel in fp32; what is returned is rounded once, at the end. Only local tensors are saved
-for the backward, in which K and V travel again, so memory is O(sequence / world).
+accumulate in fp32, and dK/dV travel in fp32; what is returned is rounded once, at the end. dK/dV that one launch alone
+contributes to are written, not added to zeros. Only local tensors are saved for the backward, in which K and V travel
+again, so memory is O(sequence / world).
 
 Names: T local rows, N rows of a message, H query heads, G key/value heads, D head_dim, E head_dim of v. A message has
 two parts: rows of K (N, G, D), and of V (N, G, E), sent from where they lie; dK and dV likewise.
@@ -30,8 +33,10 @@ two parts: rows of K (N, G, D), and of V (N, G, E), sent from where they lie; dK
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -161,11 +166,13 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
         arriving = _fetch(kv, plan, 0, exchange)
     delta = make_delta()
     dq = q.new_zeros(q.shape, dtype=sum_dtype)
-    own = _KeyRows(*(x.new_zeros(x.shape, dtype=sum_dtype) for x in (k, v)))
+    # What comes back is added after the local launches have written what is theirs: not so where a step comes after it.
+    writes_own = plan.writes_own and len(plan.remote) <= 1
+    own = _KeyRows(*(_new_sum(x, len(x), x.shape[1], sum_dtype, writes_own) for x in (k, v)))
 
-    def add_gradients(step: int, launches: Sequence[Launch], kv: _KeyRows, dkv: _KeyRows, sm_margin: int,
+    def add_gradients(step: int, launches: Sequence[Launch], kv: _KeyRows, dkv: _KeyRows, writes: bool, sm_margin: int,
                       heads: _Heads | None = None) -> None:
-        """dkv: of the key/value heads that `heads` says, or of all."""
+        """dkv: of the key/value heads that `heads` says, or of all; writes: they hold nothing yet."""
         tensors = (dout, q, *kv, lse, delta, dq)
         if heads is not None:
             tensors = heads.of(*tensors)
@@ -173,34 +180,71 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
         with computing(exchange.observer, "backward", step):
             for launch in launches:
                 ops.backward(  # type: ignore[misc]
-                    *tensors, *dkv, **launch, **options, accumulate=True, sm_margin=sm_margin
+                    *tensors, *dkv, **launch, **options, accumulate=True, accumulate_kv=not writes, sm_margin=sm_margin
                 )
 
-    if opening:
-        add_gradients(0, opening, _KeyRows(k, v), own, exchange.sm_margin)
     returning: list[_Returning] = []
-    for index, step in enumerate(plan.remote):
-        come = arriving.wait()
-        if index + 1 < len(plan.remote):
-            arriving = _fetch(kv, plan, index + 1, exchange)
-        before, returning = returning, []
-        parts = _head_parts(q.shape[1], G, step.most_rows * (D + E) * sum_dtype.itemsize, k.device)
-        for part, heads in enumerate(parts):
-            dkv = _KeyRows(*(x.new_zeros(len(x), heads.kv_count, x.shape[2], dtype=sum_dtype) for x in come))
-            add_gradients(step.step.shift, step.backward, come, dkv, exchange.sm_margin, heads)
-            if before:
-                before.pop(0).add_to(own)  # its buffers go before the next ones come
-            returning.append(_Returning(heads, _send_home(dkv, plan, index, part, exchange)))
-            del dkv
-        while before:
-            before.pop(0).add_to(own)
-        del come
-    if plan.remote:
-        del arriving  # the memory of the last K/V, too, is wanted at the end
-    add_gradients(0, closing, _KeyRows(k, v), own, exchange.sm_margin if plan.remote else 0)
+    # NOTE: with more steps, sums that come back would be added beside the closing launch, which adds to the same rows.
+    may_overlap = len(plan.remote) == 1 and not options["deterministic"]
+    with _Beside(exchange.side_stream() if may_overlap else None) as local:
+        if opening:
+            with local.stream():
+                add_gradients(0, opening, _KeyRows(k, v), own, writes_own, exchange.sm_margin)
+        for index, step in enumerate(plan.remote):
+            come = arriving.wait()
+            if index + 1 < len(plan.remote):
+                arriving = _fetch(kv, plan, index + 1, exchange)
+            before, returning = returning, []
+            parts = _head_parts(q.shape[1], G, step.most_rows * (D + E) * sum_dtype.itemsize, k.device)
+            for part, heads in enumerate(parts):
+                dkv = _KeyRows(*(_new_sum(x, len(x), heads.kv_count, sum_dtype, step.writes) for x in come))
+                local.follow()
+                add_gradients(step.step.shift, step.backward, come, dkv, step.writes, exchange.sm_margin, heads)
+                if before:
+                    before.pop(0).add_to(own)  # its buffers go before the next ones come
+                returning.append(_Returning(heads, _send_home(dkv, plan, index, part, exchange)))
+                del dkv
+            while before:
+                before.pop(0).add_to(own)
+            del come
+        if plan.remote:
+            del arriving  # the memory of the last K/V, too, is wanted at the end
+        with local.stream():
+            add_gradients(0, closing, _KeyRows(k, v), own, writes_own, exchange.sm_margin if plan.remote else 0)
     dk, dv = _total_of(own, returning, kv_dtype)
     exchange.confirm()
     return dq.to(q.dtype), dk, dv
+
+
+def _new_sum(like: Tensor, rows: int, heads: int, dtype: torch.dtype, is_written: bool) -> Tensor:
+    """Memory for rows of dK or dV: zeros to add to, unless all of it is going to be written."""
+    return (like.new_empty if is_written else like.new_zeros)((rows, heads, like.shape[2]), dtype=dtype)
+
+
+class _Beside:
+    """Work on a stream of its own, beside the current one: from the start of a `with` statement on, and until its end,
+    whatever that is, the current stream waits for it. With None all of it is on the current stream."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self._current = None if stream is None else torch.cuda.current_stream(stream.device)
+
+    def __enter__(self) -> _Beside:
+        self.follow()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._current is not None:
+            self._current.wait_stream(self._stream)
+
+    def follow(self) -> None:
+        """What is queued here from now on begins no earlier than what is queued next on the current stream."""
+        if self._current is not None:
+            self._stream.wait_stream(self._current)
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """Inside, the current stream is this one."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
 # --------------------------------------------------------------------------- parts of the local step, and of the heads
@@ -388,6 +432,7 @@ BACKWARD_COLUMNS = FORWARD_COLUMNS[:-1]
 class _RemoteStep(NamedTuple):
     step: Step
     most_rows: int  # that come to a rank in this step, of all ranks
+    writes: bool  # its backward's launches contribute once to every row that comes
     forward: tuple[Launch, ...]
     backward: tuple[Launch, ...]
 
@@ -400,6 +445,7 @@ class RingPlan(NamedTuple):
     local_backward: tuple[Launch, ...]
     opening: tuple[Launch, ...]  # the same in two parts: this one hides the first K/V,
     closing: tuple[Launch, ...]  # and this one the last dK/dV
+    writes_own: bool  # either form of the local backward contributes once to every local key
     alone: Launch | None  # all there is, in both directions, where there are no messages and no running sums
 
     @property
@@ -418,6 +464,7 @@ class RingPlan(NamedTuple):
 def ring_plan(layout: Layout, rank: int, window_left: int | None, window_right: int | None,
               device: torch.device) -> RingPlan:
     """The schedule of this layout and mask, its visits on the device. Every layer of a model asks for the same one."""
+    window = window_left, window_right
     steps = ring_schedule(layout, rank, window_left=window_left, window_right=window_right)
     assert steps[0].shift == 0 and all(step.shift for step in steps[1:]), "the local step comes first"
     opening, closing = _split_local(steps[0].backward) if len(steps) > 1 else ((), ())
@@ -428,13 +475,27 @@ def ring_plan(layout: Layout, rank: int, window_left: int | None, window_right: 
     sizes = step_sizes(layout, window_left=window_left, window_right=window_right)
     most_rows = dict(zip(sizes.shifts, sizes.keys.max(axis=0).tolist(), strict=True))
     remote = tuple(
-        _RemoteStep(step, most_rows.get(step.shift, 0), *launches)
+        _RemoteStep(step, most_rows.get(step.shift, 0), _meets_each_once(step.backward, _total(step.receive), *window),
+                    *launches)
         for step, *launches in zip(steps[1:], forward, backward, strict=True)
     )
     # One launch each way: every row is in one visit of the forward, so in one of the backward, and so are the keys.
     is_alone = not remote and len(local) == len(local_backward) == 1
     alone = {name: local[0][name] for name in BACKWARD_COLUMNS} if is_alone else None
-    return RingPlan(local, remote, local_backward, opening_launches, closing_launches, alone)
+    writes_own = _meets_each_once(steps[0].backward, layout.tokens(rank), *window)
+    return RingPlan(local, remote, local_backward, opening_launches, closing_launches, writes_own, alone)
+
+
+def _meets_each_once(launches: Launches, keys: int, window_left: int | None, window_right: int | None) -> bool:
+    """Whether each of so many rows of keys is in one visit, of all launches, and seen by some query there."""
+    end = 0
+    for visit in sorted((visit for launch in launches for visit in launch), key=lambda visit: visit.k_start):
+        sees_first = window_left is None or visit.offset - window_left <= 0
+        sees_last = window_right is None or visit.offset + visit.q_len - 1 + window_right >= visit.k_len - 1
+        if visit.k_start != end or visit.q_len == 0 or not (sees_first and sees_last):
+            return False
+        end += visit.k_len
+    return end == keys
 
 
 def _split_local(launches: Launches) -> tuple[Launches, Launches]:
