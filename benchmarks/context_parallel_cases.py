@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import attention_cases
+import torch
 from attention_cases import Case
 
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.all_to_all import kv_copies
-from fa3_dist.parallel.ring import LEAST_HALF, adds_at_once, backward_parts
+from fa3_dist.parallel.ring import LEAST_HALF, adds_at_once, backward_parts, ring_plan
 from fa3_dist.parallel.schedule import Layout, Span, Step, ring_schedule, step_sizes
 
 PASSES = ("forward", "forward_backward")
@@ -168,9 +169,18 @@ def ring_memory(
     returned = [0] * len(go) if has_places else go
     in_steps = [sum(each) for each in zip(fetched, _gradients_held(case, layout, come, returned, device_type))]
     last = row.dkv_sum * returned[-2] if steps and adds_at_once(steps[-1].send, device_type) else 0
-    at_the_end = tokens * row.kv + max(tokens * row.q, last)
+    results = tokens * row.kv  # dk and dv, there from the first launch on where it writes to them
+    early = results if finishes_early(case, layout, rank, device_type) else 0
+    at_the_end = results - early + max(tokens * row.q, last)
     name = "messages" if max(in_steps) >= at_the_end else "dq, dk, dv and the last dK/dV"
-    return memory | {name: max(*in_steps, at_the_end)}
+    return memory | ({"dk, dv": early} if early else {}) | {name: max(*in_steps, at_the_end)}
+
+
+def finishes_early(case: Case, layout: Layout, rank: int, device_type: str) -> bool:
+    """Whether the first launch of a ring's backward writes dk and dv of its keys as they are wanted."""
+    plan = ring_plan(layout, rank, **window(case), device=torch.device("cpu"))
+    opening, _ = plan.parts_of_local(layout.tokens(rank) * case.kv_heads, torch.device(device_type))
+    return bool(opening and plan.finished)
 
 
 def _gradients_held(case: Case, layout: Layout, come: list[int], go: list[int], device_type: str) -> list[int]:

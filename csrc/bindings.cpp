@@ -263,9 +263,10 @@ ForwardLauncher find_forward([[maybe_unused]] fa3::DType wanted, [[maybe_unused]
 
 using BackwardLauncher = cudaError_t (*)(const fa3::BackwardParams&, cudaStream_t);
 
-// A row of the backward: its kernel, and the head_dim of the rows that it sums dq up in.
+// A row of the backward: its kernels, and the head_dim of the rows that it sums dq up in.
 struct BackwardKernel {
   BackwardLauncher launch = nullptr;
+  BackwardLauncher round = nullptr;
   int64_t head_dim = 0;
 };
 
@@ -276,7 +277,8 @@ BackwardKernel find_backward([[maybe_unused]] fa3::DType wanted, [[maybe_unused]
   [[maybe_unused]] int64_t found_size = std::numeric_limits<int64_t>::max();
 #define FA3_BACKWARD(kind, dtype, dim, dim_v)                                                          \
   if (wanted == fa3::DType::dtype && wanted_dim <= dim && wanted_dim_v <= dim_v && dim + dim_v < found_size) { \
-    found = {fa3::launch_backward<fa3::DType::dtype, dim, dim_v>, dim};                                \
+    found = {fa3::launch_backward<fa3::DType::dtype, dim, dim_v>, fa3::launch_rounding<fa3::DType::dtype, dim, dim_v>, \
+             dim};                                                                                     \
     found_size = dim + dim_v;                                                                          \
   }
 #include <instances.def>
@@ -586,6 +588,11 @@ void forward_into_sm90(const Tensor& q, const Tensor& k, const Tensor& v, Tensor
                    view_of(out_acc), view_of(lse), view_of(out), view_of(flags));
 }
 
+// Memory that a packed backward sums dq up in, in the kernel's own order.
+float* sum_pointer(const char* op, const Tensor& dq_sum, int64_t elements, const View& q) {
+  return static_cast<float*>(state_pointer(op, "dq_sum", view_of(dq_sum), {elements}, ScalarType::Float, q));
+}
+
 void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
                    const Tensor& delta, Tensor& dq, Tensor& dk, Tensor& dv, const std::optional<Tensor>& q_start,
                    const std::optional<Tensor>& q_len, const std::optional<Tensor>& k_start,
@@ -621,7 +628,20 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
                          is_float ? ScalarType::Float : call.dtype, view);
   };
   FA3_CHECK(accumulate || !accumulate_kv, "backward: accumulate_kv is for calls that accumulate dq, too");
-  params.dq = gradient("dq", dq, q, accumulate, params.dq_dtype);
+  const bool separate = fa3::separates_dq(kernel.head_dim);
+  if (dq.dim() == 1) {
+    FA3_CHECK(accumulate && call.packed, "backward: a dq_sum is for packed calls that accumulate");
+    params.dq_dtype = fa3::DType::fp32;
+    if (dq.is_cuda()) dq.mutable_data_ptr();
+    float* const sum = sum_pointer(kOp, dq, fa3::elements_of_sum(call.params, kernel.head_dim), view);
+    if (separate) {
+      params.dq = sum;
+    } else {
+      params.dq_sum = sum;
+    }
+  } else {
+    params.dq = gradient("dq", dq, q, accumulate, params.dq_dtype);
+  }
   params.dk = gradient("dk", dk, k, accumulate_kv, params.dk_dtype);
   params.dv = gradient("dv", dv, v, accumulate_kv, params.dv_dtype);
   params.accumulate = accumulate;
@@ -645,7 +665,6 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   params.dout = dout_view.data;
   params.dout_stride = mapped_strides(kOp, "dout", dout_view);
   params.deterministic = deterministic;
-  const bool separate = fa3::separates_dq(kernel.head_dim);
   std::optional<Tensor> dq_sum, turns, query_workspace;
   Scratch scratch;
   if (!accumulate && !separate) {
@@ -660,6 +679,33 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   const cudaStream_t stream = prepare_launch(call, true, deterministic && accumulate, scratch);
   params.forward = call.params;
   check_launch(launch(params, stream), kOp);
+}
+
+// dq (Tq, Hq, D), in q's dtype, of a sum that backwards have added to.
+Tensor round_dq_sm90(const Tensor& dq_sum, const Tensor& q, const Tensor& v, double softmax_scale) {
+  constexpr const char* kOp = "round_dq";
+  FA3_CHECK(q.dim() == 3 && v.dim() == 3, "round_dq: q and v must have shape (tokens, heads, head_dim), got ", shape_of(q),
+            " and ", shape_of(v));
+  const View view = view_of(q);
+  const auto dtype = dtype_of(q.scalar_type());
+  FA3_CHECK(dtype && view.sizes[2] % 8 == 0, "round_dq: this library has no kernel for q ", shape_of(view));
+  const BackwardKernel kernel = find_backward(*dtype, view.sizes[2], v.size(2));
+  FA3_CHECK(kernel.round != nullptr, "round_dq: this library has no kernel for head_dim ", view.sizes[2], " and ", v.size(2));
+  fa3::BackwardParams params{};
+  fa3::ForwardParams& forward = params.forward;
+  forward.batch = 1;
+  forward.seqlen_q = static_cast<int32_t>(view.sizes[0]);
+  forward.heads = static_cast<int32_t>(view.sizes[1]);
+  forward.head_dim = static_cast<int32_t>(view.sizes[2]);
+  forward.softmax_scale = static_cast<float>(softmax_scale);
+  params.dq_sum = sum_pointer(kOp, dq_sum, fa3::elements_of_sum(forward, kernel.head_dim), view);
+  const CurrentDevice device(view.device);
+  Tensor dq = empty(view.device, {view.sizes, view.sizes + 3}, q.scalar_type());
+  if (view.sizes[0] == 0) return dq;
+  params.dq = dq.mutable_data_ptr();
+  params.dq_dtype = *dtype;
+  check_launch(kernel.round(params, current_stream(view.device)), kOp);
+  return dq;
 }
 
 // ---- forward, called from Python -------------------------------------------------------------------------------------
@@ -825,6 +871,7 @@ STABLE_TORCH_LIBRARY_IMPL(fa3_dist, CUDA, m) {
   m.impl("forward_into_sm90", TORCH_BOX(&forward_into_sm90));
   m.impl("delta_sm90", TORCH_BOX(&delta_sm90));
   m.impl("backward_sm90", TORCH_BOX(&backward_sm90));
+  m.impl("round_dq_sm90", TORCH_BOX(&round_dq_sm90));
 }
 
 // JSON: version, variants, csrc_hash, nvcc, cutlass. The string lives as long as the library.

@@ -101,7 +101,8 @@ struct BackwardParams {
   void* dq;
   void* dk;
   void* dv;
-  float* dq_sum;       // scratch memory of elements_of_sum(forward, the row's head_dim), unless accumulate or separates_dq
+  float* dq_sum;       // elements_of_sum(forward, the row's head_dim) that dq is summed up in, unless separates_dq: scratch
+                       // memory, or with accumulate what is added to, in dq's place, where it is not nullptr
   Strides dout_stride;
   DType dq_dtype;      // the inputs' or fp32
   DType dk_dtype;

@@ -1,9 +1,10 @@
-"""The four operators: schemas, argument checks, fake kernels, autograd, and the choice of what runs them on a GPU.
+"""The operators: schemas, argument checks, fake kernels, autograd, and the choice of what runs them on a GPU.
 
-`torch.ops.fa3_dist.{forward, forward_into, delta, backward}` are defined here and nowhere else; the functions of this
-module of the same names are how the rest of the package calls them (keywords, defaults). Which kernel runs is decided
-by the device of the inputs: `reference` on the CPU; on CUDA the compiled sm_90a library where it has the variant, else
-PyTorch's kernels through `reference`, with one warning a variant (`FA3_DIST_STRICT=1` makes that an error).
+`torch.ops.fa3_dist.{forward, forward_into, delta, backward, round_dq}` are defined here and nowhere else; the functions
+of this module of the same names are how the rest of the package calls them (keywords, defaults). Which kernel runs is
+decided by the device of the inputs: `reference` on the CPU; on CUDA the compiled sm_90a library where it has the
+variant, else PyTorch's kernels through `reference`, with one warning a variant (`FA3_DIST_STRICT=1` makes that an
+error).
 
 An operator's way through the dispatcher costs more host time than a short kernel runs. `forward` and `forward_into`
 therefore call the compiled library directly where that comes to the same: see `_is_unobserved`.
@@ -32,7 +33,10 @@ from fa3_dist._build import LIBRARY
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.reference import FIRST, LAST
 
-__all__ = ["FIRST", "LAST", "backward", "delta", "forward", "forward_into", "library_info"]
+__all__ = [
+    "FIRST", "LAST", "adds_atomically", "backward", "delta", "forward", "forward_into", "library_info", "new_dq_sum",
+    "round_dq",
+]  # fmt: skip
 
 NAMESPACE = "fa3_dist"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -50,12 +54,15 @@ SCHEMAS = {
     "backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor(a!) dq, Tensor(b!) dk, "
     f"Tensor(c!) dv, {_RANGES}, {_SCORES}, bool accumulate, bool accumulate_kv, bool deterministic, "
     "int sm_margin) -> ()",
+    "round_dq": "(Tensor dq_sum, Tensor q, Tensor v, float softmax_scale) -> Tensor",
 }
 # names of dtypes in csrc/instances.def
 _VARIANT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # Operators with an `<op>_sm90` implementation in the compiled library, and the family of rows in csrc/instances.def
 # that says which dtypes and head dims it has.
-COMPILED = {"forward": "forward", "forward_into": "forward", "delta": "delta", "backward": "backward"}
+COMPILED = {
+    "forward": "forward", "forward_into": "forward", "delta": "delta", "backward": "backward", "round_dq": "backward",
+}  # fmt: skip
 VECTOR = 8  # the compiled attention takes head dims that are multiples of it: 16 bytes of bf16 or fp16
 
 
@@ -173,7 +180,8 @@ def backward(
 
     Args:
         dout: (B, Sq, Hq, Dv) or (Tq, Hq, Dv); lse: the final one; delta: from `delta`.
-        dq, dk, dv: shapes of q, k, v. accumulate=True: fp32 (fp64 for fp64 inputs), added to in place.
+        dq, dk, dv: shapes of q, k, v. accumulate=True: fp32 (fp64 for fp64 inputs), added to in place; dq may be one of
+            `new_dq_sum`.
             accumulate=False: any float dtype, overwritten; rows in no range get 0. The ranges of keys of one call are
             disjoint, and without accumulate those of queries, too.
         accumulate_kv: whether dk and dv are added to; default: as dq is. False where dq is: they are of any float dtype
@@ -194,6 +202,55 @@ def backward(
         window_left, window_right, softcap, accumulate, accumulate if accumulate_kv is None else accumulate_kv,
         deterministic, sm_margin,
     )
+
+
+def new_dq_sum(q: Tensor, v: Tensor) -> Tensor:
+    """Zeros in which packed calls of `backward` with accumulate sum up dq, in the order that suits their kernel best.
+
+    Args:
+        q, v: (Tq, Hq, D) and (Tk, Hkv, Dv), those of the calls.
+
+    Returns:
+        A tensor of one dimension for `backward`'s dq, and then for `round_dq`; fp32 (fp64 for fp64 inputs).
+    """
+    elements = q.shape[0] * q.shape[1] * _columns_of_sum(q, v)
+    return q.new_zeros(elements, dtype=accumulator_dtype(q.dtype))
+
+
+def round_dq(dq_sum: Tensor, q: Tensor, v: Tensor, softmax_scale: float | None = None) -> Tensor:
+    """dq (Tq, Hq, D), in q's dtype, of a sum from `new_dq_sum`.
+
+    Args:
+        q, v, softmax_scale: those of the calls that added to it.
+
+    Raises:
+        TypeError, ValueError: the sum does not go with q and v.
+    """
+    if softmax_scale is None:
+        softmax_scale = _default_scale(q)
+    return torch.ops.fa3_dist.round_dq.default(dq_sum, q, v, softmax_scale)
+
+
+def adds_atomically(q: Tensor, v: Tensor) -> bool:
+    """Whether calls of `backward` on several CUDA streams may add to one sum from `new_dq_sum` at a time."""
+    return _sums_in_library(q, v)
+
+
+def _sums_in_library(q: Tensor, v: Tensor) -> bool:
+    return q.is_cuda and _has_compiled_kernel(q.device, _request("round_dq", (None, q, v)))
+
+
+def _columns_of_sum(q: Tensor, v: Tensor) -> int:
+    """Elements of a row of a sum of dq: those of the rows that the kernel computes with."""
+    return _columns_of_variant(q.dtype, q.shape[-1], v.shape[-1]) if _sums_in_library(q, v) else q.shape[-1]
+
+
+@functools.cache
+def _columns_of_variant(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> int:
+    info = library_info()
+    assert info is not None
+    sizes = compiled_sizes(info["variants"])["backward"][_VARIANT_DTYPES[dtype]]
+    return min((size for size in sizes if head_dim <= size[0] and head_dim_v <= size[1]), key=sum)[0]
 
 
 def _default_scale(q: Tensor) -> float:
@@ -359,9 +416,26 @@ def _check_backward(
         _check_tensor(name, x, _rows_shape(q), q, (sums,))
     if accumulate_kv and not accumulate:
         raise ValueError("accumulate_kv is True and accumulate False: expected dq to be added to where dk and dv are")
-    _check_tensor("dq", dq, _shape(q), q, (sums,) if accumulate else DTYPES)
+    if dq.dim() == 1 and q.dim() == 3 and accumulate:
+        _check_dq_sum("dq", dq, q, v)
+    else:
+        _check_tensor("dq", dq, _shape(q), q, (sums,) if accumulate else DTYPES)
     for name, x, like in (("dk", dk, k), ("dv", dv, v)):
         _check_tensor(name, x, _shape(like), q, (sums,) if accumulate_kv else DTYPES)
+
+
+def _check_dq_sum(name: str, dq_sum: Tensor, q: Tensor, v: Tensor) -> None:
+    elements = q.shape[0] * q.shape[1] * _columns_of_sum(q, v)
+    _check_tensor(name, dq_sum, (elements,), q, (accumulator_dtype(q.dtype),))
+    if not dq_sum.is_contiguous():
+        raise ValueError(f"{name} has stride {dq_sum.stride(0)}: expected a contiguous sum; take one from new_dq_sum")
+
+
+def _check_round_dq(dq_sum: Tensor, q: Tensor, v: Tensor, softmax_scale: float) -> None:
+    if q.dim() != 3 or v.dim() != 3:
+        raise ValueError(f"q has shape {_shape(q)} and v {_shape(v)}: expected packed (tokens, heads, head_dim)")
+    check_scores(softmax_scale, None, None, 0.0)
+    _check_dq_sum("dq_sum", dq_sum, q, v)
 
 
 _CHECKS: dict[str, Callable[..., None]] = {
@@ -369,6 +443,7 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "forward_into": _check_forward_into,
     "delta": _check_delta,
     "backward": _check_backward,
+    "round_dq": _check_round_dq,
 }
 
 
@@ -418,7 +493,11 @@ def _request(op: str, args: tuple[Any, ...]) -> _Request:
     if op == "delta":
         dout, out = args[:2]
         return _Request(op, (dout.dtype, out.dtype))
-    q, k, v = args[1:4] if op == "backward" else args[:3]
+    sums_up_dq = op == "round_dq" or (op == "backward" and dict(zip(SCHEMA_ARGS[op], args)).get("accumulate"))
+    if op == "round_dq":
+        op, (q, v) = "backward", args[1:3]
+    else:
+        q, _, v = args[1:4] if op == "backward" else args[:3]
     request = _Request(op, (q.dtype,), (q.shape[-1], v.shape[-1]))
     needs = []
     odd = q.shape[-1] % VECTOR or v.shape[-1] % VECTOR  # the operator pads what it owns, not a state that it adds to
@@ -428,9 +507,8 @@ def _request(op: str, args: tuple[Any, ...]) -> _Request:
             needs.append(f"an out of {out.dtype}")
         if odd:
             needs.append(f"a state whose head dims are not multiples of {VECTOR}")
-    elif op == "backward":
-        if odd and dict(zip(SCHEMA_ARGS[op], args)).get("accumulate"):
-            needs.append(f"a state whose head dims are not multiples of {VECTOR}")
+    elif odd and sums_up_dq:
+        needs.append(f"a state whose head dims are not multiples of {VECTOR}")
     return request._replace(needs=tuple(needs))
 
 
@@ -584,7 +662,7 @@ def _compiled_backward(
     dout, q, k, v = torch_kernels.with_plain_rows(dout, q, k, v)
     written = []
     for x, like in ((dq, q), (dk, k), (dv, v)):
-        if _is_writable(x) and x.shape == like.shape and x.dtype in (q.dtype, torch.float32):
+        if _is_writable(x) and (x.shape == like.shape or x.dim() == 1) and x.dtype in (q.dtype, torch.float32):
             written.append(x)
         elif accumulate:
             written.append(x.clone(memory_format=torch.contiguous_format))
@@ -688,6 +766,11 @@ def _fake_delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
     return out.new_empty(_rows_shape(out), dtype=accumulator_dtype(out.dtype))
 
 
+def _fake_round_dq(dq_sum: Tensor, q: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    _check_round_dq(dq_sum, q, v, softmax_scale)
+    return q.new_empty(q.shape)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors, ctx.options = inputs[:_TENSORS], inputs[_TENSORS:]
     ctx.save_for_backward(*tensors, *output)
@@ -744,12 +827,14 @@ _RUN_COMPILED: dict[str, Callable[..., Any]] = {
     "forward_into": _compiled_forward_into,
     "delta": torch.ops.fa3_dist.delta_sm90.default,
     "backward": _compiled_backward,
+    "round_dq": torch.ops.fa3_dist.round_dq_sm90.default,
 }
 
 torch.library.register_fake(f"{NAMESPACE}::forward", _fake_forward, lib=_definitions)
 torch.library.register_fake(f"{NAMESPACE}::delta", _fake_delta, lib=_definitions)
 torch.library.register_fake(f"{NAMESPACE}::forward_into", _check_forward_into, lib=_definitions)
 torch.library.register_fake(f"{NAMESPACE}::backward", _check_backward, lib=_definitions)
+torch.library.register_fake(f"{NAMESPACE}::round_dq", _fake_round_dq, lib=_definitions)
 torch.library.register_autograd(
     f"{NAMESPACE}::forward", _forward_autograd, setup_context=_save_for_backward, lib=_definitions
 )

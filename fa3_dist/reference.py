@@ -247,6 +247,7 @@ def backward(
 ) -> None:
     del deterministic, sm_margin
     dtype = accumulator_dtype(q.dtype)
+    dq = dq.view(q.shape) if dq.dim() == 1 else dq
     gradients = ((dq, accumulate), (dk, accumulate_kv), (dv, accumulate_kv))
     sums = [x if adds else torch.zeros_like(x, dtype=dtype) for x, adds in gradients]
 
@@ -275,3 +276,8 @@ def backward(
         if not adds:
             for keys_of_range in written if accumulate else [slice(None)]:
                 gradient[keys_of_range] = total[keys_of_range].to(gradient.dtype)
+
+
+def round_dq(dq_sum: Tensor, q: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    del v, softmax_scale  # the sum is scaled
+    return dq_sum.view(q.shape).to(q.dtype, copy=True)

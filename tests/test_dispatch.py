@@ -148,7 +148,7 @@ def test_sizes_of_operators_follow_from_the_variants():
     sizes = ops.compiled_sizes([*VARIANTS, "quantize_e4m3_rows"])
     assert sizes["forward"] == sizes["forward_into"] == {"bf16": [(64, 64), (192, 128)], "fp32": [(64, 64)]}
     assert sizes["delta"] == {"bf16": [()], "fp32": [()]}
-    assert sizes["backward"] == {"bf16": [(64, 64)]} and len(sizes) == 4
+    assert sizes["backward"] == sizes["round_dq"] == {"bf16": [(64, 64)]} and len(sizes) == 5
 
 
 def test_doctor_describes_operators_from_the_variants():
@@ -158,6 +158,7 @@ def test_doctor_describes_operators_from_the_variants():
         ["forward_into", "bf16 64/64 192/128, fp32 64/64"],
         ["delta", "bf16, fp32"],
         ["backward", "bf16 64/64"],
+        ["round_dq", "bf16 64/64"],
     ]
 
 

@@ -846,6 +846,51 @@ def test_backward_adds_to_dq_and_overwrites_dk_and_dv(grad_dtype, packed, device
     assert_solves_added_to(problem, oracle.Grads(None, None, *(grads if packed else [flatten(x) for x in grads]), None))
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("head_dim", [20, 64, 80, 128, 192, 256])
+def test_dq_summed_up_in_the_order_of_its_kernel(head_dim, deterministic, device):
+    """Keys in two launches that share queries, with rows of queries in no range between them."""
+    sizes = {"seqlen_q": 300, "seqlen_k": 290, "heads": 4, "heads_kv": 2, "head_dim": head_dim}
+    q, k, v, dout = (x[0] for x in random_qkv(device, torch.bfloat16, **sizes))
+    whole = {"q_start": [3, 220], "q_len": [190, 77], "k_start": [0, 200], "k_len": [200, 90]}
+    arguments = {"softmax_scale": 0.3, "window_right": 0, "deterministic": deterministic}
+    out, lse = ops.forward(
+        q, k, v, offset=20, **dict(zip(RANGE_NAMES, index_tensors(device, *whole.values()), strict=True)), **arguments
+    )
+    delta, dq_sum = ops.delta(dout, out), ops.new_dq_sum(q, v)
+    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (k, v)]
+    for start, length, offset in (([0, 200], [130, 90], [20, 20]), ([130], [70], [-110])):
+        count = len(start)
+        columns = index_tensors(device, whole["q_start"][:count], whole["q_len"][:count], start, length, offset)
+        ops.backward(
+            dout, q, k, v, lse, delta, dq_sum, *sums, accumulate=True,
+            **dict(zip((*RANGE_NAMES, "offsets"), columns, strict=True)), **arguments,
+        )  # fmt: skip
+    dq = ops.round_dq(dq_sum, q, v, 0.3)
+    assert dq.dtype == q.dtype and dq.is_contiguous()
+    assert not any(x.any() for x in (dq[:3], dq[193:220], dq[297:]))
+    problem = Problem(q, k, v, dout, None, None, **whole, offsets=[20, 20], softmax_scale=0.3, window_right=0)
+    assert_solves(problem, oracle.Grads(None, None, dq, *sums, None))
+
+
+def test_a_sum_of_dq_goes_with_its_calls(device):
+    q, k, v, dout = (x[0] for x in random_qkv(device, seqlen_q=12, seqlen_k=12, head_dim=16))
+    whole = dict(zip(RANGE_NAMES, index_tensors(device, [0], [12], [0], [12]), strict=True))
+    lse, dq_sum, dk, dv = torch.zeros(q.shape[1], 12, device=device), ops.new_dq_sum(q, v), k.clone(), v.clone()
+    for wrong, error in ((dq_sum[1:], ValueError), (dq_sum.double(), TypeError), (dq_sum.repeat(2)[::2], ValueError)):
+        with pytest.raises(error, match=r"dq (has|is)"):
+            ops.backward(dout, q, k, v, lse, lse, wrong, dk, dv, accumulate=True, **whole)
+        with pytest.raises(error, match=r"dq_sum (has|is)"):
+            ops.round_dq(wrong, q, v)
+    with pytest.raises(ValueError, match="dq has shape"):  # it would be overwritten, in whose order?
+        ops.backward(dout, q, k, v, lse, lse, dq_sum, dk, dv, **whole)
+    dense = [x[None] for x in (dout, q, k, v, lse, lse)]
+    with pytest.raises(ValueError, match="dq has shape"):
+        ops.backward(*dense, dq_sum, dk[None], dv[None], accumulate=True)
+    with pytest.raises(ValueError, match="accumulate_kv is True"):
+        ops.backward(dout, q, k, v, lse, lse, q.clone(), dk, dv, accumulate_kv=True, **whole)
+
+
 def test_backward_accumulates_on_top_of_dense_gradients(device):
     q, k, v, dout = random_qkv(device, seqlen_q=12, seqlen_k=12)
     out, lse = ops.forward(q, k, v, window_right=0)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fa3_dist.parallel import ring
-from fa3_dist.parallel.exchange import DistributedExchange, Exchange, run_in_process
+from fa3_dist.parallel.exchange import DistributedExchange, Exchange, InProcessExchange, run_in_process
 from fa3_dist.parallel.ring import ring_attention
 from fa3_dist.parallel.schedule import Layout, Visit, contiguous, packed, ring_schedule, zigzag
 from tests.distributed import run_distributed
@@ -380,6 +380,22 @@ def meets_each_once(launches: ring.Launches, keys: int, window_left: int | None,
                 for i in range(visit.q_len)
             )
     return set(met) <= {1} and all(seen)
+
+
+def test_launches_overlap_only_where_they_add_atomically(monkeypatch):
+    """Not PyTorch's kernels, not in halves, whose sums are copies of views, and not where the order counts."""
+    asked = []
+    monkeypatch.setattr(InProcessExchange, "side_stream", lambda exchange: asked.append(exchange.rank))
+    whole, halves = Case("", (300,), kv_heads=1), Case("", (300,), heads=4, kv_heads=2)
+    run_in_process(2, run_case, whole)
+    assert asked == []
+    monkeypatch.setattr(ring.ops, "adds_atomically", lambda q, v: True)
+    run_in_process(2, run_case, halves)
+    run_in_process(2, run_case, whole, True)
+    run_in_process(3, run_case, whole)
+    assert asked == []
+    run_in_process(2, run_case, whole)
+    assert sorted(asked) == [0, 1]
 
 
 # ----------------------------------------------------------------------------------- the parts of the local step

@@ -265,6 +265,12 @@ def keys_met_more_than_once_written():
     return patched(ring, "_meets_each_once", lambda *arguments: True)
 
 
+def others_gradients_lost_where_the_opening_is_final():
+    return patched(ring, "_finished_rows", lambda launches, sent, rows: shipped_finished_rows(launches, (), rows))
+
+
+shipped_finished_rows = ring._finished_rows
+
 MUTANTS: dict[Callable[[], Any], Case] = {  # each with a case that must turn red
     dkv_never_returns: CAUSAL,
     one_steps_dkv_never_returns: FULL,
@@ -296,6 +302,7 @@ MUTANTS: dict[Callable[[], Any], Case] = {  # each with a case that must turn re
     gradients_overwritten: BLIND,
     dq_overwritten: CAUSAL,
     keys_met_more_than_once_written: BLIND,
+    others_gradients_lost_where_the_opening_is_final: LONG_BF16,
 }
 
 

@@ -107,13 +107,14 @@ inline bool make_query_map(CUtensorMap& map, DType dtype, const void* data, cons
 // additions that are under way at a time meet in the cache. If packed, with the rows twice, as make_key_map does.
 inline bool make_sum_map(CUtensorMap& map, const BackwardParams& params, bool packed, int64_t columns, int panel) {
   const ForwardParams& forward = params.forward;
-  float* const data = params.accumulate ? static_cast<float*>(params.dq) : params.dq_sum;
-  const int64_t token = params.accumulate ? forward.heads * int64_t{forward.head_dim} : columns;
-  const int64_t head = params.accumulate ? forward.head_dim : forward.seqlen_q * columns;
-  const int64_t width = params.accumulate ? forward.head_dim : columns;
+  const bool in_dq = params.dq_sum == nullptr;
+  float* const data = in_dq ? static_cast<float*>(params.dq) : params.dq_sum;
+  const int64_t token = in_dq ? forward.heads * int64_t{forward.head_dim} : columns;
+  const int64_t head = in_dq ? forward.head_dim : forward.seqlen_q * columns;
+  const int64_t width = in_dq ? forward.head_dim : columns;
   const int box[4] = {panel, 64, 1, 1};
   if (!packed) {
-    const int64_t batch = int64_t{forward.seqlen_q} * forward.heads * (params.accumulate ? forward.head_dim : columns);
+    const int64_t batch = int64_t{forward.seqlen_q} * forward.heads * width;
     const int64_t extents[4] = {width, forward.seqlen_q, forward.heads, forward.batch};
     const int64_t strides[3] = {token, head, batch};
     return make_tensor_map<4>(map, DType::fp32, data, extents, strides, box);
@@ -239,9 +240,7 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   error = launch(backward_kernel<Config>, blocks, Config::kThreads, kSharedBytes, stream, is_listed || clears, arguments);
   if (error != cudaSuccess) return error;
   if constexpr (Config::kSharesKeys) return launch_query_tiles<QueryConfig>(params, stream);
-  if (params.accumulate) return cudaSuccess;
-  return params.dq_dtype == DType::fp32 ? convert_dq<float, kHeadDim>(params, stream)
-                                        : convert_dq<typename Config::Element, kHeadDim>(params, stream);
+  return params.accumulate ? cudaSuccess : convert_dq<typename Config::Element, kHeadDim>(params, stream);
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV>
@@ -266,8 +265,16 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   return cudaSuccess;
 }
 
+template <DType kDType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_rounding(const BackwardParams& params, cudaStream_t stream) {
+  using Element = typename BackwardConfig<kDType, kHeadDim, kHeadDimV>::Element;
+  return separates_dq(kHeadDim) ? round_dq<Element>(params, stream) : convert_dq<Element, kHeadDim>(params, stream);
+}
+
 }  // namespace fa3
 
 #define FA3_INSTANTIATE(dtype, head_dim, head_dim_v)                                                             \
   template cudaError_t fa3::launch_backward<fa3::DType::dtype, head_dim, head_dim_v>(const fa3::BackwardParams&, \
+                                                                                     cudaStream_t);              \
+  template cudaError_t fa3::launch_rounding<fa3::DType::dtype, head_dim, head_dim_v>(const fa3::BackwardParams&, \
                                                                                      cudaStream_t);

@@ -22,4 +22,9 @@ inline int64_t elements_of_sum(const ForwardParams& forward, int64_t head_dim) {
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream);
 
+// dq, in dq_dtype, of the sum that backwards with accumulate have added to: params.dq_sum, whose rows are dq's if
+// separates_dq. Reads the queries' extents and softmax_scale beside these.
+template <DType kDType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_rounding(const BackwardParams& params, cudaStream_t stream);
+
 }  // namespace fa3

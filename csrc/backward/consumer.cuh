@@ -147,7 +147,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
   };
   const auto store_dq = [&](auto& rdQ) __attribute__((always_inline)) {
     float* const panels = panels_of(shared, warpgroup);
-    if (params.accumulate) {
+    if (params.dq_sum == nullptr) {
       store_queries<Config>(rdQ, forward.softmax_scale, panels, skipped_dq<Config>(warpgroup), thread);
     } else {
       store_permuted_queries<Config>(rdQ, panels, token_before, skipped_dq<Config>(warpgroup), thread);

@@ -1,4 +1,4 @@
-// dq = softmax_scale * dq_sum, in dq's dtype: the last pass where dq is not accumulated in place. Memory-bound.
+// dq = softmax_scale * dq_sum, in dq's dtype: the last pass where dq is not summed up in dq itself. Memory-bound.
 #pragma once
 
 #include "backward/epilogue.cuh"
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kConvertThreads)
 }
 
 template <class Output, int kHeadDim>
-cudaError_t convert_dq(const BackwardParams& params, cudaStream_t stream) {
+cudaError_t launch_convert_dq(const BackwardParams& params, cudaStream_t stream) {
   const ForwardParams& forward = params.forward;
   const int64_t rows = int64_t{forward.batch} * forward.seqlen_q * forward.heads;
   const int64_t threads = elements_of_sum(forward, kHeadDim) / 16;
@@ -49,6 +49,33 @@ cudaError_t convert_dq(const BackwardParams& params, cudaStream_t stream) {
   convert_dq_kernel<Output, kHeadDim><<<dim3(static_cast<unsigned>(blocks)), kConvertThreads, 0, stream>>>(
       params.dq_sum, static_cast<Output*>(params.dq), rows, forward.seqlen_q, forward.heads, forward.head_dim,
       forward.softmax_scale);
+  return cudaGetLastError();
+}
+
+template <class Element, int kHeadDim>
+cudaError_t convert_dq(const BackwardParams& params, cudaStream_t stream) {
+  return params.dq_dtype == DType::fp32 ? launch_convert_dq<float, kHeadDim>(params, stream)
+                                        : launch_convert_dq<Element, kHeadDim>(params, stream);
+}
+
+// A thread takes 8 elements.
+template <class Output>
+__global__ void __launch_bounds__(kConvertThreads) round_dq_kernel(const float* sum, Output* dq, int64_t pieces) {
+  const int64_t at = int64_t{blockIdx.x} * kConvertThreads + threadIdx.x;
+  if (at >= pieces) return;
+  const auto values = load_global<8>(sum + 8 * at);
+  store_scaled<Output>([&](int i) { return values.value[i]; }, 1.f, dq + 8 * at);
+}
+
+// The same where the sum is scaled, and its rows are dq's; dq_dtype is the inputs'.
+template <class Element>
+cudaError_t round_dq(const BackwardParams& params, cudaStream_t stream) {
+  const ForwardParams& forward = params.forward;
+  const int64_t pieces = int64_t{forward.batch} * forward.seqlen_q * forward.heads * forward.head_dim / 8;
+  const int64_t blocks = (pieces + kConvertThreads - 1) / kConvertThreads;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  round_dq_kernel<<<dim3(static_cast<unsigned>(blocks)), kConvertThreads, 0, stream>>>(
+      params.dq_sum, static_cast<Element*>(params.dq), pieces);
   return cudaGetLastError();
 }
 

@@ -251,7 +251,7 @@ template <class Config>
 __device__ __forceinline__ void add_query_blocks(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
   const bool packed = arguments.transposed.q_start != nullptr;
   const bool takes_turns = arguments.params.turns != nullptr;
-  const int columns = arguments.params.accumulate ? arguments.params.forward.head_dim : Config::kHeadDim;
+  const int columns = arguments.params.dq_sum == nullptr ? arguments.params.forward.head_dim : Config::kHeadDim;
   TurnEnds<Config> ends(shared);
   Ring<kRowTileSlots> tile_ring;
   uint32_t parity = 0;

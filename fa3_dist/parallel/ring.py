@@ -24,8 +24,9 @@ tiles are under way, the next one takes (`_Beside`).
 
 Softmax over all keys is continued from step to step in fp32 (`ops.forward_into`: running out and lse), the gradients
 accumulate in fp32, and dK/dV travel in fp32; what is returned is rounded once, at the end. dK/dV that one launch alone
-contributes to are written, not added to zeros. Only local tensors are saved for the backward, in which K and V travel
-again, so memory is O(sequence / world).
+contributes to are written, not added to zeros, and by the first local launch right where they are wanted, if none of
+its keys are any other rank's business. Only local tensors are saved for the backward, in which K and V travel again, so
+memory is O(sequence / world).
 
 Names: T local rows, N rows of a message, H query heads, G key/value heads, D head_dim, E head_dim of v. A message has
 two parts: rows of K (N, G, D), and of V (N, G, E), sent from where they lie; dK and dV likewise.
@@ -165,16 +166,22 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
         kv = _KeyRows(k.contiguous(), v.contiguous())
         arriving = _fetch(kv, plan, 0, exchange)
     delta = make_delta()
-    dq = q.new_zeros(q.shape, dtype=sum_dtype)
+    row_bytes = (D + E) * sum_dtype.itemsize
+    parts = [_head_parts(q.shape[1], G, step.most_rows * row_bytes, k.device) for step in plan.remote]
+    # NOTE: a launch for some of the heads adds to a view, which a sum in the kernel's own order has none of.
+    in_halves = any(heads.kv_count < G for parts_of_step in parts for heads in parts_of_step)
+    dq = q.new_zeros(q.shape, dtype=sum_dtype) if in_halves else ops.new_dq_sum(q, v)
     # What comes back is added after the local launches have written what is theirs: not so where a step comes after it.
     writes_own = plan.writes_own and len(plan.remote) <= 1
     own = _KeyRows(*(_new_sum(x, len(x), x.shape[1], sum_dtype, writes_own) for x in (k, v)))
+    finished = plan.finished if opening else ()
+    total = _KeyRows(*(x.new_empty(x.shape, dtype=kv_dtype) for x in (k, v))) if finished else None
 
     def add_gradients(step: int, launches: Sequence[Launch], kv: _KeyRows, dkv: _KeyRows, writes: bool, sm_margin: int,
                       heads: _Heads | None = None) -> None:
         """dkv: of the key/value heads that `heads` says, or of all; writes: they hold nothing yet."""
         tensors = (dout, q, *kv, lse, delta, dq)
-        if heads is not None:
+        if in_halves and heads is not None:
             tensors = heads.of(*tensors)
         exchange.let_begin()
         with computing(exchange.observer, "backward", step):
@@ -185,18 +192,18 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
 
     returning: list[_Returning] = []
     # NOTE: with more steps, sums that come back would be added beside the closing launch, which adds to the same rows.
-    may_overlap = len(plan.remote) == 1 and not options["deterministic"]
+    may_overlap = len(plan.remote) == 1 and not (options["deterministic"] or in_halves) and ops.adds_atomically(q, v)
     with _Beside(exchange.side_stream() if may_overlap else None) as local:
         if opening:
             with local.stream():
-                add_gradients(0, opening, _KeyRows(k, v), own, writes_own, exchange.sm_margin)
+                writes = total is not None or writes_own
+                add_gradients(0, opening, _KeyRows(k, v), total or own, writes, exchange.sm_margin)
         for index, step in enumerate(plan.remote):
             come = arriving.wait()
             if index + 1 < len(plan.remote):
                 arriving = _fetch(kv, plan, index + 1, exchange)
             before, returning = returning, []
-            parts = _head_parts(q.shape[1], G, step.most_rows * (D + E) * sum_dtype.itemsize, k.device)
-            for part, heads in enumerate(parts):
+            for part, heads in enumerate(parts[index]):
                 dkv = _KeyRows(*(_new_sum(x, len(x), heads.kv_count, sum_dtype, step.writes) for x in come))
                 local.follow()
                 add_gradients(step.step.shift, step.backward, come, dkv, step.writes, exchange.sm_margin, heads)
@@ -211,9 +218,9 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
             del arriving  # the memory of the last K/V, too, is wanted at the end
         with local.stream():
             add_gradients(0, closing, _KeyRows(k, v), own, writes_own, exchange.sm_margin if plan.remote else 0)
-    dk, dv = _total_of(own, returning, kv_dtype)
+    dk, dv = _total_of(own, returning, kv_dtype, finished, total)
     exchange.confirm()
-    return dq.to(q.dtype), dk, dv
+    return dq.to(q.dtype) if in_halves else ops.round_dq(dq, q, v, options["softmax_scale"]), dk, dv
 
 
 def _new_sum(like: Tensor, rows: int, heads: int, dtype: torch.dtype, is_written: bool) -> Tensor:
@@ -374,24 +381,31 @@ def _add_rows(x: Tensor, rows: Tensor, spans: Sequence[Span], to: Tensor) -> Non
 
 
 def adds_at_once(spans: Sequence[Span], device_type: str) -> bool:
-    """Whether the last dK/dV of these rows are added and rounded in one go. A kernel for each of a few spans is faster
-    than one more pass over everything; on a CPU, PyTorch would round from a copy."""
-    return len(spans) <= 4 and device_type == "cuda"
+    """Whether the last dK/dV of these rows are added and rounded at once: on a CPU, PyTorch would round from a copy."""
+    return len(spans) <= MOST_SPANS and device_type == "cuda"
 
 
-def _total_of(own: _KeyRows, returning: list[_Returning], dtype: torch.dtype) -> _KeyRows:
-    """dK/dV with the parts that are still under way (all of the same rows), in dtype; takes the parts from the list."""
+def _total_of(own: _KeyRows, returning: list[_Returning], dtype: torch.dtype, finished: Sequence[Span],
+              total: _KeyRows | None) -> _KeyRows:
+    """dK/dV with the parts that are still under way (all of the same rows), in dtype; takes the parts from the list.
+
+    finished: rows that `total`, in dtype, has already.
+    """
     spans = returning[0].arrival.spans if returning else ()
+    arrived = []
     if not returning or not adds_at_once(spans, own.k.device.type) or dtype == own.k.dtype:
         while returning:
             returning.pop(0).add_to(own)
-        return _KeyRows(*(x.to(dtype) for x in own))
-    # Added and rounded at once: everything is read once, and what is written is half as large.
-    arrived = [(heads, arrival.wait()) for heads, arrival in returning]  # first, for what was sent to be free
-    returning.clear()
-    total = _KeyRows(*(x.new_empty(x.shape, dtype=dtype) for x in own))
+        if total is None:
+            return _KeyRows(*(x.to(dtype) for x in own))
+        spans = ()
+    else:
+        # Added and rounded at once: everything is read once, and what is written is half as large.
+        arrived = [(heads, arrival.wait()) for heads, arrival in returning]  # first, for what was sent to be free
+        returning.clear()
+    total = total or _KeyRows(*(x.new_empty(x.shape, dtype=dtype) for x in own))
     for to, x in zip(total, own, strict=True):
-        for start, length in _rows_between(spans, len(x)):
+        for start, length in rows_between([*spans, *finished], len(x)):
             to.narrow(0, start, length).copy_(x.narrow(0, start, length))
     for heads, rows_of_kv in arrived:
         for to, x, rows in zip(heads.of_kv(total), heads.of_kv(own), rows_of_kv, strict=True):
@@ -399,7 +413,7 @@ def _total_of(own: _KeyRows, returning: list[_Returning], dtype: torch.dtype) ->
     return total
 
 
-def _rows_between(spans: Sequence[Span], rows: int) -> list[Span]:
+def rows_between(spans: Sequence[Span], rows: int) -> list[Span]:
     """The rows of 0 ... rows - 1 that are in none of some spans."""
     found, end = [], 0
     for start, length in [*sorted(spans), Span(rows, 0)]:
@@ -446,6 +460,7 @@ class RingPlan(NamedTuple):
     opening: tuple[Launch, ...]  # the same in two parts: this one hides the first K/V,
     closing: tuple[Launch, ...]  # and this one the last dK/dV
     writes_own: bool  # either form of the local backward contributes once to every local key
+    finished: tuple[Span, ...]  # all rows of keys of `opening`, where they are no other rank's business
     alone: Launch | None  # all there is, in both directions, where there are no messages and no running sums
 
     @property
@@ -482,8 +497,21 @@ def ring_plan(layout: Layout, rank: int, window_left: int | None, window_right: 
     # One launch each way: every row is in one visit of the forward, so in one of the backward, and so are the keys.
     is_alone = not remote and len(local) == len(local_backward) == 1
     alone = {name: local[0][name] for name in BACKWARD_COLUMNS} if is_alone else None
-    writes_own = _meets_each_once(steps[0].backward, layout.tokens(rank), *window)
-    return RingPlan(local, remote, local_backward, opening_launches, closing_launches, writes_own, alone)
+    rows = layout.tokens(rank)
+    writes_own = _meets_each_once(steps[0].backward, rows, *window)
+    finished = _finished_rows(opening, [span for step in steps[1:] for span in step.send], rows) if writes_own else ()
+    return RingPlan(local, remote, local_backward, opening_launches, closing_launches, writes_own, finished, alone)
+
+
+MOST_SPANS = 4  # of rows that are rounded by a kernel each: that is faster than one more pass over everything
+
+
+def _finished_rows(launches: Launches, sent: Sequence[Span], rows: int) -> tuple[Span, ...]:
+    """The keys of visits that are disjoint, if no rank is sent any of them and few spans are left beside them."""
+    keys = sorted(Span(visit.k_start, visit.k_len) for launch in launches for visit in launch if visit.k_len)
+    is_shared = any(key.start < span.start + span.length and span.start < key.start + key.length
+                    for key in keys for span in sent)
+    return () if is_shared or len(rows_between(keys, rows)) > MOST_SPANS else tuple(keys)
 
 
 def _meets_each_once(launches: Launches, keys: int, window_left: int | None, window_right: int | None) -> bool:
