@@ -46,6 +46,14 @@ def call(q, k, v, dout, accumulate=False, deterministic=False, **form):
     grads = [torch.zeros_like(x, dtype=torch.float32 if accumulate else None) for x in (q, k, v)]
     ops.backward(dout, q, k, v, *rows, *grads, accumulate=accumulate, deterministic=deterministic, **form)
 
+def sum_up(q, k, v, dout, deterministic, **form):
+    rows = torch.zeros(2, q.shape[1], q.shape[0], device="cuda")
+    dq_sum, dk, dv = ops.new_dq_sum(q, v), torch.empty_like(k), torch.empty_like(v)
+    ops.backward(
+        dout, q, k, v, *rows, dq_sum, dk, dv, accumulate=True, accumulate_kv=False, deterministic=deterministic, **form
+    )
+    ops.round_dq(dq_sum, q, v)
+
 for dims in ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)):
     dense = problem_tensors(0, 300, 420, 4, 2, *dims, batch=1)
     lengths = [130, 0, 1, 200]
@@ -58,6 +66,8 @@ for dims in ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
         call(*dense, accumulate=True, softcap=5.0, deterministic=deterministic)
         call(*packed, **ranges, window_right=0, deterministic=deterministic)
         call(*packed, **one_range, window_right=0, deterministic=deterministic)
+        sum_up(*packed, **ranges, window_right=0, deterministic=deterministic)
+        sum_up(*packed, **one_range, deterministic=deterministic)
 torch.cuda.synchronize()
 print("all calls made")
 """

@@ -260,10 +260,11 @@ def _ring_passes(layout: Layout, call: Call, distance: int, links: Links, rates:
     home = np.take_along_axis(come, wires().destinations, axis=0)  # those that come back
     head_bytes = sizes.keys.max(axis=0) * (D + E) * sum_size
     parts = [len(backward_parts(call.kv_heads, int(each), rates.least_half)) for each in head_bytes]
-    # A remote step reads and writes the running out, and dK/dV three times with the zeros that they begin with.
+    # A remote step reads and writes the running out, and writes dK/dV.
     continuing = copying(sizes.queries * call.heads * E, 2 * sum_size) + rates.step_seconds
-    summing = copying(come, 3 * sum_size) + rates.step_seconds * np.array(parts)
-    finishing = copying(owned, 2 * sum_size + size)  # own dK/dV: zeros at first, rounded at last
+    summing = copying(come, sum_size) + rates.step_seconds * np.array(parts)
+    begun_with_zeros = sum_size if len(sizes.shifts) > 2 else 0
+    finishing = copying(owned, begun_with_zeros + sum_size + size)  # own dK/dV, rounded at last
     opening = backward[:, 0] * (OPENING_CAUSAL if (call.window_left, call.window_right) == (None, 0) else OPENING)
     opening = np.where(kv_rows < rates.least_opening, 0.0, opening)
     ends = (
