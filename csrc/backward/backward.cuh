@@ -268,7 +268,8 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_rounding(const BackwardParams& params, cudaStream_t stream) {
   using Element = typename BackwardConfig<kDType, kHeadDim, kHeadDimV>::Element;
-  return separates_dq(kHeadDim) ? round_dq<Element>(params, stream) : convert_dq<Element, kHeadDim>(params, stream);
+  if constexpr (separates_dq(kHeadDim)) return round_dq<Element>(params, stream);
+  return convert_dq<Element, kHeadDim>(params, stream);
 }
 
 }  // namespace fa3
