@@ -339,9 +339,7 @@ class Measurement:
 
     def _time(self) -> None:
         """Times the calls in turn."""
-        few = self.problem.repeats
-        repeats, warmups = (self.setup.repeats, WARMUPS) if few is None else (min(few, self.setup.repeats), 0)
-        times, late = time_in_turn(self.calls, self.setup, repeats, warmups)
+        times, late = time_in_turn(self.calls, self.setup, *runs_of(self.problem, self.setup.repeats))
         total = flop(self.case, self.which)
         for name, local in times.items():
             of_ranks = self.setup.of_all_ranks((local, late[name]))
@@ -419,6 +417,12 @@ def relative_differences(of_ranks: Sequence[Distance]) -> list[float]:
     size = math.hypot(*(each.expected for each in of_ranks)) / math.sqrt(sum(each.elements for each in of_ranks))
     least = [max(0.1 * size * math.sqrt(each.elements), sys.float_info.min) for each in of_ranks]
     return [each.difference / max(each.expected, floor) for each, floor in zip(of_ranks, least)]
+
+
+def runs_of(problem: Problem, repeats: int) -> tuple[int, int]:
+    """How often its calls run, and how often before, which does not count but says whether they are long."""
+    few = problem.repeats
+    return (repeats, WARMUPS) if few is None else (min(few, repeats), 1 if few > 1 else 0)
 
 
 def time_in_turn(

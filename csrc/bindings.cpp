@@ -452,15 +452,20 @@ Launcher existing(const char* op, Launcher launch, const Call& call) {
   return launch;
 }
 
-// Where a call's tiles, of keys or of queries, are listed, if they are; `owner` keeps it.
+// Where so many tiles are listed; `owner` keeps it.
+int32_t* list_of_tiles(const Call& call, int64_t records, std::optional<Tensor>& owner) {
+  owner = empty(call.device, {fa3::workspace_elements(records)}, ScalarType::Int);
+  return static_cast<int32_t*>(owner->mutable_data_ptr());
+}
+
+// Where a call's tiles, of keys or of queries, are listed, if they are.
 int32_t* workspace(const Call& call, bool tiles_of_keys, std::optional<Tensor>& owner) {
   const fa3::ForwardParams& params = call.params;
   if (!fa3::lists_tiles(params)) return nullptr;
-  const int64_t elements =
-      tiles_of_keys ? fa3::workspace_elements(params.seqlen_k, params.kv_heads, params.kv_heads, params.ranges)
-                    : fa3::workspace_elements(params.seqlen_q, params.heads, params.kv_heads, params.ranges);
-  owner = empty(call.device, {elements}, ScalarType::Int);
-  return static_cast<int32_t*>(owner->mutable_data_ptr());
+  const int64_t records = tiles_of_keys
+                              ? fa3::most_records(params.seqlen_k, params.kv_heads, params.kv_heads, params.ranges)
+                              : fa3::most_records(params);
+  return list_of_tiles(call, records, owner);
 }
 
 // Keeps the scratch memory of a launch.
@@ -675,8 +680,11 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
     turns = empty(call.device, shapes.lse, ScalarType::Int);
     params.turns = static_cast<int32_t*>(turns->mutable_data_ptr());
   }
-  if (separate) params.query_workspace = workspace(call, false, query_workspace);
-  const cudaStream_t stream = prepare_launch(call, true, deterministic && accumulate, scratch);
+  const int together = fa3::ranges_at_a_time(call.params, accumulate, deterministic, kernel.head_dim);
+  if (separate && fa3::lists_tiles(call.params)) {
+    params.query_workspace = list_of_tiles(call, fa3::query_records(call.params, accumulate, together), query_workspace);
+  }
+  const cudaStream_t stream = prepare_launch(call, true, together < call.params.ranges, scratch);
   params.forward = call.params;
   check_launch(launch(params, stream), kOp);
 }
@@ -701,7 +709,7 @@ Tensor round_dq_sm90(const Tensor& dq_sum, const Tensor& q, const Tensor& v, dou
   params.dq_sum = sum_pointer(kOp, dq_sum, fa3::elements_of_sum(forward, kernel.head_dim), view);
   const CurrentDevice device(view.device);
   Tensor dq = empty(view.device, {view.sizes, view.sizes + 3}, q.scalar_type());
-  if (view.sizes[0] == 0) return dq;
+  if (view.sizes[0] == 0 || view.sizes[1] == 0) return dq;
   params.dq = dq.mutable_data_ptr();
   params.dq_dtype = *dtype;
   check_launch(kernel.round(params, current_stream(view.device)), kOp);

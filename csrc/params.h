@@ -65,7 +65,7 @@ struct ForwardParams {
   const int32_t* offsets;  // (ranges,) or (batch,), or nullptr: `offset`
   const int32_t* flags;    // (ranges,) of kVisit*; given together with out_acc
   int32_t ranges;
-  int32_t* workspace;      // of several ranges: workspace_elements() of scratch memory
+  int32_t* workspace;      // of several ranges: workspace_elements(most_records()) of scratch memory
   int32_t* tile_counter;   // of others: kCounterElements that are 0 before and after every launch, used by one at a time
 
   Strides q_stride;
@@ -111,7 +111,7 @@ struct BackwardParams {
   bool accumulate_kv;  // only with accumulate: so are dk and dv; else their rows that a query sees are written
   bool deterministic;  // gradients are bitwise equal from run to run
   int32_t* turns;      // deterministic, unless separates_dq: scratch memory, shaped as lse
-  int32_t* query_workspace;  // of several ranges, and separates_dq: as forward.workspace, for tiles of queries (that one has those of keys)
+  int32_t* query_workspace;  // of several ranges, and separates_dq: as forward.workspace, for query_records() tiles of queries
 };
 
 constexpr int32_t kMaxSequence = 1 << 30;

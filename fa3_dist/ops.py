@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from fa3_dist import reference, torch_kernels
 from fa3_dist._build import LIBRARY
@@ -425,8 +426,9 @@ def _check_backward(
 
 
 def _check_dq_sum(name: str, dq_sum: Tensor, q: Tensor, v: Tensor) -> None:
-    elements = q.shape[0] * q.shape[1] * _columns_of_sum(q, v)
-    _check_tensor(name, dq_sum, (elements,), q, (accumulator_dtype(q.dtype),))
+    # NOTE: which kernel runs, and so how many elements its sum has, a fake tensor's device cannot be asked.
+    shape = _shape(dq_sum) if is_fake(q) else (q.shape[0] * q.shape[1] * _columns_of_sum(q, v),)
+    _check_tensor(name, dq_sum, shape, q, (accumulator_dtype(q.dtype),))
     if not dq_sum.is_contiguous():
         raise ValueError(f"{name} has stride {dq_sum.stride(0)}: expected a contiguous sum; take one from new_dq_sum")
 
@@ -664,11 +666,12 @@ def _compiled_backward(
     for x, like in ((dq, q), (dk, k), (dv, v)):
         if _is_writable(x) and (x.shape == like.shape or x.dim() == 1) and x.dtype in (q.dtype, torch.float32):
             written.append(x)
-        elif accumulate:
-            written.append(x.clone(memory_format=torch.contiguous_format))
         else:
             dtype = q.dtype if x.dtype == q.dtype else torch.float32
-            written.append(torch.empty(like.shape, dtype=dtype, device=q.device))
+            if accumulate:  # it holds sums, or rows that are kept
+                written.append(x.to(dtype, copy=True, memory_format=torch.contiguous_format))
+            else:
+                written.append(torch.empty(like.shape, dtype=dtype, device=q.device))
     _backward_sm90(dout, q, k, v, lse.contiguous(), delta.contiguous(), *written, *_with_plain_columns(rest))
     for x, result in zip((dq, dk, dv), written):
         if x is not result:

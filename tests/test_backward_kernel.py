@@ -300,6 +300,26 @@ def test_visits_in_parts_are_the_whole(mask, head_dim, deterministic):
     judge([x[None] for x in sums], *(x[None] for x in (q, k, v, dout)), **whole)
 
 
+@pytest.mark.parametrize("parts", [3, 40])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("head_dims", [(128, 128), (192, 128), (256, 256)])
+def test_ranges_that_share_their_queries(head_dims, heads, parts):
+    """In one launch, all of them: their tiles of queries are many times as many as those of the queries alone."""
+    q, k, v, dout = (x[0] for x in problem_tensors(14, 1024, 1280, *heads, *head_dims, batch=1))
+    shift = {"offset": 256, "window_right": 0}
+    lse, delta = (x[0] for x in rows_of(*(x[None] for x in (q, k, v, dout)), **shift))
+    starts = [1280 * i // parts for i in range(parts + 1)]
+    lengths = [end - start for start, end in zip(starts, starts[1:])]
+    ranges = ([0] * parts, [1024] * parts, starts[:-1], lengths)
+    dq = torch.zeros_like(q, dtype=torch.float32)
+    dk, dv = (torch.full_like(x, torch.nan) for x in (k, v))
+    ops.backward(
+        dout, q, k, v, lse, delta, dq, dk, dv, **dict(zip(ops.RANGES, map(column, ranges))), window_right=0,
+        offsets=column([256 - start for start in starts[:-1]]), accumulate=True, accumulate_kv=False,
+    )  # fmt: skip
+    judge([x[None].to(q.dtype) for x in (dq, dk, dv)], *(x[None] for x in (q, k, v, dout)), **shift)
+
+
 # ---- where and how it runs -------------------------------------------------------------------------------------------
 
 

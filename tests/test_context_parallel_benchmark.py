@@ -336,6 +336,13 @@ def test_gpus_are_aligned_behind_a_flush_and_all_run_at_once(monkeypatch: pytest
         rests.clear()
 
 
+def test_long_cases_are_seen_to_be_long_before_they_are_timed() -> None:
+    for problem in cases.problems():
+        repeats, warmups = context_parallel.runs_of(problem, 20)
+        assert (repeats, warmups) in ((20, context_parallel.WARMUPS), (5, 1), (1, 0))
+        assert (repeats > 1) == (warmups > 0)
+
+
 # ---- PyTorch's own ---------------------------------------------------------------------------------------------------
 
 

@@ -114,6 +114,20 @@ def test_gate_of_ranks_on_one_gpu(world: int, case: Case):
     assert judge(case, run_in_process(world, run_case, case, False, "cuda")) == []
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("layout, lengths", [
+    ("zigzag", (3000,)), ("packed", (300, 2600, 700, 90)), ("striped", (2100,)),
+])  # fmt: skip
+@pytest.mark.parametrize("kv_heads, head_dim", [(4, 64), (2, 128), (4, 256)])
+@pytest.mark.parametrize("world", [2, 3])
+def test_gate_of_local_steps_in_two_parts(world, kv_heads, head_dim, layout, lengths, deterministic, monkeypatch):
+    """As long sequences have it: the opening beside remote launches, and what it finishes."""
+    monkeypatch.setattr(ring, "LEAST_OPENING", {"cuda": 0})
+    case = Case("", lengths, layout, 4, kv_heads, head_dim, head_dim, dtype=BF16, dlse=False)
+    assert judge(case, run_in_process(world, run_case, case, deterministic, "cuda")) == []
+
+
 def nccl_worker(rank: int, world: int, peer_copies: bool) -> list[dict]:
     exchange = DistributedExchange(peer_copies=peer_copies)
     return [run_case(exchange, case, device="cuda") for case in GPU_CASES]

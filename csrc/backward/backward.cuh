@@ -224,11 +224,13 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
     }
   }
   if (error == cudaSuccess && is_listed) {
-    error = launch_schedule(arguments.transposed, {Config::kKeys, Config::kQueries}, 1, stream);
+    error = launch_schedule(arguments.transposed, {Config::kKeys, Config::kQueries}, 1,
+                            most_records(arguments.transposed), stream);
     if (error == cudaSuccess && Config::kSharesKeys) {
       ForwardParams queries = forward;
       queries.workspace = params.query_workspace;
-      error = launch_schedule(queries, QueryConfig::kTile, 1, stream, true);
+      error = launch_schedule(queries, QueryConfig::kTile, 1, query_records(forward, params.accumulate, forward.ranges),
+                              stream, true);
     }
   }
   const bool clears = packed && !params.accumulate;
@@ -248,18 +250,16 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   using Config = BackwardConfig<kDType, kHeadDim, kHeadDimV>;
   using QueryConfig = QueryGradientConfig<kDType, kHeadDim, kHeadDimV>;
   const ForwardParams& forward = params.forward;
-  if (!params.deterministic || !params.accumulate || forward.q_start == nullptr) {
-    return launch_ranges<Config, QueryConfig>(params, stream);
-  }
-  // Ranges that accumulate may share queries, and are added up in their order: one launch after the other.
-  for (int range = 0; range < forward.ranges; ++range) {
-    BackwardParams alone = params;
-    for (const int32_t** column : {&alone.forward.q_start, &alone.forward.q_len, &alone.forward.k_start,
-                                   &alone.forward.k_len, &alone.forward.offsets}) {
+  const int together = ranges_at_a_time(forward, params.accumulate, params.deterministic, kHeadDim);
+  if (together == forward.ranges) return launch_ranges<Config, QueryConfig>(params, stream);
+  for (int range = 0; range < forward.ranges; range += together) {
+    BackwardParams part = params;
+    for (const int32_t** column : {&part.forward.q_start, &part.forward.q_len, &part.forward.k_start, &part.forward.k_len,
+                                   &part.forward.offsets}) {
       if (*column != nullptr) *column += range;
     }
-    alone.forward.ranges = 1;
-    const cudaError_t error = launch_ranges<Config, QueryConfig>(alone, stream);
+    part.forward.ranges = std::min(together, forward.ranges - range);
+    const cudaError_t error = launch_ranges<Config, QueryConfig>(part, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+
+#include "forward/schedule.h"
 #include "params.h"
 
 namespace fa3 {
@@ -10,6 +13,25 @@ namespace fa3 {
 // Whether dq has a kernel of its own (query_gradient.cuh), by the row's head_dim: where two products more cost less than
 // additions to memory. Gradients are then bitwise equal from run to run; else they are if tiles take turns (turns.cuh).
 constexpr bool separates_dq(int64_t head_dim) { return head_dim > 128; }
+
+// How many ranges are computed at a time, by the row's head_dim. Those that accumulate may share queries, each of them all:
+// where they are to be added up in their order, it is one of them, and where tiles of queries are listed, what a list holds.
+constexpr int kQueryTile = 128;
+inline int ranges_at_a_time(const ForwardParams& forward, bool accumulate, bool deterministic, int64_t head_dim) {
+  constexpr int64_t kMostRecords = 1 << 20, kMostTiles = INT32_MAX / 2;
+  if (!accumulate || forward.q_start == nullptr) return forward.ranges;
+  if (deterministic) return 1;
+  if (!separates_dq(head_dim)) return forward.ranges;
+  const int64_t of_range = std::max<int64_t>(1, (int64_t{forward.seqlen_q} + kQueryTile - 1) / kQueryTile);
+  const int64_t together = std::min(kMostRecords, kMostTiles / forward.heads) / of_range;
+  return static_cast<int>(std::min<int64_t>(forward.ranges, std::max<int64_t>(1, together)));
+}
+
+// Tiles of queries that so many ranges have at most.
+inline int64_t query_records(const ForwardParams& forward, bool accumulate, int64_t ranges) {
+  if (accumulate) return ranges * ((int64_t{forward.seqlen_q} + kQueryTile - 1) / kQueryTile);
+  return most_records(forward.seqlen_q, forward.heads, forward.kv_heads, ranges);
+}
 
 // Elements of BackwardParams::dq_sum.
 inline int64_t elements_of_sum(const ForwardParams& forward, int64_t head_dim) {

@@ -25,7 +25,7 @@ struct QueryGradientConfig {
   static constexpr int kQueries = kTile.queries;
   static constexpr int kKeys = kTile.keys;
   static constexpr int kConsumers = kQueries / 64;
-  static_assert(kQueries <= kMostRows);
+  static_assert(kQueries <= kMostRows && kQueries == kQueryTile);
 
   static constexpr int kBytesQ = kQueries * kHeadDim * sizeof(Element);
   static constexpr int kBytesDO = kQueries * kHeadDimV * sizeof(Element);

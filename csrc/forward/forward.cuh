@@ -182,7 +182,9 @@ cudaError_t launch_forward_tiles(const ForwardParams& params, cudaStream_t strea
   constexpr int kSharedBytes = Config::kTeams * sizeof(ForwardShared<Config>);
   static_assert(kSharedBytes <= 227 * 1024);
   cudaError_t error = allow_shared_memory<forward_kernel<Config>>(device, kSharedBytes);
-  if (error == cudaSuccess && is_listed) error = launch_schedule(params, Config::kTile, arguments.heads_in_tile, stream);
+  if (error == cudaSuccess && is_listed) {
+    error = launch_schedule(params, Config::kTile, arguments.heads_in_tile, most_records(params), stream);
+  }
   if (error != cudaSuccess) return error;
   int64_t blocks = std::min<int64_t>((tiles + Config::kTeams - 1) / Config::kTeams,
                                      Config::kBlocksPerProcessor * std::max(1, processors - params.sm_margin));

@@ -18,9 +18,9 @@ struct TileShape {
 template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream);
 
-// Lists the tiles of params' ranges in params.workspace, those with the most keys first. A tile has rows of `heads_in_tile`
-// heads. `early`: beside the kernel before, than which it ends no earlier.
-cudaError_t launch_schedule(const ForwardParams& params, TileShape tile, int heads_in_tile, cudaStream_t stream,
-                            bool early = false);
+// Lists the tiles of params' ranges in params.workspace, which holds so many, those with the most keys first. A tile has rows
+// of `heads_in_tile` heads. `early`: beside the kernel before, than which it ends no earlier.
+cudaError_t launch_schedule(const ForwardParams& params, TileShape tile, int heads_in_tile, int64_t records,
+                            cudaStream_t stream, bool early = false);
 
 }  // namespace fa3

@@ -187,6 +187,8 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
       is_known = false;
     } else {
       wait_as_warp(shared.tile_empty[ring.stage], ring.parity ^ 1);
+      // NOTE: no lane waits here; but that one lane has waited for all is more than racecheck can follow.
+      shared.tile_empty[ring.stage].wait(ring.parity ^ 1);
       if (kind == Tile::kWork) order.fill(ring.stage, drawn);
       if (first_lane && only_warp != kAllWarps) tile.blocks.end_plain = tile.blocks.first_plain;
       if constexpr (Config::kSkipsBlocks) {
@@ -412,7 +414,7 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
         behind_slot = slot;
         behind_block = block;
       }
-      if (block == lead_block && tile.only_warp == kAllWarps) shared.nearly_loaded.arrive();
+      if (block == lead_block && tile.only_warp == kAllWarps && !order.walks()) shared.nearly_loaded.arrive();
       if (block == blocks.first) {
         // The next Q waits for the consumers to be done with this one, and the last V must not.
         if (Config::kStagesQ == 1) load_behind(true);

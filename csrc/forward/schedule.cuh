@@ -190,11 +190,10 @@ __global__ void __launch_bounds__(kScanThreads) schedule_kernel(const ScheduleAr
   cudaGridDependencySynchronize();
 }
 
-cudaError_t launch_schedule(const ForwardParams& params, TileShape tile, int heads_in_tile, cudaStream_t stream,
-                            bool early) {
-  const int64_t elements = workspace_elements(params.seqlen_q, params.heads, params.kv_heads, params.ranges);
+cudaError_t launch_schedule(const ForwardParams& params, TileShape tile, int heads_in_tile, int64_t records,
+                            cudaStream_t stream, bool early) {
   const ScheduleArguments arguments{params, tile.queries / heads_in_tile, tile.keys, heads_in_tile,
-                                    static_cast<int>((elements - kHeaderElements) / kRecordElements)};
+                                    static_cast<int>(records)};
   return launch(schedule_kernel, 1, kScanThreads, 0, stream, early, arguments);
 }
 

@@ -73,11 +73,17 @@ inline __host__ __device__ int units_per_group(const ForwardParams& params, int 
 constexpr int kHeaderElements = 8;   // int32 elements of a ScheduleHeader
 constexpr int kRecordElements = 12;  // and of a TileRecord
 
-// int32 elements of ForwardParams::workspace: enough for every tile shape.
-inline int64_t workspace_elements(int64_t seqlen_q, int64_t heads, int64_t kv_heads, int64_t ranges) {
+// int32 elements of ForwardParams::workspace, for a list of so many tiles.
+constexpr int64_t workspace_elements(int64_t records) { return kHeaderElements + kRecordElements * records; }
+
+// Tiles that ranges of disjoint queries have at most, of any shape.
+inline int64_t most_records(int64_t seqlen_q, int64_t heads, int64_t kv_heads, int64_t ranges) {
   constexpr int64_t kSmallestTile = 64;
   const int64_t queries = std::max<int64_t>(1, kSmallestTile / (heads / kv_heads));
-  return kHeaderElements + kRecordElements * (seqlen_q / queries + ranges);
+  return seqlen_q / queries + ranges;
+}
+inline int64_t most_records(const ForwardParams& params) {
+  return most_records(params.seqlen_q, params.heads, params.kv_heads, params.ranges);
 }
 
 }  // namespace fa3

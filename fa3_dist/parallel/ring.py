@@ -174,7 +174,7 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
     # What comes back is added after the local launches have written what is theirs: not so where a step comes after it.
     writes_own = plan.writes_own and len(plan.remote) <= 1
     own = _KeyRows(*(_new_sum(x, len(x), x.shape[1], sum_dtype, writes_own) for x in (k, v)))
-    finished = plan.finished if opening else ()
+    finished = plan.finished if opening and kv_dtype != sum_dtype else ()
     total = _KeyRows(*(x.new_empty(x.shape, dtype=kv_dtype) for x in (k, v))) if finished else None
 
     def add_gradients(step: int, launches: Sequence[Launch], kv: _KeyRows, dkv: _KeyRows, writes: bool, sm_margin: int,
