@@ -234,24 +234,19 @@ def round_dq(dq_sum: Tensor, q: Tensor, v: Tensor, softmax_scale: float | None =
 
 def adds_atomically(q: Tensor, v: Tensor) -> bool:
     """Whether calls of `backward` on several CUDA streams may add to one sum from `new_dq_sum` at a time."""
-    return _sums_in_library(q, v)
-
-
-def _sums_in_library(q: Tensor, v: Tensor) -> bool:
     return q.is_cuda and _has_compiled_kernel(q.device, _request("round_dq", (None, q, v)))
 
 
 def _columns_of_sum(q: Tensor, v: Tensor) -> int:
     """Elements of a row of a sum of dq: those of the rows that the kernel computes with."""
-    return _columns_of_variant(q.dtype, q.shape[-1], v.shape[-1]) if _sums_in_library(q, v) else q.shape[-1]
+    return _columns_of_variant(q.dtype, q.shape[-1], v.shape[-1]) if adds_atomically(q, v) else q.shape[-1]
 
 
 @functools.cache
 def _columns_of_variant(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> int:
     info = library_info()
     assert info is not None
-    sizes = compiled_sizes(info["variants"])["backward"][_VARIANT_DTYPES[dtype]]
-    return min((size for size in sizes if head_dim <= size[0] and head_dim_v <= size[1]), key=sum)[0]
+    return min(_sizes_that_hold(info["variants"], _Request("backward", (dtype,), (head_dim, head_dim_v))), key=sum)[0]
 
 
 def _default_scale(q: Tensor) -> float:
@@ -495,21 +490,21 @@ def _request(op: str, args: tuple[Any, ...]) -> _Request:
     if op == "delta":
         dout, out = args[:2]
         return _Request(op, (dout.dtype, out.dtype))
-    sums_up_dq = op == "round_dq" or (op == "backward" and dict(zip(SCHEMA_ARGS[op], args)).get("accumulate"))
+    has_state = op != "forward"  # that it adds to
+    if op == "backward":
+        has_state = bool(dict(zip(SCHEMA_ARGS[op], args)).get("accumulate"))
     if op == "round_dq":
         op, (q, v) = "backward", args[1:3]
     else:
         q, _, v = args[1:4] if op == "backward" else args[:3]
     request = _Request(op, (q.dtype,), (q.shape[-1], v.shape[-1]))
     needs = []
-    odd = q.shape[-1] % VECTOR or v.shape[-1] % VECTOR  # the operator pads what it owns, not a state that it adds to
     if op == "forward_into":
         out = args[5]
         if out is not None and out.dtype not in (q.dtype, torch.float32):
             needs.append(f"an out of {out.dtype}")
-        if odd:
-            needs.append(f"a state whose head dims are not multiples of {VECTOR}")
-    elif odd and sums_up_dq:
+    # The operator pads what it owns, and no state.
+    if has_state and (q.shape[-1] % VECTOR or v.shape[-1] % VECTOR):
         needs.append(f"a state whose head dims are not multiples of {VECTOR}")
     return request._replace(needs=tuple(needs))
 
@@ -533,8 +528,13 @@ def _covers(variants: Sequence[str], request: _Request) -> bool:
     dtypes = [_VARIANT_DTYPES.get(dtype) for dtype in request.dtypes]
     if request.needs or None in dtypes or 0 in request.head_dims:
         return False
-    kernels = compiled_sizes(variants).get(request.op, {}).get(str(dtypes[0]), [])
-    return any(all(dim <= most for dim, most in zip(request.head_dims, size)) for size in kernels)
+    return bool(_sizes_that_hold(variants, request))
+
+
+def _sizes_that_hold(variants: Sequence[str], request: _Request) -> list[tuple[int, ...]]:
+    """Those of the variants that hold the head dims, for the operator and its first dtype."""
+    kernels = compiled_sizes(variants).get(request.op, {}).get(str(_VARIANT_DTYPES.get(request.dtypes[0])), [])
+    return [size for size in kernels if all(dim <= most for dim, most in zip(request.head_dims, size))]
 
 
 @functools.cache

@@ -248,8 +248,21 @@ def backward(
     del deterministic, sm_margin
     dtype = accumulator_dtype(q.dtype)
     dq = dq.view(q.shape) if dq.dim() == 1 else dq
-    gradients = ((dq, accumulate), (dk, accumulate_kv), (dv, accumulate_kv))
-    sums = [x if adds else torch.zeros_like(x, dtype=dtype) for x, adds in gradients]
+    whole = [slice(None)]
+    ranges: list[Range] = []
+    if q.dim() == 3:
+        assert q_start is not None and q_len is not None and k_start is not None and k_len is not None
+        ranges = read_ranges(q_start, q_len, k_start, k_len, offsets, offset, None, q.shape[0], k.shape[0])
+    keys_written = [r.k for r in ranges] if accumulate and q.dim() == 3 else whole
+    # Gradients, and the rows that are overwritten.
+    gradients = (
+        (dq, [] if accumulate else whole), (dk, [] if accumulate_kv else keys_written),
+        (dv, [] if accumulate_kv else keys_written),
+    )  # fmt: skip
+    for gradient, written in gradients:
+        for rows in written:
+            gradient[rows] = 0
+    sums = [x if x.dtype == dtype else torch.zeros_like(x, dtype=dtype) for x, _ in gradients]
 
     def run(queries: tuple[Tensor, ...], rows: tuple[Tensor, Tensor], keys: tuple[Tensor, ...], offset: int) -> None:
         (dout, q, dq), (lse, delta), (k, v, dk, dv) = queries, rows, keys
@@ -257,14 +270,10 @@ def backward(
         attend_backward(dout, q, k, v, lse, delta, dq, dk, dv, mask, softmax_scale, softcap)
 
     queries, keys = (dout, q, sums[0]), (k, v, sums[1], sums[2])
-    written = [slice(None)]  # rows of dk and dv, beside a dq that is added to
     if q.dim() == 3:
-        assert q_start is not None and q_len is not None and k_start is not None and k_len is not None
-        ranges = read_ranges(q_start, q_len, k_start, k_len, offsets, offset, None, q.shape[0], k.shape[0])
-        written = [r.k for r in ranges]
         for r in ranges:
-            rows = (lse[None, :, r.q], delta[None, :, r.q])
-            run(tuple(x[None, r.q] for x in queries), rows, tuple(x[None, r.k] for x in keys), r.offset)
+            of_queries = (lse[None, :, r.q], delta[None, :, r.q])
+            run(tuple(x[None, r.q] for x in queries), of_queries, tuple(x[None, r.k] for x in keys), r.offset)
     elif offsets is None:
         run(queries, (lse, delta), keys, k.shape[1] - q.shape[1] if offset is None else offset)
     else:
@@ -272,10 +281,10 @@ def backward(
             one = slice(b, b + 1)
             run(tuple(x[one] for x in queries), (lse[one], delta[one]), tuple(x[one] for x in keys), offset_b)
 
-    for (gradient, adds), total in zip(gradients, sums):
-        if not adds:
-            for keys_of_range in written if accumulate else [slice(None)]:
-                gradient[keys_of_range] = total[keys_of_range].to(gradient.dtype)
+    for (gradient, written), total in zip(gradients, sums):
+        if gradient is not total:
+            for rows in written:
+                gradient[rows] = total[rows].to(gradient.dtype)
 
 
 def round_dq(dq_sum: Tensor, q: Tensor, v: Tensor, softmax_scale: float) -> Tensor:

@@ -404,6 +404,7 @@ def test_launches_overlap_only_where_they_add_atomically(monkeypatch):
     run_in_process(2, run_case, whole)
     assert asked == []
     monkeypatch.setattr(ring.ops, "adds_atomically", lambda q, v: True)
+    monkeypatch.setattr(ring.ops, "_columns_of_variant", lambda dtype, head_dim, head_dim_v: head_dim)
     run_in_process(2, run_case, halves)
     run_in_process(2, run_case, whole, True)
     run_in_process(3, run_case, whole)

@@ -173,7 +173,7 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
     dq = q.new_zeros(q.shape, dtype=sum_dtype) if in_halves else ops.new_dq_sum(q, v)
     # What comes back is added after the local launches have written what is theirs: not so where a step comes after it.
     writes_own = plan.writes_own and len(plan.remote) <= 1
-    own = _KeyRows(*(_new_sum(x, len(x), x.shape[1], sum_dtype, writes_own) for x in (k, v)))
+    own = _KeyRows(*(_new_sum(x, G, sum_dtype, writes_own) for x in (k, v)))
     finished = plan.finished if opening and kv_dtype != sum_dtype else ()
     total = _KeyRows(*(x.new_empty(x.shape, dtype=kv_dtype) for x in (k, v))) if finished else None
 
@@ -204,7 +204,7 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
                 arriving = _fetch(kv, plan, index + 1, exchange)
             before, returning = returning, []
             for part, heads in enumerate(parts[index]):
-                dkv = _KeyRows(*(_new_sum(x, len(x), heads.kv_count, sum_dtype, step.writes) for x in come))
+                dkv = _KeyRows(*(_new_sum(x, heads.kv_count, sum_dtype, step.writes) for x in come))
                 local.follow()
                 add_gradients(step.step.shift, step.backward, come, dkv, step.writes, exchange.sm_margin, heads)
                 if before:
@@ -223,9 +223,9 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
     return dq.to(q.dtype) if in_halves else ops.round_dq(dq, q, v, options["softmax_scale"]), dk, dv
 
 
-def _new_sum(like: Tensor, rows: int, heads: int, dtype: torch.dtype, is_written: bool) -> Tensor:
-    """Memory for rows of dK or dV: zeros to add to, unless all of it is going to be written."""
-    return (like.new_empty if is_written else like.new_zeros)((rows, heads, like.shape[2]), dtype=dtype)
+def _new_sum(like: Tensor, heads: int, dtype: torch.dtype, is_written: bool) -> Tensor:
+    """Memory for dK or dV of some heads: zeros to add to, unless all of it is going to be written."""
+    return (like.new_empty if is_written else like.new_zeros)((len(like), heads, like.shape[2]), dtype=dtype)
 
 
 class _Beside:
