@@ -1,7 +1,8 @@
 """Training steps of a whole model, with our attention and with cuDNN's: `python benchmarks/end_to_end.py`.
 
 Two models of examples/train.py's shapes, equal but for attention, train on its text on one GPU: weights and arithmetic
-in bf16, an fp32 copy of the weights and AdamW. Both start from the same weights, get the same batches and take turns
+in bf16, an fp32 copy of the weights and AdamW, every block through torch.compile (--eager: as it is, which takes both
+a tenth longer and so makes less of what attention saves). Both start from the same weights, get the same batches and take turns
 step by step, each going first every other step; a step is timed by the clock on the wall, from batch to new weights.
 
 What it prints is the ratio of the step times and, averaged over the steps, how much the losses differ. Two runs drift
@@ -130,7 +131,7 @@ def train_seed(
 ) -> dict[str, Any]:
     """Losses and seconds of every step of both models; ends when another step would last beyond the deadline."""
     trainees = {
-        name: Trainee(config, attention, seed, arguments.lr, arguments.compile)
+        name: Trainee(config, attention, seed, arguments.lr, compile=not arguments.eager)
         for name, attention in attentions().items()
     }
     difference = relative_l2(*(trainee.first_layer(sequences.step(0)) for trainee in trainees.values()))
@@ -275,7 +276,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=3e-4, help="peak learning rate (default: 3e-4)")
     add("--seconds", type=float, default=math.inf, help="measure no longer than this; each seed gets its share")
     add("--data", type=Path, default=python_sources(), help="folder of text (default: Python's own sources)")
-    add("--compile", action="store_true", help="torch.compile every block")
+    add("--eager", action="store_true", help="no torch.compile of the blocks")
     add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward, to save memory")
     add("--output", type=Path, help="result file (default: benchmarks/results/end_to_end_GPU.json if no other flag is "
         "given, else none)")
@@ -307,7 +308,7 @@ def run(
     settings = {
         **header, "model": arguments.model, **sizes, "parameters": shape.number_of_parameters(),
         "seqlen": arguments.seqlen, "batch": arguments.batch, "steps": arguments.steps, "lr": arguments.lr,
-        "compile": arguments.compile, "checkpoint_activations": arguments.checkpoint_activations,
+        "compile": not arguments.eager, "checkpoint_activations": arguments.checkpoint_activations,
         "text": f"{text}, {text.digest()}", "step_flop": step_flop,
     }
     earlier = earlier_seeds(arguments.earlier, settings)

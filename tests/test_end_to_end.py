@@ -56,12 +56,12 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def small(tmp_path: Path) -> list[str]:
-    """Flags for short sequences of a text of two kinds of lines."""
+    """Flags for short sequences of a text of two kinds of lines, and blocks as they are."""
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(40):
         (folder / f"{i}.txt").write_text(f"{i} is a number\nand this is a line\n" * 9)
-    return ["--data", str(folder), "--seqlen", "48", "--batch", "2"]
+    return ["--data", str(folder), "--seqlen", "48", "--batch", "2", "--eager"]
 
 
 def test_two_models_train_alike(
@@ -100,6 +100,17 @@ def test_models_that_differ_in_more_than_rounding_are_an_error(
     printed = capsys.readouterr()
     assert "seed 0: attention of the first layer differs by" in printed.err
     assert "no interval from one seed" in printed.out and "written" not in printed.out
+
+
+def test_every_block_is_compiled_unless_told_otherwise(
+    on_the_cpu: list[str], small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    flags = [*small, "--steps", "3", "--seeds", "1"]
+    assert end_to_end.main(flags) == 0 and compiled == []
+    assert end_to_end.main([flag for flag in flags if flag != "--eager"]) == 0
+    assert compiled == ["TransformerBlock"] * (2 * SIZES["layers"])
 
 
 def test_it_ends_when_the_time_is_up(
@@ -189,5 +200,5 @@ def test_wrong_command_lines(arguments: list[str]) -> None:
 
 def test_only_a_whole_run_writes_the_result_file() -> None:
     assert end_to_end.parse_arguments([]).is_whole and end_to_end.parse_arguments(["--output", "x"]).is_whole
-    for flags in (["--seconds", "100"], ["--seeds", "2"], ["--compile"], ["--data", "x"], ["--seqlen", "4096"]):
+    for flags in (["--seconds", "100"], ["--seeds", "2"], ["--eager"], ["--data", "x"], ["--seqlen", "4096"]):
         assert not end_to_end.parse_arguments(flags).is_whole

@@ -88,6 +88,7 @@ struct BackwardConfig {
   static constexpr int kLoads = kSharesKeys ? 2 : 1;
   // Whether P is rounded, and multiplied, before dP is there; where registers are short, both wait for dP.
   static constexpr bool kEarlyWeights = kQueries == 64 && kHeadDim >= 96;
+  static constexpr int kEarlyDeltas = 4;  // of a thread's 8 pairs, then: benchmarks/LOG.md, backward, 55
 
   // Shared memory holds a tile as panels of kPanel columns, which is what one bulk load brings and one swizzle spans.
   using Operand = OperandLayouts<Element>;

@@ -229,12 +229,18 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     }
 
     // dV += P^T dO, dS = P (dP - delta)
+    // What there are registers for is read while dP is waited for.
+    float2 early_delta[Config::kEarlyDeltas];
     const auto multiply_dv = [&]() __attribute__((always_inline)) {
       multiply(mma_dv, rP, thread_dv.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDOt{})), rdV,
                !fresh);
     };
     if constexpr (Config::kEarlyWeights) {
       multiply_dv();
+#pragma unroll
+      for (int i = 0; i < Config::kEarlyDeltas; ++i) {
+        early_delta[i] = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * i + rows.column]);
+      }
       warpgroup_wait<1>();
     } else {
       warpgroup_wait<0>();
@@ -245,7 +251,9 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     Tensor rdS = make_tensor_like(rP);
 #pragma unroll
     for (int i = 0; i < kScores / 4; ++i) {
-      const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * i + rows.column]);
+      float2 delta;
+      if (Config::kEarlyWeights && i < Config::kEarlyDeltas) delta = early_delta[i];
+      else delta = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * i + rows.column]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int at = 4 * i + 2 * r;

@@ -109,7 +109,7 @@ struct ForwardConfig {
   static constexpr bool kWalks = kIsNarrow && kSkipsBlocks && kKeys == 64;
   static_assert(!kWalks || kQueries / kKeys <= kStages);
 
-  // Whether K and V have a loading thread each: a team of several has only one.
+  // Whether Q, K and V have a loading thread each: a team of several has only one.
   static constexpr bool kLoadsApart = kTeams == 1;
 
   // One producer warpgroup and the consumers.
@@ -126,6 +126,10 @@ struct ForwardConfig {
 
   static constexpr bool kTakesTurns = kTeams == 1 && kConsumers > 1 && takes_turns(kHeadDim, kSequences);
   static constexpr bool kOverlapsSoftmax = FA3_FORWARD_OVERLAP;
+
+  // Whether what a tile's sums make of its output is computed before that is there, where registers suffice (benchmarks/LOG.md,
+  // 85).
+  static constexpr bool kClosesEarly = !kTilesOverlap || kConsumerRegisters > 160;
 
   // Registers of a consumer's output, scores and weights. Two copies of the weights let a block's be rounded while the
   // product before still reads the other's; where that does not fit, rounding waits for the product. Of short sequences the
@@ -149,6 +153,10 @@ struct ForwardConfig {
   static constexpr int kStagesO = kPanelsO * kBytesPanelO <= kFreeBytes ? kPanelsO
                                   : kPanelsO % 4 == 0 && kPanelsO / 2 * kBytesPanelO <= kFreeBytes ? kPanelsO / 2 : 0;
   static constexpr bool kHalvesOutput = kStagesO > 0 && kStagesO < kPanelsO;
+
+  // Pairs of a row's running state that a thread asks for together: used one by one, they would be waited for one by one. But the
+  // registers for many have to come from somewhere, and then every tile gives and takes some back (85).
+  static constexpr int kPairsTogether = kConsumerRegisters > 160 && kHeadDimV <= 128 ? kHeadDimV / 8 : 4;
 
   template <int kColumns>
   using RowMajorAtom = std::conditional_t<kColumns == 64, GMMA::Layout_K_SW128_Atom<Element>,

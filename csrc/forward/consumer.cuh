@@ -105,6 +105,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     rows[0] = shared.row[row];
     rows[1] = shared.row[row + 8];
   };
+  // Whether a launch has no softcap, no running state and an output of boxes, so that there is less to look at. NOTE: opaque,
+  // or it would be made anew wherever it is asked for, from constant memory that takes 30 cycles to answer.
+  int is_usual = params.softcap == 0.f && params.out_acc == nullptr && params.out_dtype != DType::fp32 &&
+                 (Config::kStagesO == 0 || arguments.box_queries != 0);
+  asm volatile("" : "+r"(is_usual));
   const int warpgroup = cutlass::canonical_warp_group_idx() - 1 - consumer_team<Config>() * Config::kConsumers;
   const Turn<Config> turn(warpgroup);
   constexpr float kLog2E = 1.4426950408889634f;
@@ -231,12 +236,13 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
   // Turns the scores of the tile's current block, whatever they are, into weights. True as OnlineSoftmax::step.
   const auto weigh = [&](OnlineSoftmax& state) __attribute__((always_inline)) -> bool {
     const Tile& tile = shared.tile[slot];
-    if (rarely(params.softcap != 0.f)) {
+    if (rarely(!is_usual) && params.softcap != 0.f) {
       const float inner = params.softmax_scale / params.softcap;
 #pragma unroll
       for (int i = 0; i < decltype(size(rS))::value; ++i) rS(i) = tanh_accurate(rS(i) * inner);
     }
-    if (block < seen_by_rows(tile).first_plain || block >= seen_by_rows(tile).end_open) {
+    const int first_plain = seen_by_rows(tile).first_plain, end_open = seen_by_rows(tile).end_open;
+    if ((block < first_plain) | (block >= end_open)) {
       TileRow rows[2];
       rows_of_thread(rows);
       hide<Config>(rS, tile, shared.bounds[slot], rows, block * Config::kKeys + column);
@@ -277,18 +283,31 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     }
   };
 
-  // Hands a tile's output over to memory, and the tile back to who draws them; or, true, half of it: finish_output is to
-  // follow.
-  const auto write_output = [&](int of_slot) __attribute__((always_inline)) -> bool {
+  // Before a tile's last product is there: writes lse, and finds what the output is to be multiplied by. False if this warp's rows
+  // are not to be written.
+  const auto close_tile = [&](int of_slot, RowFactors& factors) __attribute__((always_inline)) -> bool {
     const Tile& tile = shared.tile[of_slot];
     const int warp = thread / 32;
-    bool is_half = false;
     if (rarely(__any_sync(0xffffffffu, softmax.lost))) {
       if (thread % 32 == 0) shared.repeat[atomicAdd(&shared.repeats, 1)] = {tile.index, warp};
-    } else if (tile.only_warp == kAllWarps || tile.only_warp == warp) {
+      return false;
+    }
+    const int only_warp = tile.only_warp;
+    if (rarely((only_warp != kAllWarps) & (only_warp != warp))) return false;
+    TileRow rows[2];
+    rows_of_thread(rows);
+    factors = close_rows(params, tile, rows, softmax, is_usual);
+    return true;
+  };
+
+  // Hands a tile's output over to memory, and the tile back to who draws them; or, true, half of it: finish_output is to
+  // follow.
+  const auto write_output = [&](int of_slot, bool writes, const RowFactors& factors) __attribute__((always_inline)) -> bool {
+    bool is_half = false;
+    if (!rarely(!writes)) {
       TileRow rows[2];
       rows_of_thread(rows);
-      is_half = write_tile<Config>(arguments, shared, tile, rows, softmax, rO);
+      is_half = write_rows<Config>(arguments, shared, shared.tile[of_slot], rows, factors, is_usual, rO);
     }
     if (!is_half) shared.tile_empty[of_slot].arrive();
     return is_half;
@@ -307,7 +326,8 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     const int next = tile_ring.stage;
     shared.tile_full[next].wait(tile_ring.parity);
     const Tile& tile = shared.tile[next];
-    if (!rarely(tile.kind != Tile::kWork || tile.blocks.first >= tile.blocks.end)) {
+    const int kind = tile.kind, first = tile.blocks.first, end = tile.blocks.end;
+    if (!rarely((kind != Tile::kWork) | (first >= end))) {
       slot = next;
       tile_ring.advance();
       block = seen_by_rows(tile).end - 1;
@@ -315,9 +335,9 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       shared.q_full[q_ring.stage].wait(q_ring.parity);
       return Next::kScores;
     }
-    if (tile.kind == Tile::kEnd) return Next::kEnd;
-    if (tile.kind == Tile::kPause && running) return Next::kNothing;
-    if (tile.kind == Tile::kPause) arrive_as_warp(shared.drained);
+    if (kind == Tile::kEnd) return Next::kEnd;
+    if (kind == Tile::kPause && running) return Next::kNothing;
+    if (kind == Tile::kPause) arrive_as_warp(shared.drained);
     else if (tile.only_warp == kAllWarps) write_unseen_tile<Config>(params, shared, tile);
     shared.tile_empty[next].arrive();
     tile_ring.advance();
@@ -348,6 +368,9 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       multiply(mma_qk, sQ(_, _, _, q_stage), sK(_, _, _, k_stage), rS, false);
       multiply(mma_pv, rP, sVt(_, _, _, v_stage), rO, has_output);
       turn.pass();
+      RowFactors factors;
+      bool writes = false;
+      if (Config::kClosesEarly && !same_tile && running) writes = close_tile(output_slot, factors);
       warpgroup_wait<Config::kOverlapsSoftmax ? 1 : 0>();
       warpgroup_fence_operand(rS);
       OnlineSoftmax next_softmax;
@@ -362,7 +385,8 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       if (same_tile) {
         if (changes) rescale_output();
       } else if (running) {
-        if (write_output(output_slot)) finish_output(output_slot);
+        if (!Config::kClosesEarly) writes = close_tile(output_slot, factors);
+        if (write_output(output_slot, writes, factors)) finish_output(output_slot);
       }
       softmax = next_softmax;
       running = more;
@@ -379,9 +403,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
         turn.take();
         multiply(mma_pv, rP, sVt(_, _, _, v_stage), rO, has_output);
         turn.pass();
+        RowFactors factors;
+        const bool writes = close_tile(slot, factors);
         finish_values(running);
         left_behind = first_block - shared.tile[slot].blocks.first;
-        has_rest = write_output(slot);
+        has_rest = write_output(slot, writes, factors);
         running = false;
         if constexpr (Config::kSkipsBlocks && !Config::kWalks) skip_blocks(left_behind);
       }

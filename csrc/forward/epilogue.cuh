@@ -153,53 +153,64 @@ __device__ __forceinline__ float2 load_if(const float* from, bool there) {
   return pair;
 }
 
-// out = O / sum, lse = log(2^reference sum); where the tile continues, both merged with the state by their lse's. Returns
-// whether panels from kStagesO on are yet to be stored, as boxes.
-template <class Config, class Output>
-__device__ __forceinline__ bool write_tile(const ForwardArguments& arguments, ForwardShared<Config>& shared,
-                                           const Tile& tile, const TileRow (&rows)[2], const OnlineSoftmax& softmax,
-                                           Output& rO) {
-  const ForwardParams& params = arguments.params;
-  bool merges = false, ends = true;
-  if (rarely(params.out_acc != nullptr)) {
-    merges = continues(params, tile);
-    ends = finishes(params, tile);
-  }
-  const OutputRow row[2] = {output_row(params, tile, rows[0]), output_row(params, tile, rows[1])};
-  float lse[2], factor[2];
+// What a thread multiplies its rows of a tile's output by, and of the running state that the tile continues.
+struct RowFactors {
+  float output[2];
+  float state[2];
+};
+
+// Writes lse = log(2^reference sum), merged with the state's where the tile continues one, and returns what it makes of the
+// output. Needs no product, and so can run under the last one.
+__device__ __forceinline__ RowFactors close_rows(const ForwardParams& params, const Tile& tile, const TileRow (&rows)[2],
+                                                 const OnlineSoftmax& softmax, bool is_usual) {
+  RowFactors factors{{0.f, 0.f}, {0.f, 0.f}};
+  float lse[2];
+  int64_t at[2];
+  bool exists[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    const OutputRow row = output_row(params, tile, rows[r]);
+    exists[r] = row.exists;
+    at[r] = row.lse_at;
     const float sum = quad_sum(softmax.sum[r]);
     lse[r] = (softmax.reference[r] + log2_approximate(sum)) * kLn2;  // -inf if no key was seen
-    factor[r] = sum == 0.f ? 0.f : inverse_approximate(sum);
+    factors.output[r] = sum == 0.f ? 0.f : inverse_approximate(sum);
   }
-  float kept[2] = {0.f, 0.f};
-  if (rarely(merges)) {
+  if (rarely(!is_usual) && continues(params, tile)) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float before = row[r].exists ? params.lse[row[r].lse_at] : -INFINITY;
+      const float before = exists[r] ? params.lse[at[r]] : -INFINITY;
       const float most = fmaxf(before, lse[r]);
       if (most == -INFINITY) continue;
       const float merged = most + logf(expf(before - most) + expf(lse[r] - most));
-      kept[r] = expf(before - merged);
-      factor[r] *= expf(lse[r] - merged);
+      factors.state[r] = expf(before - merged);
+      factors.output[r] *= expf(lse[r] - merged);
       lse[r] = merged;
     }
     __syncwarp();  // the quad has read the lse that one of it writes
   }
   if (threadIdx.x % 4 == 0) {
-    if (row[0].exists) params.lse[row[0].lse_at] = lse[0];
-    if (row[1].exists) params.lse[row[1].lse_at] = lse[1];
-  }
 #pragma unroll
-  for (int i = 0; i < decltype(size(rO))::value; ++i) rO(i) *= factor[i / 2 % 2];
-  if (rarely(merges)) {
+    for (int r = 0; r < 2; ++r) {
+      if (exists[r]) params.lse[at[r]] = lse[r];
+    }
+  }
+  return factors;
+}
+
+// Adds the running state to the output of a tile that continues it, and stores what is not to be rounded or not to be in
+// boxes. True if it has stored it.
+template <class Config, class Output>
+__device__ __forceinline__ bool write_unusual_rows(const ForwardArguments& arguments, const Tile& tile,
+                                                   const TileRow (&rows)[2], const RowFactors& factors, Output& rO) {
+  const ForwardParams& params = arguments.params;
+  const OutputRow row[2] = {output_row(params, tile, rows[0]), output_row(params, tile, rows[1])};
+  if (continues(params, tile)) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float* const state = params.out_acc + row[r].at * params.head_dim_v;
-      const int columns = kept[r] != 0.f ? params.head_dim_v : 0;
-      // Asked for together: used one by one, they would be waited for one by one.
-      constexpr int kBlocks = decltype(size(rO))::value / 4, kAtOnce = Config::kHeadDimV > 128 ? 8 : kBlocks;
+      const int columns = factors.state[r] != 0.f ? params.head_dim_v : 0;
+      constexpr int kBlocks = decltype(size(rO))::value / 4, kAtOnce = Config::kPairsTogether;
       static_assert(kBlocks % kAtOnce == 0);
 #pragma unroll
       for (int first = 0; first < kBlocks; first += kAtOnce) {
@@ -211,26 +222,40 @@ __device__ __forceinline__ bool write_tile(const ForwardArguments& arguments, Fo
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          rO(4 * (first + i) + 2 * r) += kept[r] * before[i].x;
-          rO(4 * (first + i) + 2 * r + 1) += kept[r] * before[i].y;
+          rO(4 * (first + i) + 2 * r) += factors.state[r] * before[i].x;
+          rO(4 * (first + i) + 2 * r + 1) += factors.state[r] * before[i].y;
         }
       }
     }
   }
-  if (rarely(!ends)) {
+  if (!finishes(params, tile)) {
     store_float(rO, params.out_acc, row, params.head_dim_v);
-  } else if (rarely(params.out_dtype == DType::fp32)) {
+  } else if (params.out_dtype == DType::fp32) {
     store_float(rO, static_cast<float*>(params.out), row, params.head_dim_v);
+  } else if (Config::kStagesO > 0 && arguments.box_queries == 0) {
+    store_rounded<typename Config::Element>(rO, params.out, row, params.head_dim_v);
   } else {
-    if constexpr (Config::kStagesO > 0) {
-      if (!rarely(arguments.box_queries == 0)) {
-        store_boxes<Config, 0, Config::kStagesO>(arguments, shared, tile, rO);
-        return Config::kHalvesOutput;
-      }
-    }
+    return false;
+  }
+  return true;
+}
+
+// out = O / sum, merged with the state. Returns whether panels from kStagesO on are yet to be stored, as boxes.
+template <class Config, class Output>
+__device__ __forceinline__ bool write_rows(const ForwardArguments& arguments, ForwardShared<Config>& shared,
+                                           const Tile& tile, const TileRow (&rows)[2], const RowFactors& factors,
+                                           bool is_usual, Output& rO) {
+#pragma unroll
+  for (int i = 0; i < decltype(size(rO))::value; ++i) rO(i) *= factors.output[i / 2 % 2];
+  if (rarely(!is_usual) && write_unusual_rows<Config>(arguments, tile, rows, factors, rO)) return false;
+  if constexpr (Config::kStagesO > 0) {
+    store_boxes<Config, 0, Config::kStagesO>(arguments, shared, tile, rO);
+  } else {
+    const ForwardParams& params = arguments.params;
+    const OutputRow row[2] = {output_row(params, tile, rows[0]), output_row(params, tile, rows[1])};
     store_rounded<typename Config::Element>(rO, params.out, row, params.head_dim_v);
   }
-  return false;
+  return Config::kHalvesOutput;
 }
 
 // A row that sees no key: out 0 and lse -inf, or the running state as it is. Called by all lanes of a warp.

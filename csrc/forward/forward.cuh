@@ -21,7 +21,7 @@ namespace fa3 {
 // What has to be there before a team begins. Called by all threads of a block.
 template <class Config>
 __device__ __forceinline__ void prepare_team(const ForwardArguments& arguments, ForwardShared<Config>& shared, int team) {
-  if (threadIdx.x == 64 * team) init_shared(shared, arguments.params.out_acc != nullptr);
+  if (threadIdx.x == 64 * team) init_shared(shared);
   if (const int row = threadIdx.x - 128; row >= 0 && row < Config::kQueries) {
     const int query = row / arguments.heads_in_tile;
     shared.row[row] = {static_cast<uint8_t>(query < arguments.queries ? query : kNoQuery),
@@ -61,9 +61,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerProcessor)
     if (thread < 32 && is_elected()) load_tiles<Config>(arguments, teams[team], team);
     if (thread >= 32 && thread < 64) draw_tiles<Config>(arguments, teams[team], team);
     if (Config::kLoadsApart && thread >= 96 && is_elected()) load_values<Config>(arguments, teams[0]);
-    if (Config::kTeams == 1 && thread >= 64 && thread < 96 && arguments.params.out_acc != nullptr) {
-      prefetch_state<Config>(arguments, teams[0]);
-    }
+    if (Config::kLoadsApart && thread >= 64 && thread < 96) load_queries<Config>(arguments, teams[0]);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
     consume<Config>(arguments, teams[consumer_team<Config>()]);

@@ -320,26 +320,46 @@ __device__ __forceinline__ int last_to_load(const Tile& tile) {
   return tile.blocks.end - 1 - (Config::kWalks ? tile.kept : 0);
 }
 
-// Q and K; and V, unless that has a thread of its own.
+// Brings the queries of one tile after the other.
 template <class Config>
-__device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, ForwardShared<Config>& shared, int team) {
-  Ring<Config::kStagesQ> q_ring;
-  BlockLoader<Config, true> keys(arguments, shared);
-  BlockLoader<Config, false> values(arguments, shared);
-  Ring<kTileSlots> ring;
+class QueryLoader {
+ public:
+  __device__ __forceinline__ QueryLoader(const ForwardArguments& arguments, ForwardShared<Config>& shared)
+      : arguments_(arguments), shared_(shared) {}
 
-  const auto load_queries = [&](int first_head, int kv_head, int batch, int token) {
-    shared.q_empty[q_ring.stage].wait(q_ring.parity ^ 1);
-    shared.q_full[q_ring.stage].arrive_and_expect_tx(arguments.queries * arguments.heads_in_tile * Config::kHeadDim *
+  __device__ __forceinline__ void load(int first_head, int kv_head, int batch, int token) {
+    // NOTE: Q is read once, and L2 told to keep it, yet that is faster (benchmarks/LOG.md, 84).
+    constexpr auto kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_LAST);
+    shared_.q_empty[ring_.stage].wait(ring_.parity ^ 1);
+    shared_.q_full[ring_.stage].arrive_and_expect_tx(arguments_.queries * arguments_.heads_in_tile * Config::kHeadDim *
                                                      sizeof(typename Config::Element));
 #pragma unroll
     for (int column = 0; column < Config::kHeadDim; column += Config::kPanel) {
-      SM90_TMA_LOAD_5D::copy(&arguments.q, reinterpret_cast<uint64_t*>(&shared.q_full[q_ring.stage]), 0,
-                             shared.q[q_ring.stage] + column * Config::kQueries, column,
-                             first_head - kv_head * arguments.group.divisor, token, kv_head, batch);
+      SM90_TMA_LOAD_5D::copy(&arguments_.q, reinterpret_cast<uint64_t*>(&shared_.q_full[ring_.stage]), kHint,
+                             shared_.q[ring_.stage] + column * Config::kQueries, column,
+                             first_head - kv_head * arguments_.group.divisor, token, kv_head, batch);
     }
-    q_ring.advance();
-  };
+    ring_.advance();
+  }
+  __device__ __forceinline__ void load(const Tile& tile) {
+    load(tile.first_head, tile.kv_head, tile.batch, tile.record.sequence.q_base + tile.record.first_query);
+  }
+  // As if a tile's had been loaded.
+  __device__ __forceinline__ void pass() { ring_.advance(); }
+
+ private:
+  const ForwardArguments& arguments_;
+  ForwardShared<Config>& shared_;
+  Ring<Config::kStagesQ> ring_;
+};
+
+// K; and Q and V, unless these have threads of their own.
+template <class Config>
+__device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, ForwardShared<Config>& shared, int team) {
+  QueryLoader<Config> queries(arguments, shared);
+  BlockLoader<Config, true> keys(arguments, shared);
+  BlockLoader<Config, false> values(arguments, shared);
+  Ring<kTileSlots> ring;
 
   // Of the first tile, if it is known, Q and the first K are asked for before it is described.
   bool is_ahead = false;  // those of the tile at `ring` have been asked for
@@ -351,9 +371,10 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
     is_ahead = blocks.first < blocks.end;
     if (is_ahead) {
       const int first_head = unit * arguments.heads_in_tile, kv_head = arguments.group.div(first_head);
-      load_queries(first_head, kv_head, batch, record.first_query);
+      queries.load(first_head, kv_head, batch, record.first_query);
       keys.load(record.sequence, kv_head, batch, blocks.end - 1);
     }
+    shared.q_is_ahead = is_ahead;
     Tile& tile = shared.tile[0];
     tile.record = record;
     order.describe(tile, index, batch, unit, blocks);
@@ -371,9 +392,8 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
   const auto begin_tile = [&] {
     shared.tile_full[ring.stage].wait(ring.parity);
     const Tile& tile = shared.tile[ring.stage];
-    if (rarely(tile.kind != Tile::kWork || tile.blocks.first == tile.blocks.end)) return;
-    if (is_ahead) return;
-    load_queries(tile.first_head, tile.kv_head, tile.batch, tile.record.sequence.q_base + tile.record.first_query);
+    if (Config::kLoadsApart || rarely(tile.kind != Tile::kWork || tile.blocks.first == tile.blocks.end)) return;
+    if (!is_ahead) queries.load(tile);
   };
 
   // V of one thread comes one block behind K, as it is used; a tile's slot is kept until the last of its V.
@@ -401,7 +421,7 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
     }
     const bool is_long = blocks.end - blocks.first > kLeadBlocks;
     // The next Q comes early where there are two stages: the one before this tile's is free once this tile is under way.
-    const int next_q = Config::kStagesQ == 2 && is_long ? blocks.first + 1 : blocks.first;
+    const int next_q = !Config::kLoadsApart && Config::kStagesQ == 2 && is_long ? blocks.first + 1 : blocks.first;
     const int lead_block = min(blocks.end, blocks.first + kLeadBlocks) - 1;
 #pragma unroll 1
     for (int block = last_to_load<Config>(tile); block >= blocks.first; --block) {
@@ -448,26 +468,34 @@ __device__ __forceinline__ void load_values(const ForwardArguments& arguments, F
   }
 }
 
-// ---- running state ---------------------------------------------------------------------------------------------------
-
-// Has L2 hold what a tile's epilogue will add to, while the tile is computed.
+// Q, by a thread of its own: it neither keeps K waiting for a tile's last rows, nor comes late for it. The threads of its warp
+// have L2 hold what the tile's epilogue will add to, while the tile is computed.
 template <class Config>
-__device__ __forceinline__ void prefetch_state(const ForwardArguments& arguments, ForwardShared<Config>& shared) {
+__device__ __forceinline__ void load_queries(const ForwardArguments& arguments, ForwardShared<Config>& shared) {
   const ForwardParams& params = arguments.params;
+  QueryLoader<Config> queries(arguments, shared);
   Ring<kTileSlots> ring;
+  bool is_first = true;
   while (true) {
     shared.tile_full[ring.stage].wait(ring.parity);
     const Tile& tile = shared.tile[ring.stage];
     if (rarely(tile.kind == Tile::kEnd)) break;
-    if (tile.kind == Tile::kWork && tile.blocks.first < tile.blocks.end && continues(params, tile)) {
+    if (tile.kind == Tile::kWork && tile.blocks.first < tile.blocks.end) {
+      if (is_elected()) {
+        if (is_first && shared.q_is_ahead) queries.pass();
+        else queries.load(tile);
+      }
+      if (rarely(params.out_acc != nullptr) && continues(params, tile)) {
 #pragma unroll 1
-      for (int i = threadIdx.x % 32; i < Config::kQueries; i += 32) {
-        const OutputRow row = output_row(params, tile, shared.row[i]);
-        if (!row.exists) continue;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(params.out_acc + row.at * params.head_dim_v),
-                     "r"(params.head_dim_v * int(sizeof(float))));
+        for (int i = threadIdx.x % 32; i < Config::kQueries; i += 32) {
+          const OutputRow row = output_row(params, tile, shared.row[i]);
+          if (!row.exists) continue;
+          asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(params.out_acc + row.at * params.head_dim_v),
+                       "r"(params.head_dim_v * int(sizeof(float))));
+        }
       }
     }
+    is_first = false;
     shared.tile_empty[ring.stage].arrive();
     ring.advance();
   }

@@ -118,6 +118,7 @@ struct alignas(1024) ForwardShared {
   HandOver tile_full[kTileSlots];
   HandOver tile_empty[kTileSlots];
 
+  bool q_is_ahead;  // that of the first tile was asked for before the tile was described
   int repeats;
   Repeat repeat[kManyRepeats + 4 * Config::kConsumers * (kTileSlots + 1)];
   HandOver drained;
@@ -136,7 +137,7 @@ __device__ __forceinline__ int consumer_thread() {
 }
 
 template <class Config>
-__device__ __forceinline__ void init_shared(ForwardShared<Config>& shared, bool continues) {
+__device__ __forceinline__ void init_shared(ForwardShared<Config>& shared) {
   constexpr int kConsumerWarps = 4 * Config::kConsumers;
   for (int stage = 0; stage < Config::kStagesQ; ++stage) {
     shared.q_full[stage].init(1);
@@ -150,13 +151,13 @@ __device__ __forceinline__ void init_shared(ForwardShared<Config>& shared, bool 
   }
   for (int slot = 0; slot < kTileSlots; ++slot) {
     shared.tile_full[slot].init(kWarpThreads);  // of the warp that draws, any of which may have written
-    // All who read a tile: consumers, the threads that load, and the warp that prefetches a running state.
-    shared.tile_empty[slot].init(128 * Config::kConsumers + (Config::kLoadsApart ? 2 : 1) +
-                                 (continues && Config::kTeams == 1 ? 32 : 0));
+    // All who read a tile: consumers, the threads that load K and V, and the warp that loads Q.
+    shared.tile_empty[slot].init(128 * Config::kConsumers + (Config::kLoadsApart ? 2 + kWarpThreads : 1));
   }
   shared.drained.init(kConsumerWarps);
   shared.nearly_loaded.init(1);
   shared.keys_begun.init(1);
+  shared.q_is_ahead = false;
   shared.repeats = 0;
   cutlass::arch::fence_barrier_init();
 }
