@@ -129,7 +129,8 @@ struct alignas(1024) ForwardShared {
 // A consumer's team, and its thread within it.
 template <class Config>
 __device__ __forceinline__ int consumer_team() {
-  return Config::kTeams == 1 ? 0 : (threadIdx.x - 128) / (128 * Config::kConsumers);
+  // NOTE: known to the compiler to be the same in all lanes of a warp, so that its memory's addresses stay in uniform registers.
+  return Config::kTeams == 1 ? 0 : (cutlass::canonical_warp_group_idx() - 1) / Config::kConsumers;
 }
 template <class Config>
 __device__ __forceinline__ int consumer_thread() {
