@@ -1,9 +1,10 @@
 """Training steps of a whole model, with our attention and with cuDNN's: `python benchmarks/end_to_end.py`.
 
 Two models of examples/train.py's shapes, equal but for attention, train on its text on one GPU: weights and arithmetic
-in bf16, an fp32 copy of the weights and AdamW, every block through torch.compile (--eager: as it is, which takes both
-a tenth longer and so makes less of what attention saves). Both start from the same weights, get the same batches and take turns
-step by step, each going first every other step; a step is timed by the clock on the wall, from batch to new weights.
+in bf16, an fp32 copy of the weights and AdamW, every block through torch.compile (--eager: as it is, which takes both a
+tenth longer and so makes less of what attention saves). Both start from the same weights, get the same batches and take
+turns step by step, each going first every other step; a step is timed by the clock on the wall, from batch to new
+weights.
 
 What it prints is the ratio of the step times and, averaged over the steps, how much the losses differ. Two runs drift
 apart, so differences of neighbouring steps depend on each other and those of different seeds do not: the interval is
