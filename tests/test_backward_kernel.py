@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -148,13 +149,15 @@ def test_gradients_with_strides_of_their_own():
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
-@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
-@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize(
+    "heads, head_dim, longest",
+    [*itertools.product([(2, 2), (4, 1)], [64, 128, 192, 256], [700]), ((4, 1), 128, 5000)],  # the last: long blocks
+)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("gap", [0, 5])
-def test_packed_mixture(heads, head_dim, mask, gap, deterministic):
+def test_packed_mixture(heads, head_dim, longest, mask, gap, deterministic):
     """Empty, one-token, short and long documents; what lies between them is NaN and must not be seen."""
-    lengths_q, lengths_k = [0, 1, 17, 5, 700, 130, 64, 1, 300, 128], [3, 1, 17, 0, 700, 100, 64, 1, 450, 128]
+    lengths_q, lengths_k = [0, 1, 17, 5, longest, 130, 64, 1, 300, 128], [3, 1, 17, 0, 700, 100, 64, 1, 450, 128]
     (q_start, total_q), (k_start, total_k) = pack(lengths_q, gap), pack(lengths_k, gap)
     q, _, _, dout = (x[0] for x in problem_tensors(9, total_q, 1, *heads, head_dim, batch=1))
     _, k, v, _ = (x[0] for x in problem_tensors(10, 1, total_k, *heads, head_dim, batch=1))
@@ -265,6 +268,27 @@ def test_runs_of_short_documents(heads, head_dims, mask, deterministic):
     assert_solves(problem, oracle.Grads(None, None, *grads, None))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_past_the_documents_of_a_tile_have_no_weight(dtype):
+    """exp(0 - lse) of such a row, whose scores are 0, may be infinite, and 0 times that is NaN."""
+    lengths = [64, 64] * 30 + [60, 60] * 30  # full tiles; then, in their place, some that end early
+    start, total = pack(lengths)
+    q, k, v, dout = (x[0] for x in problem_tensors(34, total, total, 2, 2, 64, dtype=DTYPES[dtype], batch=1))
+    direction = torch.ones(64, device="cuda")
+    q, k = (0.1 * q + direction).to(q.dtype), (0.1 * k - 4 * direction).to(k.dtype)  # scores of about -32
+    lse, delta = torch.empty(2, 2, total, device="cuda")
+    for s, n in zip(start, lengths):
+        lse[:, s : s + n], delta[:, s : s + n] = (
+            x[0] for x in rows_of(*(x[None, s : s + n] for x in (q, k, v, dout)))
+        )  # fmt: skip
+    grads = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+    ops.backward(
+        dout, q, k, v, lse, delta, *grads, **dict(zip(ops.RANGES, map(column, [start, lengths] * 2))), sm_margin=129
+    )
+    problem = Problem(q, k, v, dout, None, None, *[start, lengths] * 2)
+    assert_solves(problem, oracle.Grads(None, None, *grads, None))
+
+
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 def test_ranges_that_lie_are_cut_to_the_tensors(deterministic):
     """Nobody reads starts and lengths on the host: whatever they say, no access leaves the tensors, no tile waits."""
@@ -318,6 +342,73 @@ def test_ranges_that_share_their_queries(head_dims, heads, parts):
         offsets=column([256 - start for start in starts[:-1]]), accumulate=True, accumulate_kv=False,
     )  # fmt: skip
     judge([x[None].to(q.dtype) for x in (dq, dk, dv)], *(x[None] for x in (q, k, v, dout)), **shift)
+
+
+# ---- long blocks of queries ------------------------------------------------------------------------------------------
+
+# Lengths of queries and of keys, heads, KV heads and the mask: what csrc/backward/backward.h takes long blocks for.
+LONG = {
+    "full": (1025, 300, 2, 1, {}),
+    "full, no whole block": (2081, 129, 3, 3, {}),
+    "causal": (4097, 4097, 1, 1, {"window_right": 0}),
+    "causal, GQA": (2300, 2200, 6, 2, {"window_right": 0}),
+    "causal, first queries see nothing": (2200, 900, 4, 2, {"window_right": 0}),
+    "causal, offset": (2050, 2500, 4, 2, {"window_right": 0, "offset": 77}),
+    "window": (2300, 2400, 4, 2, {"window_left": 1100, "window_right": 0}),
+    "local": (2299, 1500, 4, 2, {"window_left": 900, "window_right": 300, "offset": -301}),
+    "what comes later": (2100, 2100, 2, 1, {"window_left": 55}),
+    "softcap": (1100, 700, 4, 2, {"softcap": 5.0}),
+}
+
+
+def takes_long_blocks(seqlen_q, seqlen_k, heads, kv_heads, mask, dtype=torch.bfloat16) -> bool:
+    """By the name of the kernel that runs."""
+    q, k, v, dout = problem_tensors(40, seqlen_q, seqlen_k, heads, kv_heads, 128, dtype=dtype, batch=1)
+    rows = torch.zeros(2, 1, heads, seqlen_q, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ops.backward(dout, q, k, v, *rows, *map(torch.empty_like, (q, k, v)), **mask)
+        torch.cuda.synchronize()
+    (kernel,) = (event.name for event in profile.events() if "backward_kernel" in event.name)
+    return "true" in kernel or "(bool)1" in kernel
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_long_blocks_are_taken(case):
+    """So that what the tests of this section find is said of them."""
+    seqlen_q, *others = LONG[case]
+    assert takes_long_blocks(seqlen_q, *others)
+    assert not takes_long_blocks(1000, *others) and not takes_long_blocks(seqlen_q, *others, torch.float16)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("head_dims", [(128, 128), (104, 120)], ids=str)
+@pytest.mark.parametrize("case", LONG)
+def test_long_blocks(case, head_dims, deterministic):
+    seqlen_q, seqlen_k, heads, kv_heads, mask = LONG[case]
+    batch = 2 if case in ("full", "softcap") else 1
+    q, *others = problem_tensors(41, seqlen_q, seqlen_k, heads, kv_heads, *head_dims, batch=batch)
+    tensors = (q * (8 if "softcap" in mask else 1), *others)
+    judge(gradients(*tensors, **mask, deterministic=deterministic), *tensors, **mask)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("order", ["dq", "dq_sum"])
+@pytest.mark.parametrize("mask", [{}, {"window_right": 0}, {"window_left": 1200, "window_right": 0}], ids=str)
+def test_long_blocks_add_up(mask, order, deterministic):
+    """What a ring does: keys in two launches, of two ranges that share their queries, and of one."""
+    q, k, v, dout = (x[0] for x in problem_tensors(42, 2500, 2800, 8, 2, 128, batch=1))
+    shift = 300
+    whole = {"offset": shift, **mask}
+    lse, delta = (x[0] for x in rows_of(*(x[None] for x in (q, k, v, dout)), **whole))
+    dq = ops.new_dq_sum(q, v) if order == "dq_sum" else torch.zeros_like(q, dtype=torch.float32)
+    dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+    for ranges in (([0, 0], [2500, 2500], [0, 1000], [1000, 900]), ([0], [2500], [1900], [900])):
+        ops.backward(
+            dout, q, k, v, lse, delta, dq, dk, dv, **dict(zip(ops.RANGES, map(column, ranges))), accumulate=True,
+            offsets=column([shift - start for start in ranges[2]]), deterministic=deterministic, **mask,
+        )  # fmt: skip
+    dq = ops.round_dq(dq, q, v) if order == "dq_sum" else dq.to(q.dtype)
+    judge([x[None].to(q.dtype) for x in (dq, dk, dv)], *(x[None] for x in (q, k, v, dout)), **whole)
 
 
 # ---- where and how it runs -------------------------------------------------------------------------------------------

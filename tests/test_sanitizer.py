@@ -68,6 +68,13 @@ for dims in ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
         call(*packed, **one_range, window_right=0, deterministic=deterministic)
         sum_up(*packed, **ranges, window_right=0, deterministic=deterministic)
         sum_up(*packed, **one_range, deterministic=deterministic)
+long = problem_tensors(2, 1030, 300, 2, 1, 128, batch=1)  # in long blocks
+for deterministic in (False, True):
+    call(*long, deterministic=deterministic)
+    sum_up(
+        *(x[0] for x in long), **dict(zip(ops.RANGES, map(column, ([3], [1025], [2], [280])))),
+        window_left=600, window_right=600, offsets=column([9]), deterministic=deterministic,
+    )
 torch.cuda.synchronize()
 print("all calls made")
 """

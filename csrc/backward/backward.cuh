@@ -75,7 +75,7 @@ inline int kv_heads_per_group(const ForwardParams& transposed, bool takes_turns,
   int64_t balanced = std::min((kBalancedTiles + tiles - 1) / tiles, kFewHeads);
   if (takes_turns) {
     // The fewer tiles of a KV head run at a time, the fewer wait for each other.
-    balanced = std::max((kTurnTiles + tiles - 1) / tiles, kFewHeads);
+    balanced = std::max((kTurnTiles + tiles - 1) / tiles, 2 * kFewHeads);
   } else if (transposed.window_left == kNoBound && transposed.window_right == kNoBound) {
     return heads;
   }
@@ -104,24 +104,26 @@ inline bool make_query_map(CUtensorMap& map, DType dtype, const void* data, cons
 }
 
 // Describes what dq is summed up in: dq itself, or dq_sum, whose rows have `columns` and lie head by head, so that the
-// additions that are under way at a time meet in the cache. If packed, with the rows twice, as make_key_map does.
-inline bool make_sum_map(CUtensorMap& map, const BackwardParams& params, bool packed, int64_t columns, int panel) {
+// additions that are under way at a time meet in the cache. By panels of so many rows and columns. If packed, with the rows
+// twice, as make_key_map does.
+inline bool make_sum_map(CUtensorMap& map, const BackwardParams& params, bool packed, int64_t columns, int panel_rows,
+                         int panel_columns) {
   const ForwardParams& forward = params.forward;
   const bool in_dq = params.dq_sum == nullptr;
   float* const data = in_dq ? static_cast<float*>(params.dq) : params.dq_sum;
   const int64_t token = in_dq ? forward.heads * int64_t{forward.head_dim} : columns;
   const int64_t head = in_dq ? forward.head_dim : forward.seqlen_q * columns;
   const int64_t width = in_dq ? forward.head_dim : columns;
-  const int box[4] = {panel, 64, 1, 1};
+  const int box[4] = {panel_columns, panel_rows, 1, 1};
   if (!packed) {
     const int64_t batch = int64_t{forward.seqlen_q} * forward.heads * width;
     const int64_t extents[4] = {width, forward.seqlen_q, forward.heads, forward.batch};
     const int64_t strides[3] = {token, head, batch};
     return make_tensor_map<4>(map, DType::fp32, data, extents, strides, box);
   }
-  const int64_t extents[4] = {width, 64, forward.heads, int64_t{forward.seqlen_q} + 1};
+  const int64_t extents[4] = {width, panel_rows, forward.heads, int64_t{forward.seqlen_q} + 1};
   const int64_t strides[3] = {token, head, token};
-  return make_tensor_map<4>(map, DType::fp32, data - 64 * token, extents, strides, box);
+  return make_tensor_map<4>(map, DType::fp32, data - panel_rows * token, extents, strides, box);
 }
 
 // Processors of the current device, and what a kernel needs to have so much shared memory on it.
@@ -196,7 +198,8 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   arguments.counter = is_listed ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
                                 : reinterpret_cast<TileCounter*>(forward.tile_counter);
   if (!make_operand_maps<Config>(arguments, params)) return cudaErrorInvalidValue;
-  if (!Config::kSharesKeys && !make_sum_map(arguments.dq, params, packed, kHeadDim, Config::kColumnsPanelDQ)) {
+  if (!Config::kSharesKeys &&
+      !make_sum_map(arguments.dq, params, packed, kHeadDim, Config::kRowsPanelDQ, Config::kColumnsPanelDQ)) {
     return cudaErrorInvalidValue;
   }
   const int64_t tiles = count_tiles(arguments.transposed, Config::kKeys);
@@ -245,12 +248,11 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   return params.accumulate ? cudaSuccess : convert_dq<typename Config::Element, kHeadDim>(params, stream);
 }
 
-template <DType kDType, int kHeadDim, int kHeadDimV>
-cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
-  using Config = BackwardConfig<kDType, kHeadDim, kHeadDimV>;
-  using QueryConfig = QueryGradientConfig<kDType, kHeadDim, kHeadDimV>;
+// As many ranges at a time as may be.
+template <class Config, class QueryConfig>
+cudaError_t launch_parts(const BackwardParams& params, cudaStream_t stream) {
   const ForwardParams& forward = params.forward;
-  const int together = ranges_at_a_time(forward, params.accumulate, params.deterministic, kHeadDim);
+  const int together = ranges_at_a_time(forward, params.accumulate, params.deterministic, Config::kHeadDim);
   if (together == forward.ranges) return launch_ranges<Config, QueryConfig>(params, stream);
   for (int range = 0; range < forward.ranges; range += together) {
     BackwardParams part = params;
@@ -263,6 +265,17 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+template <DType kDType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
+  using Config = BackwardConfig<kDType, kHeadDim, kHeadDimV>;
+  using QueryConfig = QueryGradientConfig<kDType, kHeadDim, kHeadDimV>;
+  if constexpr (has_long_blocks(kDType, kHeadDim)) {
+    using LongConfig = BackwardConfig<kDType, kHeadDim, kHeadDimV, true>;
+    if (takes_long_blocks(params.forward)) return launch_parts<LongConfig, QueryConfig>(params, stream);
+  }
+  return launch_parts<Config, QueryConfig>(params, stream);
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV>

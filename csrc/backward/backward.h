@@ -14,6 +14,25 @@ namespace fa3 {
 // additions to memory. Gradients are then bitwise equal from run to run; else they are if tiles take turns (turns.cuh).
 constexpr bool separates_dq(int64_t head_dim) { return head_dim > 128; }
 
+// Whether tiles of keys meet blocks of 80 queries instead of 64 (BackwardConfig::kLongBlocks): where they meet so many that it
+// makes up for what a tile begins and ends with, which takes longer, and for the ends of sequences, which fill no block.
+// Measured: benchmarks/LOG.md, backward, 58. Not for fp16, of whose small weights dS would lose what they lose when they are
+// rounded (BackwardConfig::kRoundsWeights).
+constexpr bool has_long_blocks(DType dtype, int64_t head_dim) { return dtype == DType::bf16 && head_dim == 128; }
+inline bool takes_long_blocks(const ForwardParams& forward) {
+  constexpr int64_t kLeastOfHead = 1024, kLeast = 2048;
+  const bool packed = forward.q_start != nullptr;
+  const bool left = forward.window_left != kNoBound, right = forward.window_right != kNoBound;
+  // Of a head. NOTE: how long each of several ranges is, only the device knows; most of the work is in those longer than the mean.
+  int64_t queries = packed && forward.ranges > 1 ? 2 * int64_t{forward.seqlen_q} / forward.ranges : forward.seqlen_q;
+  if (left && right) {
+    queries = std::min<int64_t>(queries, int64_t{forward.window_left} + forward.window_right);
+  } else if ((left || right) && !packed) {
+    queries /= 2;
+  }
+  return queries >= kLeastOfHead && queries * (forward.heads / forward.kv_heads) >= kLeast;
+}
+
 // How many ranges are computed at a time, by the row's head_dim. Those that accumulate may share queries, each of them all:
 // where they are to be added up in their order, it is one of them, and where tiles of queries are listed, what a list holds.
 constexpr int kQueryTile = 128;

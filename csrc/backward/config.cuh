@@ -6,14 +6,14 @@
 
 namespace fa3 {
 
-constexpr TileShape backward_tile(int head_dim) {
-#ifdef FA3_BACKWARD_TILE
-  return FA3_BACKWARD_TILE;
-#endif
+constexpr TileShape backward_tile(int head_dim, bool long_blocks) {
   if (head_dim <= 64) return {128, 128};
-  if (head_dim <= 128) return {64, 128};
+  if (head_dim <= 128) return {long_blocks ? 80 : 64, 128};
   return {64, 64};
 }
+
+// Whether two warpgroups, which share the columns of dQ, have 64 each, and so compute dQ^T, of any number of queries.
+constexpr bool transposes_dq(int head_dim) { return head_dim == 128; }
 
 // How operands of products lie in shared memory: as panels of kPanel columns.
 template <class Element>
@@ -35,21 +35,23 @@ struct OperandLayouts {
       decltype(tile_to_shape(ColumnMajorAtom<kPanel>{}, Shape<Int<kColumns>, Int<kRows>>{}, Step<_2, _1>{}));
 };
 
-// A tile is kKeys keys of a KV head; it meets blocks of kQueries queries.
-template <DType kDType_, int kHeadDim_, int kHeadDimV_>
+// A tile is kKeys keys of a KV head; it meets blocks of kQueries queries. kLongBlocks: of more than usual (takes_long_blocks). An
+// operand of 64 rows takes as long to read from shared memory as its product with 64 others, and with 80 a fifth less.
+template <DType kDType_, int kHeadDim_, int kHeadDimV_, bool kLongBlocks_ = false>
 struct BackwardConfig {
   static constexpr DType kDType = kDType_;
   using Element = typename MatrixElement<kDType>::type;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
-  static constexpr TileShape kTile = backward_tile(kHeadDim);
+  static constexpr bool kLongBlocks = kLongBlocks_;
+  static constexpr TileShape kTile = backward_tile(kHeadDim, kLongBlocks);
   static constexpr int kQueries = kTile.queries;
   static constexpr int kKeys = kTile.keys;
   static constexpr int kConsumers = 2;
   // Each consumer warpgroup has 64 keys of its own, and both add up dQ (consumer.cuh); or, where one's registers would not
   // hold dK and dV of 64 keys, both share them, one has dV, the other dK (paired_consumers.cuh), and dQ has a kernel of its own.
   static constexpr bool kSharesKeys = kKeys == 64;
-  static_assert(kQueries % 64 == 0 && kKeys == (kSharesKeys ? 64 : 64 * kConsumers));
+  static_assert(kQueries % (kLongBlocks ? 16 : 64) == 0 && kKeys == (kSharesKeys ? 64 : 64 * kConsumers));
   static_assert(!kSharesKeys || kQueries == 64);
   static_assert(kSharesKeys == separates_dq(kHeadDim));
 
@@ -63,12 +65,15 @@ struct BackwardConfig {
   static constexpr int kElementsP = kSharesKeys ? kQueries * kKeys : 8;
   static constexpr int kBytesSteps = kStages * (kBytesQ + kBytesDO + kQueries * kKeys * sizeof(Element));
   static constexpr int kBytesShared = 225 * 1024;  // without barriers and other small things
-  // dQ leaves through shared memory, by bulk additions, in panels of 64 queries and 32 columns.
+  static constexpr bool kTransposesDQ = transposes_dq(kHeadDim);
+  static_assert(kTransposesDQ || !kLongBlocks);
+  // dQ leaves through shared memory, by bulk additions, in panels of 32 columns.
   static constexpr int kColumnsPanelDQ = 32;
-  static constexpr int kElementsPanelDQ = 64 * kColumnsPanelDQ;
+  static constexpr int kRowsPanelDQ = kTransposesDQ ? kQueries : 64;
+  static constexpr int kElementsPanelDQ = kRowsPanelDQ * kColumnsPanelDQ;
   static constexpr int kElementsDQ = kSharesKeys ? 4 : kQueries * kHeadDim;
-  // The next tile's keys and values arrive under this tile's last blocks where there is room. A tile's values are done
-  // with earlier than its keys.
+  // The next tile's keys and values arrive under this tile's last blocks where there is room, else while its gradients are
+  // written. A tile's values are done with earlier than its keys.
   static constexpr int kBytesLeft = kBytesShared - kBytesSteps - kElementsDQ * 4 - kBytesK - kBytesV;
   static constexpr int kStagesK = kBytesLeft >= kBytesK ? 2 : 1;
   static constexpr int kStagesV = kBytesLeft >= kBytesK + kBytesV ? 2 : 1;
@@ -81,14 +86,21 @@ struct BackwardConfig {
   static constexpr int kConsumerRegisters = 240;
   static_assert(kLaunchRegisters - kProducerRegisters >= kConsumers * (kConsumerRegisters - kLaunchRegisters));
 
-  static_assert(kSharesKeys ? kStagesK == kStagesV : kStagesK == 2);
+  static_assert(kSharesKeys ? kStagesK == kStagesV : kStagesK == (kLongBlocks ? 1 : 2));
 
   // What a step needs comes at once, or, where one warpgroup begins with Q and the other with dO, as Q with lse and dO
   // with delta.
   static constexpr int kLoads = kSharesKeys ? 2 : 1;
   // Whether P is rounded, and multiplied, before dP is there; where registers are short, both wait for dP.
-  static constexpr bool kEarlyWeights = kQueries == 64 && kHeadDim >= 96;
-  static constexpr int kEarlyDeltas = 4;  // of a thread's 8 pairs, then: benchmarks/LOG.md, backward, 55
+  static constexpr bool kEarlyWeights = kQueries < 128 && kHeadDim >= 96;
+  // Whether dS is computed from P as it is rounded, since registers do not hold both.
+  static constexpr bool kRoundsWeights = kLongBlocks;
+  // Of a thread's kQueries / 8 pairs of lse and of delta, those that are read before what they go with is waited for. With more of
+  // them registers run out (benchmarks/LOG.md, backward, 55 and 58).
+  static constexpr int kEarlyLse = !kEarlyWeights ? 1 : kLongBlocks ? 2 : kTransposesDQ ? 4 : 8;
+  static constexpr int kEarlyDeltas = !kEarlyWeights ? 1 : kLongBlocks ? 8 : 4;
+  // Whether products are issued before what the step has stored of dS is fenced, which none of them reads.
+  static constexpr bool kFencesLate = kLongBlocks;
 
   // Shared memory holds a tile as panels of kPanel columns, which is what one bulk load brings and one swizzle spans.
   using Operand = OperandLayouts<Element>;
@@ -98,8 +110,10 @@ struct BackwardConfig {
   using LayoutV = typename Operand::template Rows<kKeys, kHeadDimV, kPanelV>;
   using LayoutQ = typename Operand::template Rows<kQueries, kHeadDim, kPanel>;
   using LayoutDO = typename Operand::template Rows<kQueries, kHeadDimV, kPanelV>;
-  // (queries, keys), of which a key's queries are neighbours
-  using LayoutDS = typename Operand::template Transposed<kKeys, kQueries, 64>;
+  // (queries, keys), of which a query's keys are neighbours where dQ^T is computed, else a key's queries.
+  // NOTE: both are made, the second one of a number of queries that it can have.
+  using LayoutDS = std::conditional_t<kTransposesDQ, typename Operand::template Rows<kQueries, kKeys, 64>,
+                                      typename Operand::template Transposed<kKeys, kTransposesDQ ? 64 : kQueries, 64>>;
 
   // S^T = K Q^T and dP^T = V dO^T: transposed, so that P^T and dS^T come out in the registers that dV += P^T dO and
   // dK += dS^T Q read them from.
@@ -116,14 +130,16 @@ struct BackwardConfig {
   using MmaDV = MmaGradient<kHeadDimV>;
   using LayoutQt = typename Operand::template Transposed<kQueries, kHeadDim, kPanel>;
   using LayoutDOt = typename Operand::template Transposed<kQueries, kHeadDimV, kPanelV>;
-  // Where it is added up here, dQ = dS K: warpgroups have 64 queries each, or, where there are no more, half of the columns, in
-  // whole panels: if these are odd in number, both compute the one in the middle.
-  static constexpr bool kSplitsColumns = kQueries == 64;
+  // Where it is added up here, dQ = dS K, or dQ^T = K^T dS^T: warpgroups have 64 queries each, or, where there are fewer than two
+  // times 64, half of the columns, in whole panels: if these are odd in number, both compute the one in the middle.
+  static constexpr bool kSplitsColumns = kQueries < 128;
   static constexpr int kColumnsDQ = !kSplitsColumns ? kHeadDim : (kHeadDim / 2 + kPanel - 1) / kPanel * kPanel;
   using LayoutKt = typename Operand::template Transposed<kKeys, kColumnsDQ, kPanel>;
+  using ShapeDQ = std::conditional_t<kTransposesDQ, Shape<Int<kColumnsDQ>, Int<kQueries>>,
+                                     Shape<Int<kQueries>, Int<kColumnsDQ>>>;
   using MmaDQ = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, Shape<Int<kQueries>, Int<kColumnsDQ>, Int<kKeys>>, GMMA::Major::MN,
-                           GMMA::Major::MN>(),
+      GMMA::ss_op_selector<Element, Element, float, decltype(append(ShapeDQ{}, Int<kKeys>{})), GMMA::Major::MN,
+                           kTransposesDQ ? GMMA::Major::K : GMMA::Major::MN>(),
       std::conditional_t<kSplitsColumns, Alone, Layout<Shape<Int<kConsumers>, _1, _1>>>{}));
 };
 

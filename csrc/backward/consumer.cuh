@@ -4,7 +4,8 @@
 // dV += P^T dO and dK += dS^T Q. dS also goes to shared memory, for dQ = dS K over the keys of both warpgroups, of which each
 // takes half of the columns, or of the queries. A warpgroup multiplies dQ not of its step but of the one before, of which the
 // other's dS has long been there: so neither waits for the other, and while one has products to issue, the other has
-// weights to compute. The first step of warpgroup 1 starts half a step late; they keep that distance by themselves.
+// weights to compute. The first step of warpgroup 1 starts half a step late; they keep that distance by themselves. Where there
+// is room for one tile's keys only, dQ of a tile's last step is multiplied with it, between the writing of dV and of dK.
 //
 // In a step some product is always under way: dP under the weights, dV under dS, and dK, which reads half as much shared
 // memory as the others, while dQ is stored there. A thread of the producer warpgroup then starts its bulk addition to global
@@ -37,9 +38,10 @@ __device__ __forceinline__ void hide_scores(Scores& scores, const RowTile& tile,
   if (tile.is_shared) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      // NOTE: nothing is said of rows past the tile's last range.
       const KeyBounds8 columns = tile.bounds[rows.row + 8 * r];
       first[r] = columns.first;
-      end[r] = columns.end;
+      if (tile.first_row + rows.row + 8 * r < tile.sequence.q_len) end[r] = columns.end;
     }
   }
 #pragma unroll
@@ -77,22 +79,41 @@ __device__ __forceinline__ void arrive_as_warp(int thread, AnyBarrier& barrier) 
   if (thread % 32 == 0) barrier.arrive();
 }
 
-// Writes a warpgroup's dS^T (64 keys from `first_key` on by a step's queries, rounded) in panels of 64 queries, of which a
-// key's fill 128 bytes, swizzled: Config::LayoutDS.
+// The inverse of round_pair.
+template <class Element>
+__device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
+  const auto both = cutlass::NumericArrayConverter<float, Element, 2>{}(
+      reinterpret_cast<const cutlass::Array<Element, 2>&>(pair));
+  return make_float2(both[0], both[1]);
+}
+
+// Writes a warpgroup's dS^T (64 keys from `first_key` on by a step's queries, rounded) in panels whose rows fill 128 bytes,
+// swizzled: of 64 queries, whose rows are keys, or, where dQ^T is computed, of 64 keys: Config::LayoutDS. 16 queries at a time.
 template <class Config, class Rounded>
 __device__ __forceinline__ void store_weights(const Rounded& rounded, typename Config::Element* to, int first_key,
                                               int thread) {
   const int lane = thread % 32;
-  const int key = first_key + thread / 32 * 16 + lane % 16;
-  const uint32_t row = static_cast<uint32_t>(__cvta_generic_to_shared(to)) + key * 128;
-  const uint32_t swizzle = ((lane / 16) ^ (lane % 8)) * 16;  // of 16-byte pieces; upper lanes point at the next piece
+  const uint32_t first_panel = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   const auto* const pairs = reinterpret_cast<const uint32_t*>(&rounded(0));
 #pragma unroll
-  for (int i = 0; i < Config::kQueries / 8; i += 2) {
-    const uint32_t piece = row + i / 8 * (Config::kKeys * 128) + ((i % 8 * 16) ^ swizzle);
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(piece), "r"(pairs[2 * i]),
-                 "r"(pairs[2 * i + 1]), "r"(pairs[2 * i + 2]), "r"(pairs[2 * i + 3])
-                 : "memory");
+  for (int i = 0; i < Config::kQueries / 16; ++i) {
+    if constexpr (Config::kTransposesDQ) {
+      // A lane points at 8 keys of a query; upper lanes at the queries 8 further on.
+      const int query = lane / 16 * 8 + lane % 8;
+      const uint32_t piece = ((thread / 32 * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+      const uint32_t at = first_panel + (first_key / 64 * Config::kQueries + query) * 128 + piece + i * (16 * 128);
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(pairs[4 * i]),
+                   "r"(pairs[4 * i + 1]), "r"(pairs[4 * i + 2]), "r"(pairs[4 * i + 3])
+                   : "memory");
+    } else {
+      // A lane points at 8 queries of a key; upper lanes at the next 8.
+      const int key = first_key + thread / 32 * 16 + lane % 16;
+      const uint32_t piece = (i % 4 * 32) ^ (((lane / 16) ^ (lane % 8)) * 16);
+      const uint32_t at = first_panel + (i / 4 * Config::kKeys + key) * 128 + piece;
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(pairs[4 * i]),
+                   "r"(pairs[4 * i + 1]), "r"(pairs[4 * i + 2]), "r"(pairs[4 * i + 3])
+                   : "memory");
+    }
   }
 }
 
@@ -139,60 +160,92 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
   // Of the tile: how many steps are to come, which blocks hide nothing, the first token of its queries.
   int steps = 0, first_plain = 0, end_open = 0, first_token = 0;
   int k_before = 0, token_before = 0;  // of the step before: stage of its keys, and its first_token
+  // Whether the next tile's keys have a place of their own. If not, a tile's last dQ is multiplied before them.
+  constexpr bool kKeepsKeys = Config::kStagesK > 1;
+  // Whether the number of steps says what these two say: it is there anyway, but at head_dim 64 takes registers that are not.
+  constexpr bool kCountsSteps = kKeepsKeys && Config::kSplitsColumns;
+  uint32_t dq_parity = 1;  // of the wait for dQ's place
+  bool is_stored = false;  // a dQ is there that has not been handed over
 
   const auto multiply_dq = [&](auto& rdQ, int ds_stage) __attribute__((always_inline)) {
-    Element* const sKt = shared.k[k_before] + first_column_dq<Config>(warpgroup) * Config::kKeys;
-    multiply(mma_dq, thread_dq.partition_fragment_A(as(shared.ds[ds_stage], typename Config::LayoutDS{})),
-             thread_dq.partition_fragment_B(as(sKt, typename Config::LayoutKt{})), rdQ, false);
+    Element* const keys = shared.k[k_before] + first_column_dq<Config>(warpgroup) * Config::kKeys;
+    const Tensor sdS = as(shared.ds[ds_stage], typename Config::LayoutDS{});
+    const Tensor sKt = as(keys, typename Config::LayoutKt{});
+    if constexpr (Config::kTransposesDQ) {
+      multiply(mma_dq, thread_dq.partition_fragment_A(sKt), thread_dq.partition_fragment_B(sdS), rdQ, false);
+    } else {
+      multiply(mma_dq, thread_dq.partition_fragment_A(sdS), thread_dq.partition_fragment_B(sKt), rdQ, false);
+    }
   };
   const auto store_dq = [&](auto& rdQ) __attribute__((always_inline)) {
+    dq_parity ^= 1;
+    is_stored = true;
     float* const panels = panels_of(shared, warpgroup);
-    if (params.dq_sum == nullptr) {
+    const bool in_dq = params.dq_sum == nullptr;
+    if constexpr (Config::kTransposesDQ) {
+      if (in_dq) {
+        store_transposed_queries<Config, false>(rdQ, forward.softmax_scale, panels, thread);
+      } else {
+        store_transposed_queries<Config, true>(rdQ, 1.f, panels, thread);
+      }
+    } else if (in_dq) {
       store_queries<Config>(rdQ, forward.softmax_scale, panels, skipped_dq<Config>(warpgroup), thread);
     } else {
       store_permuted_queries<Config>(rdQ, panels, token_before, skipped_dq<Config>(warpgroup), thread);
     }
   };
   const auto hand_over_dq = [&]() __attribute__((always_inline)) {
+    is_stored = false;
     cutlass::arch::fence_view_async_shared();
     arrive_as_warp(thread, shared.dq_full[warpgroup]);
   };
+  // Multiplies and stores dQ of a step that no other follows before its keys make room.
+  const auto finish_dq = [&](int ds_stage, uint32_t step_parity) __attribute__((always_inline)) {
+    Tensor rdQ = partition_fragment_C(mma_dq, typename Config::ShapeDQ{});
+    shared.step_done.wait(step_parity);
+    multiply_dq(rdQ, ds_stage);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdQ);
+    if (!kKeepsKeys) arrive_as_warp(thread, shared.k_empty[k_before]);
+    shared.dq_empty[warpgroup].wait(kCountsSteps ? step_parity ^ 1 : dq_parity);
+    store_dq(rdQ);
+    hand_over_dq();
+  };
 
   while (true) {
-    const RowTile& tile = shared.tiles.tile[tile_ring.stage];
+    const RowTile& tile = shared.tiles.tile[tile_ring.stage()];
     const bool fresh = steps == 0;
     if (fresh) {
       // NOTE: before anything is waited for: the next keys come when both warpgroups have begun this tile, and the other one may
-      // not have, since its last dQ finds no room until this one is on its way (add_query_blocks).
-      if (step >= 2) hand_over_dq();
-      shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
+      // not have, since its last dQ finds no room until this one is on its way (add_query_blocks). Without kKeepsKeys none waits.
+      if (kCountsSteps ? step >= 2 : is_stored) hand_over_dq();
+      shared.tiles.full[tile_ring.stage()].wait(tile_ring.parity());
       if (tile.end) break;
       first_plain = tile.blocks.first_plain;
       end_open = tile.blocks.end_open;
       first_token = tile.sequence.k_base;
       steps = group * (tile.blocks.end - tile.blocks.first);
-      shared.k_full[k_ring.stage].wait(k_ring.parity);
+      shared.k_full[k_ring.stage()].wait(k_ring.parity());
     }
     if (step == 0 && warpgroup == 1) cutlass::arch::NamedBarrier::sync(256, 1);
 
     // S^T = K Q^T, dP^T = V dO^T
-    const int stage = ring.stage;
-    shared.step_full[0][stage].wait(ring.parity);
-    multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[k_ring.stage], typename Config::LayoutK{})),
+    const int stage = ring.stage();
+    shared.step_full[0][stage].wait(ring.parity());
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[k_ring.stage()], typename Config::LayoutK{})),
              thread_s.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQ{})), rS, false);
-    if (!fresh && step >= 2) hand_over_dq();
-    if (fresh) shared.v_full[v_ring.stage].wait(v_ring.parity);
+    if (kCountsSteps ? !fresh && step >= 2 : is_stored) hand_over_dq();
+    if (fresh) shared.v_full[v_ring.stage()].wait(v_ring.parity());
     Tensor rdP = make_tensor_like(rS);
-    multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[v_ring.stage], typename Config::LayoutV{})),
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[v_ring.stage()], typename Config::LayoutV{})),
              thread_s.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDO{})), rdP, false);
     const int block = shared.block[stage];
-    float2 early_lse[Config::kEarlyWeights ? kScores / 4 : 1];
-    if constexpr (Config::kEarlyWeights) {
+    const auto pair_of = [&](const float* row_values, int i) __attribute__((always_inline)) {
+      return *reinterpret_cast<const float2*>(&row_values[8 * i + rows.column]);
+    };
+    float2 early_lse[Config::kEarlyLse], early_delta[Config::kEarlyDeltas];
 #pragma unroll
-      for (int i = 0; i < kScores / 4; ++i) {
-        early_lse[i] = *reinterpret_cast<const float2*>(&shared.lse_log2[stage][8 * i + rows.column]);
-      }
-    }
+    for (int i = 0; i < Config::kEarlyLse; ++i) early_lse[i] = pair_of(shared.lse_log2[stage], i);
     warpgroup_wait<1>();
     warpgroup_fence_operand(rS);
 
@@ -215,8 +268,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     static_assert(size(rS) == size(rP));
 #pragma unroll
     for (int i = 0; i < kScores / 4; ++i) {
-      float2 lse = early_lse[Config::kEarlyWeights ? i : 0];
-      if constexpr (!Config::kEarlyWeights) lse = *reinterpret_cast<const float2*>(&shared.lse_log2[stage][8 * i + rows.column]);
+      const float2 lse = i < Config::kEarlyLse ? early_lse[i] : pair_of(shared.lse_log2[stage], i);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int at = 4 * i + 2 * r;
@@ -229,31 +281,28 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     }
 
     // dV += P^T dO, dS = P (dP - delta)
-    // What there are registers for is read while dP is waited for.
-    float2 early_delta[Config::kEarlyDeltas];
     const auto multiply_dv = [&]() __attribute__((always_inline)) {
       multiply(mma_dv, rP, thread_dv.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDOt{})), rdV,
                !fresh);
     };
-    if constexpr (Config::kEarlyWeights) {
-      multiply_dv();
+    if constexpr (Config::kEarlyWeights) multiply_dv();
 #pragma unroll
-      for (int i = 0; i < Config::kEarlyDeltas; ++i) {
-        early_delta[i] = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * i + rows.column]);
-      }
-      warpgroup_wait<1>();
-    } else {
-      warpgroup_wait<0>();
-    }
+    for (int i = 0; i < Config::kEarlyDeltas; ++i) early_delta[i] = pair_of(shared.delta[stage], i);
+    warpgroup_wait<Config::kEarlyWeights ? 1 : 0>();
     warpgroup_fence_operand(rdP);
     --steps;
-    if (steps == 0) arrive_as_warp(thread, shared.v_empty[v_ring.stage]);
+    if (steps == 0) arrive_as_warp(thread, shared.v_empty[v_ring.stage()]);
     Tensor rdS = make_tensor_like(rP);
+    if constexpr (Config::kRoundsWeights) {
+#pragma unroll
+      for (int i = 0; i < kScores; i += 2) {
+        const float2 pair = unpack_pair<Element>(reinterpret_cast<uint32_t&>(rP(i)));
+        rS(i) = pair.x, rS(i + 1) = pair.y;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kScores / 4; ++i) {
-      float2 delta;
-      if (Config::kEarlyWeights && i < Config::kEarlyDeltas) delta = early_delta[i];
-      else delta = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * i + rows.column]);
+      const float2 delta = i < Config::kEarlyDeltas ? early_delta[i] : pair_of(shared.delta[stage], i);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int at = 4 * i + 2 * r;
@@ -271,31 +320,37 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     shared.step_done.wait(parity ^ 1);
     if (step == 0 && warpgroup == 0) cutlass::arch::NamedBarrier::arrive(256, 1);
     store_weights<Config>(rdS, shared.ds[stage], warpgroup * 64, thread);
-    cutlass::arch::fence_view_async_shared();
-    // NOTE: at the first step there is no step before, yet dQ is multiplied, from whatever lies there, and forgotten: a
+    if constexpr (!Config::kFencesLate) cutlass::arch::fence_view_async_shared();
+    // NOTE: at a first step there is no step before, yet dQ is multiplied, from whatever lies there, and forgotten: a
     // product that depends on a branch makes the compiler wait for each.
-    Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<Config::kQueries>, Int<Config::kColumnsDQ>>{});
+    Tensor rdQ = partition_fragment_C(mma_dq, typename Config::ShapeDQ{});
     multiply_dq(rdQ, 1 - stage);
     multiply(mma_dk, rdS, thread_dk.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQt{})), rdK, !fresh);
-    if (step > 0) shared.dq_empty[warpgroup].wait(parity);
+    if constexpr (Config::kFencesLate) cutlass::arch::fence_view_async_shared();
+    const bool has_dq = kKeepsKeys ? step > 0 : !fresh;
+    if (has_dq) shared.dq_empty[warpgroup].wait(kCountsSteps ? parity : dq_parity);
     warpgroup_wait<1>();
     warpgroup_fence_operand(rdV);
     warpgroup_fence_operand(rdQ);
-    if (step > 0) store_dq(rdQ);
+    if (has_dq) store_dq(rdQ);
     warpgroup_wait<0>();
     warpgroup_fence_operand(rdK);
     shared.step_empty[0][stage].arrive();
     arrive_as_warp(thread, shared.step_done);
-    if (fresh && step > 0) arrive_as_warp(thread, shared.k_empty[k_before]);
-    k_before = k_ring.stage;
+    if (kKeepsKeys && fresh && step > 0) arrive_as_warp(thread, shared.k_empty[k_before]);
+    k_before = k_ring.stage();
     token_before = first_token;
 
     if (steps == 0) {
       write_rows<Element>(rdV, 1.f, params.dv, params.dv_dtype, forward.head_dim_v, forward.seqlen_k, forward.kv_heads,
                           params.accumulate_kv, tile, rows.row);
+      if constexpr (!kKeepsKeys) {
+        if (is_stored) hand_over_dq();
+        finish_dq(stage, parity);
+      }
       write_rows<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, forward.head_dim, forward.seqlen_k,
                           forward.kv_heads, params.accumulate_kv, tile, rows.row);
-      shared.tiles.empty[tile_ring.stage].arrive();
+      shared.tiles.empty[tile_ring.stage()].arrive();
       tile_ring.advance();
       k_ring.advance();
       v_ring.advance();
@@ -305,16 +360,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     ++step;
   }
 
-  if (step > 0) {
-    Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<Config::kQueries>, Int<Config::kColumnsDQ>>{});
-    shared.step_done.wait(parity ^ 1);
-    multiply_dq(rdQ, 1 - ring.stage);
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(rdQ);
-    shared.dq_empty[warpgroup].wait(parity);
-    store_dq(rdQ);
-    hand_over_dq();
-  }
+  if (kKeepsKeys && step > 0) finish_dq(1 - ring.stage(), parity ^ 1);
 }
 
 }  // namespace fa3

@@ -18,7 +18,7 @@ __device__ __forceinline__ void store_scaled(const Sum& sum, float scale, Output
 }
 
 // A thread takes 16 columns of a row. The heads of dq_sum are in the order (batch, heads, seqlen), the rows of dq in (batch,
-// seqlen, heads); columns of dq_sum are as store_permuted_queries writes them.
+// seqlen, heads); columns of dq_sum are as consumers write them (dq_sum_column).
 template <class Output, int kHeadDim>
 __global__ void __launch_bounds__(kConvertThreads)
     convert_dq_kernel(const float* dq_sum, Output* dq, int64_t rows, int seqlen, int heads, int head_dim, float scale) {
@@ -29,12 +29,13 @@ __global__ void __launch_bounds__(kConvertThreads)
   if (row >= rows || column >= head_dim) return;
   const int64_t token = row / heads, batch = token / seqlen;
   const int64_t sum_row = (batch * heads + row % heads) * seqlen + token % seqlen;
-  const int from = column ^ (token % seqlen % 2 * 16);
+  constexpr bool kTransposed = transposes_dq(kHeadDim);
+  const int from = kTransposed ? column : column ^ (token % seqlen % 2 * 16);  // as store_permuted_queries has it
   const auto sum = load_global<16>(dq_sum + sum_row * kHeadDim + from);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (column + 8 * half >= head_dim) break;
-    store_scaled<Output>([&](int i) { return sum.value[dq_sum_column(8 * half + i)]; }, scale,
+    store_scaled<Output>([&](int i) { return sum.value[dq_sum_column<kTransposed>(8 * half + i)]; }, scale,
                          dq + row * head_dim + column + 8 * half);
   }
 }

@@ -24,7 +24,8 @@ __device__ __forceinline__ int skipped_dq(int warpgroup) {
 // Where the panels of a warpgroup's dQ begin.
 template <class Config>
 __device__ __forceinline__ float* panels_of(BackwardShared<Config>& shared, int warpgroup) {
-  return shared.dq + (Config::kSplitsColumns ? first_column_dq<Config>(warpgroup) * 64 : warpgroup * 64 * Config::kHeadDim);
+  return shared.dq + (Config::kSplitsColumns ? first_column_dq<Config>(warpgroup) * Config::kRowsPanelDQ
+                                             : warpgroup * 64 * Config::kHeadDim);
 }
 
 // Writes a thread's part of a warpgroup's dQ, 64 queries, to panels of shared memory as the bulk addition reads them:
@@ -79,6 +80,39 @@ __device__ __forceinline__ void store_permuted_queries(const Gradient& rdQ, floa
   }
 }
 
+// Writes a thread's part of a warpgroup's dQ^T, 64 columns, to panels like these; for dq_sum, whose columns are permuted
+// (dq_sum_column), 8 bytes at a time.
+template <class Config, bool kPermuted, class Gradient>
+__device__ __forceinline__ void store_transposed_queries(const Gradient& rdQt, float scale, float* first_panel, int thread) {
+  const int lane = thread % 32;
+  const int column = thread / 32 % 2 * 16;  // of a panel: a warp's 16 begin here
+  const uint32_t panel =
+      static_cast<uint32_t>(__cvta_generic_to_shared(first_panel)) + thread / 64 * (Config::kElementsPanelDQ * 4);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int row = lane % 4 * 2 + e;  // of 8, in each of which a thread has two columns, 8 apart
+    if constexpr (kPermuted) {
+      const int place = column + lane / 4 * 2;
+      const uint32_t to = panel + row * 128 + ((place / 4) ^ row) * 16 + place % 4 * 4;
+#pragma unroll
+      for (int i = 0; i < Config::kQueries / 8; ++i) {
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to + i * 1024), "f"(rdQt(4 * i + e)), "f"(rdQt(4 * i + 2 + e))
+                     : "memory");
+      }
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int place = column + half * 8 + lane / 4;
+        const uint32_t to = panel + row * 128 + ((place / 4) ^ row) * 16 + place % 4 * 4;
+#pragma unroll
+        for (int i = 0; i < Config::kQueries / 8; ++i) {
+          asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + i * 1024), "f"(scale * rdQt(4 * i + 2 * half + e)) : "memory");
+        }
+      }
+    }
+  }
+}
+
 // Adds panels of shared memory to dq or dq_sum, or stores them there, as one group of bulk operations: rows from `row` on of a
 // range of `length` that starts at `base`, of which none past the end; panels that begin before `last_column`. By one thread.
 template <class Config>
@@ -88,8 +122,8 @@ __device__ __forceinline__ void add_panels(const CUtensorMap& map, bool stores, 
   int inside_at = row, outer = batch;
   if (packed) {
     // As in load_rows.
-    const int inside = min(length - row, 64);
-    inside_at = 64 - inside;
+    const int inside = min(length - row, Config::kRowsPanelDQ);
+    inside_at = Config::kRowsPanelDQ - inside;
     outer = base + row + inside;
     if (inside <= 0) last_column = first_column;  // a group that is empty: others are counted from the last one
   }
@@ -106,8 +140,11 @@ __device__ __forceinline__ void add_panels(const CUtensorMap& map, bool stores, 
 }
 
 // Where a column of dQ lies in dq_sum, whose columns are permuted, so that a thread's elements of two neighbouring blocks
-// of 8 columns are neighbours, and a quad's fill 64 bytes: column 16 j + 8 h + 2 q + e is at 16 j + 4 q + 2 h + e.
+// of 8 columns are neighbours. A quad's fill 64 bytes: column 16 j + 8 h + 2 q + e is at 16 j + 4 q + 2 h + e; or, where dQ^T is
+// computed, column 16 j + 8 h + l is at 16 j + 2 l + h.
+template <bool kTransposed>
 __host__ __device__ constexpr int dq_sum_column(int column) {
+  if (kTransposed) return column / 16 * 16 + column % 8 * 2 + column / 8 % 2;
   return column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
 }
 

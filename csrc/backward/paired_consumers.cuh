@@ -22,7 +22,7 @@ struct PairedSteps {
 
   // Of the tile that comes next; false: there are no more.
   __device__ __forceinline__ bool begin_tile() {
-    shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
+    shared.tiles.full[tile_ring.stage()].wait(tile_ring.parity());
     if (tile().end) return false;
     const ForwardParams& forward = arguments.params.forward;
     first_block = tile().blocks.first;
@@ -31,13 +31,13 @@ struct PairedSteps {
     block = first_block;
     return true;
   }
-  __device__ __forceinline__ const RowTile& tile() const { return shared.tiles.tile[tile_ring.stage]; }
+  __device__ __forceinline__ const RowTile& tile() const { return shared.tiles.tile[tile_ring.stage()]; }
   __device__ __forceinline__ void next_step() {
     ring.advance();
     if (++block == end_block) block = first_block;
   }
   __device__ __forceinline__ void end_tile() {
-    shared.tiles.empty[tile_ring.stage].arrive();
+    shared.tiles.empty[tile_ring.stage()].arrive();
     tile_ring.advance();
     operand_ring.advance();
   }
@@ -61,14 +61,6 @@ __device__ __forceinline__ void receive_weights(Weights& rP, const typename Conf
     const uint4 four = reinterpret_cast<const uint4*>(from)[i * 128 + thread];
     pairs[4 * i] = four.x, pairs[4 * i + 1] = four.y, pairs[4 * i + 2] = four.z, pairs[4 * i + 3] = four.w;
   }
-}
-
-// The inverse of round_pair.
-template <class Element>
-__device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
-  const auto both = cutlass::NumericArrayConverter<float, Element, 2>{}(
-      reinterpret_cast<const cutlass::Array<Element, 2>&>(pair));
-  return make_float2(both[0], both[1]);
 }
 
 template <class Config>
@@ -100,16 +92,16 @@ __device__ __forceinline__ void consume_weights(const BackwardArguments& argumen
     const bool fresh = at.steps == 0;
     if (fresh) {
       if (!at.begin_tile()) break;
-      shared.k_full[at.operand_ring.stage].wait(at.operand_ring.parity);
+      shared.k_full[at.operand_ring.stage()].wait(at.operand_ring.parity());
     }
     const RowTile& tile = at.tile();
 
     // S^T = K Q^T
-    const int stage = at.ring.stage;
-    const uint32_t parity = at.ring.parity;
+    const int stage = at.ring.stage();
+    const uint32_t parity = at.ring.parity();
     shared.step_full[0][stage].wait(parity);
     Tensor rS = partition_fragment_C(mma_s, Shape<Int<Config::kKeys>, Int<Config::kQueries>>{});
-    multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[at.operand_ring.stage], typename Config::LayoutK{})),
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.k[at.operand_ring.stage()], typename Config::LayoutK{})),
              thread_s.partition_fragment_B(as(shared.q[stage], typename Config::LayoutQ{})), rS, false);
     warpgroup_wait<0>();
     warpgroup_fence_operand(rS);
@@ -159,7 +151,7 @@ __device__ __forceinline__ void consume_weights(const BackwardArguments& argumen
     }
     shared.p_full[stage].arrive();
 
-    if (at.steps == 1) arrive_as_warp(thread, shared.k_empty[at.operand_ring.stage]);
+    if (at.steps == 1) arrive_as_warp(thread, shared.k_empty[at.operand_ring.stage()]);
 
     // dV += P^T dO
     shared.step_full[1][stage].wait(parity);
@@ -202,16 +194,16 @@ __device__ __forceinline__ void consume_weight_gradients(const BackwardArguments
     const bool fresh = at.steps == 0;
     if (fresh) {
       if (!at.begin_tile()) break;
-      shared.v_full[at.operand_ring.stage].wait(at.operand_ring.parity);
+      shared.v_full[at.operand_ring.stage()].wait(at.operand_ring.parity());
     }
     const RowTile& tile = at.tile();
 
     // dP^T = V dO^T
-    const int stage = at.ring.stage;
-    const uint32_t parity = at.ring.parity;
+    const int stage = at.ring.stage();
+    const uint32_t parity = at.ring.parity();
     shared.step_full[1][stage].wait(parity);
     Tensor rdP = partition_fragment_C(mma_s, Shape<Int<Config::kKeys>, Int<Config::kQueries>>{});
-    multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[at.operand_ring.stage], typename Config::LayoutV{})),
+    multiply(mma_s, thread_s.partition_fragment_A(as(shared.v[at.operand_ring.stage()], typename Config::LayoutV{})),
              thread_s.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDO{})), rdP, false);
     RoundedScores<Config> rP;
     shared.p_full[stage].wait(parity);
@@ -219,7 +211,7 @@ __device__ __forceinline__ void consume_weight_gradients(const BackwardArguments
     warpgroup_wait<0>();
     warpgroup_fence_operand(rdP);
     --at.steps;
-    if (at.steps == 0) arrive_as_warp(thread, shared.v_empty[at.operand_ring.stage]);
+    if (at.steps == 0) arrive_as_warp(thread, shared.v_empty[at.operand_ring.stage()]);
 
     // dS = P (dP - delta)
     constexpr int kScores = decltype(size(rdP))::value;

@@ -32,9 +32,10 @@ __device__ __forceinline__ void for_each_step(const BackwardArguments& arguments
 // The tiles of a launch, in the order in which they are drawn; of a head those that see most first. Of each kRows rows,
 // which meet blocks of kColumns. `params`: transposed if the rows are keys. Heads that are walked together: units_per_group,
 // or, where tiles are listed, at least least_units. `known`: so many tiles go to the blocks by their numbers, without asking.
-// wait(barrier, parity), by one lane, waits for a barrier. Called by all lanes of a warp, of which one draws; if ranges may
-// share tiles, the others help to describe these.
-template <int kRows, int kColumns, class Wait>
+// kMoves: blocks begin at the first column that a tile sees, not at a multiple of kColumns: the sequence that it gets is cut
+// there. wait(barrier, parity), by one lane, waits for a barrier. Called by all lanes of a warp, of which one draws; if ranges
+// may share tiles, the others help to describe these.
+template <int kRows, int kColumns, bool kMoves, class Wait>
 __device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, TileCounter& counter, int units_per_group,
                                                int least_units, int known, RowTiles& tiles, Wait wait) {
   const bool is_listed = lists_tiles(params);
@@ -72,16 +73,23 @@ __device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, Tile
     const TileRecord record =
         is_listed ? schedule_records(params.workspace)[rank]
                   : TileRecord{sequence_at(params, batch), (params.transposed ? rank : per_unit - 1 - rank) * kRows, kOneRange};
-    const Sequence& sequence = record.sequence;
+    Sequence sequence = record.sequence;
     const int first_row = record.first_query;
+    const bool is_shared = record.first_range != kOneRange;
+    if (kMoves && !is_shared && !params.ascending) {
+      const int unseen = min(max(first_row + sequence.first_diagonal, 0), sequence.k_len);
+      sequence.k_base += unseen;
+      sequence.k_len -= unseen;
+      sequence.first_diagonal -= unseen;
+      sequence.last_diagonal -= unseen;
+    }
     KeyBlocks blocks = visible_blocks(sequence, first_row, kRows, kColumns);
     if (blocks.first == blocks.end) continue;  // the gradients of rows that see nothing are 0 from the start
-    const bool is_shared = record.first_range != kOneRange;
     if (is_shared) blocks = all_masked(blocks);
     // Rows past the end are hidden one by one.
     if (first_row + kRows > sequence.q_len) blocks.end_open = blocks.first_plain;
-    wait_together(tiles.empty[ring.stage], ring.parity ^ 1);
-    RowTile& tile = tiles.tile[ring.stage];
+    wait_together(tiles.empty[ring.stage()], ring.parity() ^ 1);
+    RowTile& tile = tiles.tile[ring.stage()];
     if (is_shared) fill_bounds(tile.bounds, params, record);
     if (first_lane) {
       tile.end = false;
@@ -92,13 +100,13 @@ __device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, Tile
       tile.blocks = blocks;
       tile.is_shared = is_shared;
     }
-    tiles.full[ring.stage].arrive();
+    tiles.full[ring.stage()].arrive();
     ring.advance();
     loaded_parity ^= 1;
   }
-  wait_together(tiles.empty[ring.stage], ring.parity ^ 1);
-  if (first_lane) tiles.tile[ring.stage].end = true;
-  tiles.full[ring.stage].arrive();
+  wait_together(tiles.empty[ring.stage()], ring.parity() ^ 1);
+  if (first_lane) tiles.tile[ring.stage()].end = true;
+  tiles.full[ring.stage()].arrive();
   if (!first_lane) return;
   // The last block to get here leaves the counter as it found it.
   __threadfence();
@@ -112,8 +120,8 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
   cudaTriggerProgrammaticLaunchCompletion();  // dQ's kernel, if it has one, may begin where this one has ended
   constexpr int kLeastUnits = 2;              // are faster than one for long documents
   const auto draw = [&](int known, auto wait) __attribute__((always_inline)) {
-    draw_row_tiles<Config::kKeys, Config::kQueries>(arguments.transposed, *arguments.counter, arguments.units_per_group,
-                                                    kLeastUnits, known, shared.tiles, wait);
+    draw_row_tiles<Config::kKeys, Config::kQueries, Config::kLongBlocks>(
+        arguments.transposed, *arguments.counter, arguments.units_per_group, kLeastUnits, known, shared.tiles, wait);
   };
   // Each block's first tile is known without asking, unless tiles take turns (turns.cuh).
   if constexpr (Config::kSharesKeys) {
@@ -145,47 +153,48 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
   Ring<Config::kStages> ring;
   Ring<kRowTileSlots> tile_ring;
   while (true) {
-    shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
-    const RowTile& tile = shared.tiles.tile[tile_ring.stage];
+    shared.tiles.full[tile_ring.stage()].wait(tile_ring.parity());
+    const RowTile& tile = shared.tiles.tile[tile_ring.stage()];
     if (tile.end) break;
     const Sequence sequence = tile.sequence;
     const int batch = tile.batch, kv_head = tile.head, first_key = tile.first_row;
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
-    shared.tiles.empty[tile_ring.stage].arrive();
+    const int first_query = packed ? 0 : sequence.k_base;  // of packed ranges load_rows adds it
+    shared.tiles.empty[tile_ring.stage()].arrive();
     tile_ring.advance();
-    shared.k_empty[k_ring.stage].wait(k_ring.parity ^ 1);
-    shared.k_full[k_ring.stage].arrive_and_expect_tx(Config::kBytesK);
-    load_rows<Config::kKeys, Config::kHeadDim, Config::kPanel>(arguments.k, shared.k_full[k_ring.stage],
-                                                               shared.k[k_ring.stage], sequence.q_base, sequence.q_len,
+    shared.k_empty[k_ring.stage()].wait(k_ring.parity() ^ 1);
+    shared.k_full[k_ring.stage()].arrive_and_expect_tx(Config::kBytesK);
+    load_rows<Config::kKeys, Config::kHeadDim, Config::kPanel>(arguments.k, shared.k_full[k_ring.stage()],
+                                                               shared.k[k_ring.stage()], sequence.q_base, sequence.q_len,
                                                                first_key, kv_head, batch, packed, forward.head_dim);
     k_ring.advance();
     int steps_before_draw = max(arguments.group * (end_block - first_block) - kStepsDrawnAhead, 0);
     bool values_wait = true;  // V comes after the first Q: that is the order in which they are needed
     for_each_step(arguments, first_block, end_block, [&](int head, int block) {
       if (steps_before_draw-- == 0) shared.tiles.nearly_loaded.arrive();
-      LoadBarrier& q_full = shared.step_full[0][ring.stage];
-      LoadBarrier& dout_full = shared.step_full[Config::kLoads - 1][ring.stage];
-      shared.step_empty[0][ring.stage].wait(ring.parity ^ 1);
+      LoadBarrier& q_full = shared.step_full[0][ring.stage()];
+      LoadBarrier& dout_full = shared.step_full[Config::kLoads - 1][ring.stage()];
+      shared.step_empty[0][ring.stage()].wait(ring.parity() ^ 1);
       q_full.arrive_and_expect_tx(Config::kBytesQ + (Config::kLoads == 1 ? Config::kBytesDO : 0));
       load_rows<Config::kQueries, Config::kHeadDim, Config::kPanel>(
-          arguments.q, q_full, shared.q[ring.stage], sequence.k_base, sequence.k_len,
-          block * Config::kQueries, kv_head * arguments.group + head, batch, packed, forward.head_dim);
+          arguments.q, q_full, shared.q[ring.stage()], sequence.k_base, sequence.k_len,
+          first_query + block * Config::kQueries, kv_head * arguments.group + head, batch, packed, forward.head_dim);
       if (values_wait) {
-        shared.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
-        shared.v_full[v_ring.stage].arrive_and_expect_tx(Config::kBytesV);
+        shared.v_empty[v_ring.stage()].wait(v_ring.parity() ^ 1);
+        shared.v_full[v_ring.stage()].arrive_and_expect_tx(Config::kBytesV);
         load_rows<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(
-            arguments.v, shared.v_full[v_ring.stage], shared.v[v_ring.stage], sequence.q_base, sequence.q_len,
+            arguments.v, shared.v_full[v_ring.stage()], shared.v[v_ring.stage()], sequence.q_base, sequence.q_len,
             first_key, kv_head, batch, packed, forward.head_dim_v);
         v_ring.advance();
         values_wait = false;
       }
       if constexpr (Config::kLoads == 2) {
-        shared.step_empty[1][ring.stage].wait(ring.parity ^ 1);
+        shared.step_empty[1][ring.stage()].wait(ring.parity() ^ 1);
         dout_full.arrive_and_expect_tx(Config::kBytesDO);
       }
       load_rows<Config::kQueries, Config::kHeadDimV, Config::kPanelV>(
-          arguments.dout, dout_full, shared.dout[ring.stage], sequence.k_base, sequence.k_len,
-          block * Config::kQueries, kv_head * arguments.group + head, batch, packed, forward.head_dim_v);
+          arguments.dout, dout_full, shared.dout[ring.stage()], sequence.k_base, sequence.k_len,
+          first_query + block * Config::kQueries, kv_head * arguments.group + head, batch, packed, forward.head_dim_v);
       ring.advance();
     });
   }
@@ -201,45 +210,49 @@ __device__ __forceinline__ void load_row_values(const BackwardArguments& argumen
   Ring<Config::kStages> ring;
   Ring<kRowTileSlots> tile_ring;
   while (true) {
-    shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
-    const RowTile& tile = shared.tiles.tile[tile_ring.stage];
+    shared.tiles.full[tile_ring.stage()].wait(tile_ring.parity());
+    const RowTile& tile = shared.tiles.tile[tile_ring.stage()];
     if (tile.end) break;
     const int rows = tile.sequence.k_len;
     const int kv_head = tile.head;
     const int64_t first_head = int64_t{tile.batch} * params.heads + kv_head * arguments.group;
     const int64_t base = first_head * params.seqlen_q + tile.sequence.k_base;
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
-    shared.tiles.empty[tile_ring.stage].arrive();
+    shared.tiles.empty[tile_ring.stage()].arrive();
     tile_ring.advance();
     for_each_step(arguments, first_block, end_block, [&](int head, int block) {
       const int64_t first_row = base + int64_t{head} * params.seqlen_q;
       const float* const lse = params.lse + first_row;
       const float* const delta = arguments.params.delta + first_row;
-      shared.step_empty[0][ring.stage].wait(ring.parity ^ 1);
-      if (lane == 0) shared.block[ring.stage] = block;
-      float row_delta[Config::kQueries / 32];
+      shared.step_empty[0][ring.stage()].wait(ring.parity() ^ 1);
+      if (lane == 0) shared.block[ring.stage()] = block;
+      constexpr int kSteps = (Config::kQueries + 31) / 32;
+      const auto is_inside = [&](int i) { return Config::kQueries % 32 == 0 || 32 * i + lane < Config::kQueries; };
+      float row_delta[kSteps];
 #pragma unroll
-      for (int i = 0; i < Config::kQueries; i += 32) {
-        const int row = block * Config::kQueries + i + lane;
+      for (int i = 0; i < kSteps; ++i) {
+        const int row = block * Config::kQueries + 32 * i + lane;
         float row_lse = -INFINITY;
-        row_delta[i / 32] = 0.f;
-        if (row < rows) {
+        row_delta[i] = 0.f;
+        if (row < rows && is_inside(i)) {
           row_lse = lse[row];
-          row_delta[i / 32] = delta[row];
+          row_delta[i] = delta[row];
         }
         const bool unseen = row_lse == -INFINITY;
-        shared.lse_log2[ring.stage][i + lane] = unseen ? INFINITY : row_lse * kLog2E;
-        if (unseen) row_delta[i / 32] = 0.f;
+        if (is_inside(i)) shared.lse_log2[ring.stage()][32 * i + lane] = unseen ? INFINITY : row_lse * kLog2E;
+        if (unseen) row_delta[i] = 0.f;
       }
       if constexpr (Config::kLoads == 2) {
         asm volatile("" ::: "memory");
-        shared.step_full[0][ring.stage].arrive();
-        shared.step_empty[1][ring.stage].wait(ring.parity ^ 1);
+        shared.step_full[0][ring.stage()].arrive();
+        shared.step_empty[1][ring.stage()].wait(ring.parity() ^ 1);
       }
 #pragma unroll
-      for (int i = 0; i < Config::kQueries; i += 32) shared.delta[ring.stage][i + lane] = row_delta[i / 32];
+      for (int i = 0; i < kSteps; ++i) {
+        if (is_inside(i)) shared.delta[ring.stage()][32 * i + lane] = row_delta[i];
+      }
       asm volatile("" ::: "memory");
-      shared.step_full[Config::kLoads - 1][ring.stage].arrive();
+      shared.step_full[Config::kLoads - 1][ring.stage()].arrive();
       ring.advance();
     });
   }
@@ -261,15 +274,16 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
     unread = -1;
   };
   while (true) {
-    shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
-    const RowTile& tile = shared.tiles.tile[tile_ring.stage];
+    shared.tiles.full[tile_ring.stage()].wait(tile_ring.parity());
+    const RowTile& tile = shared.tiles.tile[tile_ring.stage()];
     if (tile.end) break;
     const Sequence sequence = tile.sequence;
     const int batch = tile.batch, first_head = tile.head * arguments.group, first_key = tile.first_row;
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
+    const int first_query = packed ? 0 : sequence.k_base;  // of packed ranges add_panels adds it
     // What comes from one tile alone is not added to zeros (clear.cuh).
     const bool stores = packed && !arguments.params.accumulate && (tile.is_shared || sequence.q_len <= Config::kKeys);
-    shared.tiles.empty[tile_ring.stage].arrive();
+    shared.tiles.empty[tile_ring.stage()].arrive();
     tile_ring.advance();
     int* last = nullptr;  // where additions are to be counted that are on their way
     const auto end_last_turn = [&] {
@@ -292,11 +306,11 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
       for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
         shared.dq_full[warpgroup].wait(parity);
         const int skipped = skipped_dq<Config>(warpgroup), column = first_column_dq<Config>(warpgroup);
-        const float* const panels = panels_of(shared, warpgroup) + skipped * 64;
+        const float* const panels = panels_of(shared, warpgroup) + skipped * Config::kRowsPanelDQ;
         add_panels<Config>(arguments.dq, stores, panels, column + skipped, min(column + Config::kColumnsDQ, columns),
                            sequence.k_base, sequence.k_len,
-                           block * Config::kQueries + (Config::kSplitsColumns ? 0 : warpgroup * 64), first_head + head,
-                           batch, packed);
+                           first_query + block * Config::kQueries + (Config::kSplitsColumns ? 0 : warpgroup * 64),
+                           first_head + head, batch, packed);
         // The part before has been read by now, most likely; to wait for this one would keep the next one waiting.
         tma_store_wait<1>();
         give_back();

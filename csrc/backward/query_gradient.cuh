@@ -120,41 +120,41 @@ __device__ __forceinline__ void load_query_tiles(const QueryGradientArguments& a
   Ring<Config::kStagesV> v_ring;
   Ring<kRowTileSlots> tile_ring;
   while (true) {
-    shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
-    const RowTile& tile = shared.tiles.tile[tile_ring.stage];
+    shared.tiles.full[tile_ring.stage()].wait(tile_ring.parity());
+    const RowTile& tile = shared.tiles.tile[tile_ring.stage()];
     if (tile.end) break;
     const Sequence sequence = tile.sequence;
     const int batch = tile.batch, head = tile.head, first_row = tile.first_row;
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
-    shared.tiles.empty[tile_ring.stage].arrive();
+    shared.tiles.empty[tile_ring.stage()].arrive();
     tile_ring.advance();
 
-    shared.q_empty[q_ring.stage].wait(q_ring.parity ^ 1);
-    shared.q_full[q_ring.stage].arrive_and_expect_tx(Config::kBytesQ);
-    load_rows<Config::kQueries, Config::kHeadDim, Config::kPanel>(arguments.q, shared.q_full[q_ring.stage],
-                                                                  shared.q[q_ring.stage], sequence.q_base, sequence.q_len,
+    shared.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
+    shared.q_full[q_ring.stage()].arrive_and_expect_tx(Config::kBytesQ);
+    load_rows<Config::kQueries, Config::kHeadDim, Config::kPanel>(arguments.q, shared.q_full[q_ring.stage()],
+                                                                  shared.q[q_ring.stage()], sequence.q_base, sequence.q_len,
                                                                   first_row, head, batch, packed, forward.head_dim);
     int steps_before_draw = max(end_block - first_block - kStepsDrawnAhead, 0);
 #pragma unroll 1
     for (int block = end_block - 1; block >= first_block; --block) {
       if (steps_before_draw-- == 0) shared.tiles.nearly_loaded.arrive();
-      shared.k_empty[k_ring.stage].wait(k_ring.parity ^ 1);
-      shared.k_full[k_ring.stage].arrive_and_expect_tx(Config::kBytesK);
+      shared.k_empty[k_ring.stage()].wait(k_ring.parity() ^ 1);
+      shared.k_full[k_ring.stage()].arrive_and_expect_tx(Config::kBytesK);
       load_rows<Config::kKeys, Config::kHeadDim, Config::kPanel>(
-          arguments.k, shared.k_full[k_ring.stage], shared.k[k_ring.stage], sequence.k_base, sequence.k_len,
+          arguments.k, shared.k_full[k_ring.stage()], shared.k[k_ring.stage()], sequence.k_base, sequence.k_len,
           block * Config::kKeys, head / group, batch, packed, forward.head_dim);
       k_ring.advance();
       if (block == end_block - 1) {
-        shared.dout_empty[q_ring.stage].wait(q_ring.parity ^ 1);
-        shared.dout_full[q_ring.stage].arrive_and_expect_tx(Config::kBytesDO);
+        shared.dout_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
+        shared.dout_full[q_ring.stage()].arrive_and_expect_tx(Config::kBytesDO);
         load_rows<Config::kQueries, Config::kHeadDimV, Config::kPanelV>(
-            arguments.dout, shared.dout_full[q_ring.stage], shared.dout[q_ring.stage], sequence.q_base, sequence.q_len,
+            arguments.dout, shared.dout_full[q_ring.stage()], shared.dout[q_ring.stage()], sequence.q_base, sequence.q_len,
             first_row, head, batch, packed, forward.head_dim_v);
       }
-      shared.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
-      shared.v_full[v_ring.stage].arrive_and_expect_tx(Config::kBytesV);
+      shared.v_empty[v_ring.stage()].wait(v_ring.parity() ^ 1);
+      shared.v_full[v_ring.stage()].arrive_and_expect_tx(Config::kBytesV);
       load_rows<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(
-          arguments.v, shared.v_full[v_ring.stage], shared.v[v_ring.stage], sequence.k_base, sequence.k_len,
+          arguments.v, shared.v_full[v_ring.stage()], shared.v[v_ring.stage()], sequence.k_base, sequence.k_len,
           block * Config::kKeys, head / group, batch, packed, forward.head_dim_v);
       v_ring.advance();
     }
@@ -204,8 +204,8 @@ __device__ __forceinline__ void consume_keys(const QueryGradientArguments& argum
   Ring<Config::kStagesV> v_ring;
   Ring<kRowTileSlots> tile_ring;
   while (true) {
-    shared.tiles.full[tile_ring.stage].wait(tile_ring.parity);
-    const RowTile& tile = shared.tiles.tile[tile_ring.stage];
+    shared.tiles.full[tile_ring.stage()].wait(tile_ring.parity());
+    const RowTile& tile = shared.tiles.tile[tile_ring.stage()];
     if (tile.end) break;
     const int first_block = tile.blocks.first, first_plain = tile.blocks.first_plain, end_open = tile.blocks.end_open;
     int block = tile.blocks.end - 1;
@@ -229,26 +229,26 @@ __device__ __forceinline__ void consume_keys(const QueryGradientArguments& argum
 
     // Blocks that only the other warpgroup's rows see.
     for (const int end = end_of_rows<Config>(tile, warpgroup); block >= max(end, first_block); --block) {
-      shared.k_full[k_ring.stage].wait(k_ring.parity);
-      arrive_as_warp(thread, shared.k_empty[k_ring.stage]);
+      shared.k_full[k_ring.stage()].wait(k_ring.parity());
+      arrive_as_warp(thread, shared.k_empty[k_ring.stage()]);
       k_ring.advance();
-      shared.v_full[v_ring.stage].wait(v_ring.parity);
-      arrive_as_warp(thread, shared.v_empty[v_ring.stage]);
+      shared.v_full[v_ring.stage()].wait(v_ring.parity());
+      arrive_as_warp(thread, shared.v_empty[v_ring.stage()]);
       v_ring.advance();
     }
-    shared.q_full[q_ring.stage].wait(q_ring.parity);
-    shared.dout_full[q_ring.stage].wait(q_ring.parity);
+    shared.q_full[q_ring.stage()].wait(q_ring.parity());
+    shared.dout_full[q_ring.stage()].wait(q_ring.parity());
     if (block < first_block) clear(rdQ);
     bool fresh = true;
 #pragma unroll 1
     for (; block >= first_block; --block) {
       // S = Q K^T, dP = dO V^T
-      shared.k_full[k_ring.stage].wait(k_ring.parity);
-      multiply(mma_s, thread_s.partition_fragment_A(as(shared.q[q_ring.stage], typename Config::LayoutQ{})),
-               thread_s.partition_fragment_B(as(shared.k[k_ring.stage], typename Config::LayoutK{})), rS, false);
-      shared.v_full[v_ring.stage].wait(v_ring.parity);
-      multiply(mma_s, thread_s.partition_fragment_A(as(shared.dout[q_ring.stage], typename Config::LayoutDO{})),
-               thread_s.partition_fragment_B(as(shared.v[v_ring.stage], typename Config::LayoutV{})), rdP, false);
+      shared.k_full[k_ring.stage()].wait(k_ring.parity());
+      multiply(mma_s, thread_s.partition_fragment_A(as(shared.q[q_ring.stage()], typename Config::LayoutQ{})),
+               thread_s.partition_fragment_B(as(shared.k[k_ring.stage()], typename Config::LayoutK{})), rS, false);
+      shared.v_full[v_ring.stage()].wait(v_ring.parity());
+      multiply(mma_s, thread_s.partition_fragment_A(as(shared.dout[q_ring.stage()], typename Config::LayoutDO{})),
+               thread_s.partition_fragment_B(as(shared.v[v_ring.stage()], typename Config::LayoutV{})), rdP, false);
       warpgroup_wait<1>();
       warpgroup_fence_operand(rS);
 
@@ -274,11 +274,11 @@ __device__ __forceinline__ void consume_keys(const QueryGradientArguments& argum
       // dS = P (dP - delta)
       warpgroup_wait<0>();
       warpgroup_fence_operand(rdP);
-      arrive_as_warp(thread, shared.v_empty[v_ring.stage]);
+      arrive_as_warp(thread, shared.v_empty[v_ring.stage()]);
       v_ring.advance();
       if (block == first_block) {
-        arrive_as_warp(thread, shared.q_empty[q_ring.stage]);
-        arrive_as_warp(thread, shared.dout_empty[q_ring.stage]);
+        arrive_as_warp(thread, shared.q_empty[q_ring.stage()]);
+        arrive_as_warp(thread, shared.dout_empty[q_ring.stage()]);
       }
       Tensor rdS = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kKeys / 16>>>{});
       static_assert(size(rS) == size(rdS));
@@ -289,22 +289,22 @@ __device__ __forceinline__ void consume_keys(const QueryGradientArguments& argum
       }
 
       // dQ += dS K
-      multiply(mma_dq, rdS, thread_dq.partition_fragment_B(as(shared.k[k_ring.stage], typename Config::LayoutKt{})), rdQ,
+      multiply(mma_dq, rdS, thread_dq.partition_fragment_B(as(shared.k[k_ring.stage()], typename Config::LayoutKt{})), rdQ,
                !fresh);
       fresh = false;
       warpgroup_wait<0>();
       warpgroup_fence_operand(rdQ);
-      arrive_as_warp(thread, shared.k_empty[k_ring.stage]);
+      arrive_as_warp(thread, shared.k_empty[k_ring.stage()]);
       k_ring.advance();
     }
     if (fresh) {
-      arrive_as_warp(thread, shared.q_empty[q_ring.stage]);
-      arrive_as_warp(thread, shared.dout_empty[q_ring.stage]);
+      arrive_as_warp(thread, shared.q_empty[q_ring.stage()]);
+      arrive_as_warp(thread, shared.dout_empty[q_ring.stage()]);
     }
     q_ring.advance();
     write_rows<Element>(rdQ, forward.softmax_scale, params.dq, params.dq_dtype, forward.head_dim, forward.seqlen_q,
                         forward.heads, params.accumulate, tile, rows.row);
-    shared.tiles.empty[tile_ring.stage].arrive();
+    shared.tiles.empty[tile_ring.stage()].arrive();
     tile_ring.advance();
   }
 }
@@ -333,9 +333,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x >= 32 && threadIdx.x < 64) {
       // NOTE: it needs nothing of the kernel before, beside whose last blocks it begins, so no tile is given to a block
       // before that runs. But it must not end earlier: what comes next waits for this kernel only.
-      draw_row_tiles<Config::kQueries, Config::kKeys>(forward, *arguments.counter, arguments.units_per_group, 1, 0,
-                                                      shared.tiles,
-                                                      [](auto& barrier, uint32_t parity) { barrier.wait(parity); });
+      draw_row_tiles<Config::kQueries, Config::kKeys, false>(forward, *arguments.counter, arguments.units_per_group, 1, 0,
+                                                             shared.tiles,
+                                                             [](auto& barrier, uint32_t parity) { barrier.wait(parity); });
       cudaGridDependencySynchronize();
     }
   } else {

@@ -7,9 +7,9 @@
 // Why nobody waits for ever. Say that the tiles of a launch are numbered as they are drawn. A tile waits for tiles of its own
 // sequence and KV head with smaller keys. These have smaller numbers: dense tiles are drawn in the order of their keys, and
 // the schedule lists those of a range so (ForwardParams::ascending). Numbers are given to blocks that run, by a counter, and a
-// block finishes its tiles in the order of their numbers. (It finishes one while it loads the next; but it draws and loads
-// that without waiting for a turn.) So of the tiles that are not finished, the one with the smallest number has nobody to
-// wait for, whatever the number of blocks that run at a time.
+// block finishes its tiles in the order of their numbers. (It finishes one while it loads the next; but for that it waits
+// for no turn but its own, of the tile before.) So of the tiles that are not finished, the one with the smallest number has nobody
+// to wait for, whatever the number of blocks that run at a time.
 // (Were the first numbers given by blockIdx instead, one might belong to a block that has no processor yet.)
 //
 // Why few wait at all. Tiles that run side by side have neighbouring keys, and under a mask the later of two sees less of the
@@ -75,18 +75,18 @@ class TurnEnds {
 
   // By the thread that adds: additions have been made; or, nullptr, there will be no more.
   __device__ __forceinline__ void leave(int* count) {
-    shared_.added_empty[ring_.stage].wait(ring_.parity ^ 1);
-    shared_.added[ring_.stage] = count;
-    shared_.added_full[ring_.stage].arrive();
+    shared_.added_empty[ring_.stage()].wait(ring_.parity() ^ 1);
+    shared_.added[ring_.stage()] = count;
+    shared_.added_full[ring_.stage()].arrive();
     ring_.advance();
   }
 
   // By the other one: counts an addition, if there is one. False: there will be no more.
   __device__ __forceinline__ bool count_one() {
-    if (!shared_.added_full[ring_.stage].test_wait(ring_.parity)) return true;
+    if (!shared_.added_full[ring_.stage()].test_wait(ring_.parity())) return true;
     asm volatile("" ::: "memory");
-    int* const count = shared_.added[ring_.stage];
-    shared_.added_empty[ring_.stage].arrive();
+    int* const count = shared_.added[ring_.stage()];
+    shared_.added_empty[ring_.stage()].arrive();
     ring_.advance();
     if (count == nullptr) return false;
     end_turn(count);

@@ -88,6 +88,7 @@ struct ForwardConfig {
   static constexpr int kBytesK = kKeys * kHeadDim * sizeof(Element);
   static constexpr int kBytesV = kKeys * kHeadDimV * sizeof(Element);
   static constexpr int kStages = kIsNarrow ? 4 : kTeams > 1 ? 3 : kKeys * kHeadDim <= 64 * 64 ? 4 : 2;  // of K and of V
+  static constexpr bool kCounts = kHeadDim == 256 || kTeams > 1;  // rings' positions (Ring): measured, benchmarks/LOG.md, 92
   // Shared memory for the operands and results of a team.
   static constexpr int kRoom = (kTeams > 1 ? 108 : kQueries == 64 ? 112 : 224) * 1024;
   // The next tile's queries arrive under this tile's last blocks where there is room and no other team to hide the wait;

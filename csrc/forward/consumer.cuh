@@ -133,9 +133,9 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     reinterpret_cast<uint32_t&>(weights(i)) = round_pair<Element>(rS(i), rS(i + 1));
   };
 
-  Ring<Config::kStagesQ> q_ring;  // of the scores' tile
-  Ring<Config::kStages> k_ring, v_ring;
-  Ring<kTileSlots> tile_ring;     // of the tile after the scores'
+  Ring<Config::kStagesQ, Config::kCounts> q_ring;  // of the scores' tile
+  Ring<Config::kStages, Config::kCounts> k_ring, v_ring;
+  Ring<kTileSlots, Config::kCounts> tile_ring; // of the tile after the scores'
   int slot = 0;                   // of the scores' tile
   int block = 0;                  // to be multiplied next: the tile has those down to first_block
   int first_block = 1;
@@ -151,12 +151,12 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
   };
 
   const auto release_keys = [&]() __attribute__((always_inline)) {
-    arrive_as_warp(shared.k_empty[k_ring.stage]);
+    arrive_as_warp(shared.k_empty[k_ring.stage()]);
     k_ring.advance();
   };
   const auto release_scores = [&](bool last_of_tile) __attribute__((always_inline)) {
     release_keys();
-    arrive_as_warp_if(last_of_tile, shared.q_empty[q_ring.stage]);
+    arrive_as_warp_if(last_of_tile, shared.q_empty[q_ring.stage()]);
     q_ring.advance_if(last_of_tile);
   };
 
@@ -170,7 +170,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     warpgroup_wait<0>();
     warpgroup_fence_operand(rO);
     if (!has_values) return;
-    arrive_as_warp(shared.v_empty[v_ring.stage]);
+    arrive_as_warp(shared.v_empty[v_ring.stage()]);
     v_ring.advance();
   };
 
@@ -184,7 +184,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
     constexpr Rounding kRounding = decltype(when)::value;
     constexpr int kHalf = decltype(size(rS))::value / 2;
     const int q_stage = q_ring.uniform_stage(), k_stage = k_ring.uniform_stage(), v_stage = v_ring.uniform_stage();
-    wait_for_both(shared.k_full[k_ring.stage], k_ring.parity, shared.v_full[v_ring.stage], v_ring.parity);
+    wait_for_both(shared.k_full[k_ring.stage()], k_ring.parity(), shared.v_full[v_ring.stage()], v_ring.parity());
     turn.take();
     multiply(mma_qk, sQ(_, _, _, q_stage), sK(_, _, _, k_stage), rS, false);
     multiply(mma_pv, weights, sVt(_, _, _, v_stage), rO, has_output);
@@ -211,7 +211,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
             asm volatile("add.f32 %0, %0, %1;" : "+f"(block_sum[r][0]) : "f"(zero));
             asm volatile("add.f32 %0, %0, %1;" : "+f"(block_sum[r][1]) : "f"(zero));
           }
-          arrive_as_warp(shared.q_empty[q_ring.stage]);
+          arrive_as_warp(shared.q_empty[q_ring.stage()]);
           q_ring.advance();
         }
         finish_values(true);
@@ -260,7 +260,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
   const auto skip_keys = [&](int blocks) __attribute__((always_inline)) {
 #pragma unroll 1
     for (; blocks > 0; --blocks) {
-      shared.k_full[k_ring.stage].wait(k_ring.parity);
+      shared.k_full[k_ring.stage()].wait(k_ring.parity());
       turn.take();
       turn.pass();
       release_scores(false);
@@ -269,8 +269,8 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
   const auto skip_values = [&](int blocks) __attribute__((always_inline)) {
 #pragma unroll 1
     for (; blocks > 0; --blocks) {
-      shared.v_full[v_ring.stage].wait(v_ring.parity);
-      arrive_as_warp(shared.v_empty[v_ring.stage]);
+      shared.v_full[v_ring.stage()].wait(v_ring.parity());
+      arrive_as_warp(shared.v_empty[v_ring.stage()]);
       v_ring.advance();
     }
   };
@@ -323,8 +323,8 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
   // be finished.
   enum class Next { kScores, kNothing, kEnd };
   const auto next_tile = [&]() __attribute__((always_inline)) -> Next {
-    const int next = tile_ring.stage;
-    shared.tile_full[next].wait(tile_ring.parity);
+    const int next = tile_ring.stage();
+    shared.tile_full[next].wait(tile_ring.parity());
     const Tile& tile = shared.tile[next];
     const int kind = tile.kind, first = tile.blocks.first, end = tile.blocks.end;
     if (!rarely((kind != Tile::kWork) | (first >= end))) {
@@ -332,7 +332,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       tile_ring.advance();
       block = seen_by_rows(tile).end - 1;
       first_block = seen_by_rows(tile).first;
-      shared.q_full[q_ring.stage].wait(q_ring.parity);
+      shared.q_full[q_ring.stage()].wait(q_ring.parity());
       return Next::kScores;
     }
     if (kind == Tile::kEnd) return Next::kEnd;
@@ -360,8 +360,8 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
         }
       }
       const int q_stage = q_ring.uniform_stage(), k_stage = k_ring.uniform_stage(), v_stage = v_ring.uniform_stage();
-      if (more) shared.k_full[k_ring.stage].wait(k_ring.parity);
-      if (running) shared.v_full[v_ring.stage].wait(v_ring.parity);
+      if (more) shared.k_full[k_ring.stage()].wait(k_ring.parity());
+      if (running) shared.v_full[v_ring.stage()].wait(v_ring.parity());
       // NOTE: at the start there is no P V, and at the end no Q K^T, yet both are multiplied, from whatever lies there, and
       // forgotten: a product that depends on a branch makes the compiler wait for each.
       turn.take();
@@ -399,7 +399,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       bool has_rest = false;
       if (running) {
         const int v_stage = v_ring.uniform_stage();
-        shared.v_full[v_ring.stage].wait(v_ring.parity);
+        shared.v_full[v_ring.stage()].wait(v_ring.parity());
         turn.take();
         multiply(mma_pv, rP, sVt(_, _, _, v_stage), rO, has_output);
         turn.pass();
@@ -426,7 +426,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       }
       if constexpr (Config::kSkipsBlocks) skip_keys(left_out);
       const int q_stage = q_ring.uniform_stage(), k_stage = k_ring.uniform_stage();
-      shared.k_full[k_ring.stage].wait(k_ring.parity);
+      shared.k_full[k_ring.stage()].wait(k_ring.parity());
       turn.take();
       multiply(mma_qk, sQ(_, _, _, q_stage), sK(_, _, _, k_stage), rS, false);
       turn.pass();
@@ -443,8 +443,8 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
       --block;
     } else {
       const int q_stage = q_ring.uniform_stage(), k_stage = k_ring.uniform_stage(), v_stage = v_ring.uniform_stage();
-      shared.k_full[k_ring.stage].wait(k_ring.parity);
-      shared.v_full[v_ring.stage].wait(v_ring.parity);
+      shared.k_full[k_ring.stage()].wait(k_ring.parity());
+      shared.v_full[v_ring.stage()].wait(v_ring.parity());
       turn.take();
       multiply(mma_qk, sQ(_, _, _, q_stage), sK(_, _, _, k_stage), rS, false);
       multiply(mma_pv, rP, sVt(_, _, _, v_stage), rO, has_output);

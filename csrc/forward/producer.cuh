@@ -1,5 +1,5 @@
 // Who keeps the consumers busy: a warp that draws tiles and threads that bring what they need, each as far ahead as there is
-// room, and a warp that has a running state come closer.
+// room; that of Q is one of a warp that also has a running state come closer.
 #pragma once
 
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -150,7 +150,7 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
   const int tiles = order.end();
   TileCounter& counter = *arguments.counter;
   const bool first_lane = threadIdx.x % 32 == 0;
-  Ring<kTileSlots> ring;
+  Ring<kTileSlots, Config::kCounts> ring;
   uint32_t loaded_parity = 0, drained_parity = 0;
   const int drawers = Config::kTeams * gridDim.x;
   int index = order.first(team);
@@ -180,21 +180,21 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
       kind = Tile::kPause;
     }
 
-    Tile& tile = shared.tile[ring.stage];
+    Tile& tile = shared.tile[ring.stage()];
     if (is_known) {
       // NOTE: nobody waits for its slot to be empty: by now it may be so for the second time.
-      shared.tile_full[ring.stage].wait(ring.parity);
+      shared.tile_full[ring.stage()].wait(ring.parity());
       is_known = false;
     } else {
-      wait_as_warp(shared.tile_empty[ring.stage], ring.parity ^ 1);
+      wait_as_warp(shared.tile_empty[ring.stage()], ring.parity() ^ 1);
       // NOTE: no lane waits here; but that one lane has waited for all is more than racecheck can follow.
-      shared.tile_empty[ring.stage].wait(ring.parity ^ 1);
-      if (kind == Tile::kWork) order.fill(ring.stage, drawn);
+      shared.tile_empty[ring.stage()].wait(ring.parity() ^ 1);
+      if (kind == Tile::kWork) order.fill(ring.stage(), drawn);
       if (first_lane && only_warp != kAllWarps) tile.blocks.end_plain = tile.blocks.first_plain;
       if constexpr (Config::kSkipsBlocks) {
         __syncwarp();
         if (kind == Tile::kWork && threadIdx.x % 32 < Config::kConsumers) {
-          order.fill_seen(ring.stage, threadIdx.x % 32, only_warp == kAllWarps);
+          order.fill_seen(ring.stage(), threadIdx.x % 32, only_warp == kAllWarps);
         }
         __syncwarp();
       }
@@ -207,7 +207,7 @@ __device__ __forceinline__ void draw_tiles(const ForwardArguments& arguments, Fo
           tile.kept = follows ? tile.blocks.end - block_before : 0;
         }
       }
-      shared.tile_full[ring.stage].arrive();
+      shared.tile_full[ring.stage()].arrive();
       __syncwarp();
     }
     const bool is_loaded = tile.blocks.first < tile.blocks.end;
@@ -292,14 +292,14 @@ class BlockLoader {
     const bool packed = params.q_start != nullptr;
     const int first_key = block * Config::kKeys;
     if constexpr (kIsKeys) {
-      shared_.k_empty[ring_.stage].wait(ring_.parity ^ 1);
-      load_block<Config::kKeys, Config::kHeadDim, Config::kPanel>(arguments_.k, shared_.k_full[ring_.stage],
-                                                                  shared_.k[ring_.stage], sequence, first_key, kv_head,
+      shared_.k_empty[ring_.stage()].wait(ring_.parity() ^ 1);
+      load_block<Config::kKeys, Config::kHeadDim, Config::kPanel>(arguments_.k, shared_.k_full[ring_.stage()],
+                                                                  shared_.k[ring_.stage()], sequence, first_key, kv_head,
                                                                   batch, packed, params.head_dim);
     } else {
-      shared_.v_empty[ring_.stage].wait(ring_.parity ^ 1);
-      load_block<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(arguments_.v, shared_.v_full[ring_.stage],
-                                                                    shared_.v[ring_.stage], sequence, first_key, kv_head,
+      shared_.v_empty[ring_.stage()].wait(ring_.parity() ^ 1);
+      load_block<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(arguments_.v, shared_.v_full[ring_.stage()],
+                                                                    shared_.v[ring_.stage()], sequence, first_key, kv_head,
                                                                     batch, packed, params.head_dim_v);
     }
     ring_.advance();
@@ -311,7 +311,7 @@ class BlockLoader {
  private:
   const ForwardArguments& arguments_;
   ForwardShared<Config>& shared_;
-  Ring<Config::kStages> ring_;
+  Ring<Config::kStages, Config::kCounts> ring_;
 };
 
 // The block of keys that loading a tile begins with.
@@ -330,13 +330,13 @@ class QueryLoader {
   __device__ __forceinline__ void load(int first_head, int kv_head, int batch, int token) {
     // NOTE: Q is read once, and L2 told to keep it, yet that is faster (benchmarks/LOG.md, 84).
     constexpr auto kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_LAST);
-    shared_.q_empty[ring_.stage].wait(ring_.parity ^ 1);
-    shared_.q_full[ring_.stage].arrive_and_expect_tx(arguments_.queries * arguments_.heads_in_tile * Config::kHeadDim *
+    shared_.q_empty[ring_.stage()].wait(ring_.parity() ^ 1);
+    shared_.q_full[ring_.stage()].arrive_and_expect_tx(arguments_.queries * arguments_.heads_in_tile * Config::kHeadDim *
                                                      sizeof(typename Config::Element));
 #pragma unroll
     for (int column = 0; column < Config::kHeadDim; column += Config::kPanel) {
-      SM90_TMA_LOAD_5D::copy(&arguments_.q, reinterpret_cast<uint64_t*>(&shared_.q_full[ring_.stage]), kHint,
-                             shared_.q[ring_.stage] + column * Config::kQueries, column,
+      SM90_TMA_LOAD_5D::copy(&arguments_.q, reinterpret_cast<uint64_t*>(&shared_.q_full[ring_.stage()]), kHint,
+                             shared_.q[ring_.stage()] + column * Config::kQueries, column,
                              first_head - kv_head * arguments_.group.divisor, token, kv_head, batch);
     }
     ring_.advance();
@@ -350,7 +350,7 @@ class QueryLoader {
  private:
   const ForwardArguments& arguments_;
   ForwardShared<Config>& shared_;
-  Ring<Config::kStagesQ> ring_;
+  Ring<Config::kStagesQ, Config::kCounts> ring_;
 };
 
 // K; and Q and V, unless these have threads of their own.
@@ -359,7 +359,7 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
   QueryLoader<Config> queries(arguments, shared);
   BlockLoader<Config, true> keys(arguments, shared);
   BlockLoader<Config, false> values(arguments, shared);
-  Ring<kTileSlots> ring;
+  Ring<kTileSlots, Config::kCounts> ring;
 
   // Of the first tile, if it is known, Q and the first K are asked for before it is described.
   bool is_ahead = false;  // those of the tile at `ring` have been asked for
@@ -390,8 +390,8 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
 
   // Waits for the tile at `ring` to be drawn, and loads its Q.
   const auto begin_tile = [&] {
-    shared.tile_full[ring.stage].wait(ring.parity);
-    const Tile& tile = shared.tile[ring.stage];
+    shared.tile_full[ring.stage()].wait(ring.parity());
+    const Tile& tile = shared.tile[ring.stage()];
     if (Config::kLoadsApart || rarely(tile.kind != Tile::kWork || tile.blocks.first == tile.blocks.end)) return;
     if (!is_ahead) queries.load(tile);
   };
@@ -408,20 +408,16 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
   bool begun = false;  // some K has been asked for
   begin_tile();
   while (true) {
-    const int slot = ring.stage;
+    const int slot = ring.stage();
     const Tile& tile = shared.tile[slot];
     if (rarely(tile.kind == Tile::kEnd)) break;
     ring.advance();
     const KeyBlocks blocks = tile.blocks;
     if (rarely(tile.kind == Tile::kPause || blocks.first == blocks.end)) {
-      if (tile.kind == Tile::kPause) load_behind(true);
       shared.tile_empty[slot].arrive();
       begin_tile();
       continue;
     }
-    const bool is_long = blocks.end - blocks.first > kLeadBlocks;
-    // The next Q comes early where there are two stages: the one before this tile's is free once this tile is under way.
-    const int next_q = !Config::kLoadsApart && Config::kStagesQ == 2 && is_long ? blocks.first + 1 : blocks.first;
     const int lead_block = min(blocks.end, blocks.first + kLeadBlocks) - 1;
 #pragma unroll 1
     for (int block = last_to_load<Config>(tile); block >= blocks.first; --block) {
@@ -429,32 +425,30 @@ __device__ __forceinline__ void load_tiles(const ForwardArguments& arguments, Fo
       is_ahead = false;
       if (Config::kLoadsApart && !begun) shared.keys_begun.arrive();
       begun = true;
-      load_behind(block == blocks.end - 1);
+      load_behind(false);
       if constexpr (!Config::kLoadsApart) {
         behind_slot = slot;
         behind_block = block;
       }
       if (block == lead_block && tile.only_warp == kAllWarps && !order.walks()) shared.nearly_loaded.arrive();
-      if (block == blocks.first) {
-        // The next Q waits for the consumers to be done with this one, and the last V must not.
-        if (Config::kStagesQ == 1) load_behind(true);
-        if (Config::kLoadsApart) shared.tile_empty[slot].arrive();
-      }
-      if (block == next_q) begin_tile();
     }
+    // Where one thread loads all, the next Q waits for the consumers to be done with this one, and the last V must not.
+    static_assert(Config::kLoadsApart || Config::kStagesQ == 1);
+    load_behind(true);
+    if (Config::kLoadsApart) shared.tile_empty[slot].arrive();
+    begin_tile();
   }
-  load_behind(true);
 }
 
 // V, by a thread of its own: with blocks of few keys one thread is late with what both K and V wait for.
 template <class Config>
 __device__ __forceinline__ void load_values(const ForwardArguments& arguments, ForwardShared<Config>& shared) {
   BlockLoader<Config, false> values(arguments, shared);
-  Ring<kTileSlots> ring;
+  Ring<kTileSlots, Config::kCounts> ring;
   bool begun = false;
   while (true) {
-    shared.tile_full[ring.stage].wait(ring.parity);
-    const Tile& tile = shared.tile[ring.stage];
+    shared.tile_full[ring.stage()].wait(ring.parity());
+    const Tile& tile = shared.tile[ring.stage()];
     if (rarely(tile.kind == Tile::kEnd)) break;
     if (tile.kind == Tile::kWork && tile.blocks.first < tile.blocks.end) {
       // A launch begins with Q and K: all processors ask at once.
@@ -463,7 +457,7 @@ __device__ __forceinline__ void load_values(const ForwardArguments& arguments, F
 #pragma unroll 1
       for (int block = last_to_load<Config>(tile); block >= tile.blocks.first; --block) values.load(tile, block);
     }
-    shared.tile_empty[ring.stage].arrive();
+    shared.tile_empty[ring.stage()].arrive();
     ring.advance();
   }
 }
@@ -474,11 +468,11 @@ template <class Config>
 __device__ __forceinline__ void load_queries(const ForwardArguments& arguments, ForwardShared<Config>& shared) {
   const ForwardParams& params = arguments.params;
   QueryLoader<Config> queries(arguments, shared);
-  Ring<kTileSlots> ring;
+  Ring<kTileSlots, Config::kCounts> ring;
   bool is_first = true;
   while (true) {
-    shared.tile_full[ring.stage].wait(ring.parity);
-    const Tile& tile = shared.tile[ring.stage];
+    shared.tile_full[ring.stage()].wait(ring.parity());
+    const Tile& tile = shared.tile[ring.stage()];
     if (rarely(tile.kind == Tile::kEnd)) break;
     if (tile.kind == Tile::kWork && tile.blocks.first < tile.blocks.end) {
       if (is_elected()) {
@@ -496,7 +490,7 @@ __device__ __forceinline__ void load_queries(const ForwardArguments& arguments, 
       }
     }
     is_first = false;
-    shared.tile_empty[ring.stage].arrive();
+    shared.tile_empty[ring.stage()].arrive();
     ring.advance();
   }
 }
