@@ -35,8 +35,8 @@ struct OperandLayouts {
       decltype(tile_to_shape(ColumnMajorAtom<kPanel>{}, Shape<Int<kColumns>, Int<kRows>>{}, Step<_2, _1>{}));
 };
 
-// A tile is kKeys keys of a KV head; it meets blocks of kQueries queries. kLongBlocks: of more than usual (takes_long_blocks). An
-// operand of 64 rows takes as long to read from shared memory as its product with 64 others, and with 80 a fifth less.
+// A tile is kKeys keys of a KV head; it meets blocks of kQueries queries. kLongBlocks: of more than usual (takes_long_blocks). A
+// product of 64 rows with 64 others reads shared memory all of its time, and one with 80 nine tenths of it.
 template <DType kDType_, int kHeadDim_, int kHeadDimV_, bool kLongBlocks_ = false>
 struct BackwardConfig {
   static constexpr DType kDType = kDType_;
@@ -93,6 +93,10 @@ struct BackwardConfig {
   static constexpr int kLoads = kSharesKeys ? 2 : 1;
   // Whether P is rounded, and multiplied, before dP is there; where registers are short, both wait for dP.
   static constexpr bool kEarlyWeights = kQueries < 128 && kHeadDim >= 96;
+  // Of the kQueries / 16 products of a warpgroup that dV is the sum of, those that run under the exponentials of the others'
+  // weights (benchmarks/LOG.md, backward, 62).
+  static constexpr int kFirstProducts = kLongBlocks ? 3 : 0;
+  static_assert(kFirstProducts == 0 || kEarlyWeights);
   // Whether dS is computed from P as it is rounded, since registers do not hold both.
   static constexpr bool kRoundsWeights = kLongBlocks;
   // Of a thread's kQueries / 8 pairs of lse and of delta, those that are read before what they go with is waited for. With more of

@@ -266,29 +266,35 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     if (block < first_plain || block >= end_open) hide_scores(rS, tile, rows, block * Config::kQueries, INT32_MAX);
     Tensor rP = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kQueries / 16>>>{});
     static_assert(size(rS) == size(rP));
+    const auto weigh = [&](int from, int to) __attribute__((always_inline)) {
 #pragma unroll
-    for (int i = 0; i < kScores / 4; ++i) {
-      const float2 lse = i < Config::kEarlyLse ? early_lse[i] : pair_of(shared.lse_log2[stage], i);
+      for (int i = from; i < to; ++i) {
+        const float2 lse = i < Config::kEarlyLse ? early_lse[i] : pair_of(shared.lse_log2[stage], i);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int at = 4 * i + 2 * r;
-        rS(at) = exp2_approximate(rS(at) * scale_log2 - lse.x);
-        rS(at + 1) = exp2_approximate(rS(at + 1) * scale_log2 - lse.y);
-        if constexpr (Config::kEarlyWeights) {
-          reinterpret_cast<uint32_t&>(rP(at)) = round_pair<Element>(rS(at), rS(at + 1));
+        for (int r = 0; r < 2; ++r) {
+          const int at = 4 * i + 2 * r;
+          rS(at) = exp2_approximate(rS(at) * scale_log2 - lse.x);
+          rS(at + 1) = exp2_approximate(rS(at + 1) * scale_log2 - lse.y);
+          if constexpr (Config::kEarlyWeights) {
+            reinterpret_cast<uint32_t&>(rP(at)) = round_pair<Element>(rS(at), rS(at + 1));
+          }
         }
       }
-    }
+    };
 
     // dV += P^T dO, dS = P (dP - delta)
-    const auto multiply_dv = [&]() __attribute__((always_inline)) {
-      multiply(mma_dv, rP, thread_dv.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDOt{})), rdV,
-               !fresh);
-    };
-    if constexpr (Config::kEarlyWeights) multiply_dv();
+    const Tensor tDO = thread_dv.partition_fragment_B(as(shared.dout[stage], typename Config::LayoutDOt{}));
+    constexpr int kFirst = Config::kFirstProducts;
+    if constexpr (kFirst > 0) {
+      weigh(0, 2 * kFirst);
+      multiply<0, kFirst>(mma_dv, rP, tDO, rdV, !fresh);
+    }
+    weigh(2 * kFirst, kScores / 4);
+    if constexpr (Config::kEarlyWeights) multiply<kFirst>(mma_dv, rP, tDO, rdV, kFirst > 0 || !fresh);
 #pragma unroll
     for (int i = 0; i < Config::kEarlyDeltas; ++i) early_delta[i] = pair_of(shared.delta[stage], i);
-    warpgroup_wait<Config::kEarlyWeights ? 1 : 0>();
+    constexpr int kGroupsOfDV = !Config::kEarlyWeights ? 0 : kFirst == 0 ? 1 : 2;
+    warpgroup_wait<kGroupsOfDV>();
     warpgroup_fence_operand(rdP);
     --steps;
     if (steps == 0) arrive_as_warp(thread, shared.v_empty[v_ring.stage()]);
@@ -314,7 +320,7 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
       }
     }
 
-    if constexpr (!Config::kEarlyWeights) multiply_dv();
+    if constexpr (!Config::kEarlyWeights) multiply(mma_dv, rP, tDO, rdV, !fresh);
 
     // dQ = dS K of the step before, into whose place dS of the next step then goes; dK += dS^T Q, under which dQ is stored
     shared.step_done.wait(parity ^ 1);

@@ -16,13 +16,12 @@ namespace fa3 {
 
 using namespace cute;
 
-// Chosen by timing candidates on an H200: benchmarks/LOG.md, 14, 19, 46, 47, 54 and 62. benchmarks/tune.py times others.
+// Chosen by timing candidates on an H200: benchmarks/LOG.md, 14, 19, 46, 54 and 62. benchmarks/tune.py times others.
 constexpr TileShape forward_tile(int head_dim, int head_dim_v, Sequences sequences) {
 #ifdef FA3_FORWARD_TILE
   return FA3_FORWARD_TILE;
 #endif
   const bool is_short = sequences == Sequences::kShort;
-  if (head_dim <= 64 && sequences == Sequences::kShortFull) return {256, 64};
   if (head_dim <= 64) return is_short ? TileShape{128, 64} : TileShape{192, 128};
   if (sequences == Sequences::kNarrow) return {192, 64};
   if (head_dim <= 128 || head_dim_v <= 128) return {128, 128};

@@ -13,14 +13,16 @@
 
 namespace fa3 {
 
-// Starts c = a b, or c += a b, as one group of asynchronous products.
-template <class Mma, class A, class B, class C>
+// Starts c = a b, or c += a b, as one group of asynchronous products: of all that a and b have, or of products kFrom to kTo, which
+// follow on those before.
+template <int kFrom = 0, int kTo = -1, class Mma, class A, class B, class C>
 __device__ __forceinline__ void multiply(Mma& mma, const A& a, const B& b, C& c, bool accumulate) {
-  warpgroup_fence_operand(c);
+  constexpr int kEnd = kTo < 0 ? decltype(size<2>(a))::value : kTo;
+  if constexpr (kFrom == 0) warpgroup_fence_operand(c);  // to touch it later would wait for the products before
   warpgroup_arrive();
   mma.accumulate_ = accumulate ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero;
 #pragma unroll
-  for (int k = 0; k < size<2>(a); ++k) {
+  for (int k = kFrom; k < kEnd; ++k) {
     cute::gemm(mma, a(_, _, k), b(_, _, k), c);
     mma.accumulate_ = GMMA::ScaleOut::One;
   }
@@ -135,7 +137,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& arguments, Forwa
 
   Ring<Config::kStagesQ, Config::kCounts> q_ring;  // of the scores' tile
   Ring<Config::kStages, Config::kCounts> k_ring, v_ring;
-  Ring<kTileSlots, Config::kCounts> tile_ring; // of the tile after the scores'
+  Ring<kTileSlots, Config::kCounts> tile_ring;  // of the tile after the scores'
   int slot = 0;                   // of the scores' tile
   int block = 0;                  // to be multiplied next: the tile has those down to first_block
   int first_block = 1;

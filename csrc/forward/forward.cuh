@@ -207,10 +207,6 @@ cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
                 Long::kTakesTurns != Short::kTakesTurns) {
     if (sequences_of(params) == Sequences::kShort) return launch_forward_tiles<Short>(params, stream);
   }
-  if constexpr (kHeadDim <= 64) {
-    using ShortFull = ForwardConfig<kDType, kHeadDim, kHeadDimV, Sequences::kShortFull>;
-    if (sequences_of(params) == Sequences::kShortFull) return launch_forward_tiles<ShortFull>(params, stream);
-  }
   return launch_forward_tiles<Long>(params, stream);
 }
 

@@ -7,34 +7,60 @@
 
 namespace fa3 {
 
-// What a tile shape is chosen for: kShort are sequences of which a tile sees few keys (benchmarks/LOG.md, 19, 24 and 46),
-// kShortFull those all of whose keys it sees, not many, and which fill tiles of 256 queries better than others (47).
-// kNarrow are those of which a query sees few keys wherever it stands (62).
-enum class Sequences { kLong, kShort, kShortFull, kNarrow };
+// What a tile shape is chosen for: kShort are sequences of which a tile sees few keys (benchmarks/LOG.md, 19, 24, 46 and 93);
+// kNarrow those of which a query sees few keys wherever it stands (62).
+enum class Sequences { kLong, kShort, kNarrow };
+
+// Of a sequence. NOTE: how long each of several ranges is, only the device knows; the host knows the mean.
+struct MeanExtents {
+  int64_t sequences, queries, keys;
+  int64_t seen;  // keys that a window leaves a query at most
+};
+
+inline MeanExtents mean_extents(const ForwardParams& params) {
+  const int ranges = params.q_start == nullptr ? 1 : std::max(params.ranges, 1);
+  const int64_t keys = params.seqlen_k / ranges;
+  const bool is_window = params.window_left != kNoBound && params.window_right != kNoBound;
+  return {int64_t{params.batch} * ranges, params.seqlen_q / ranges, keys,
+          is_window ? std::min(keys, int64_t{params.window_left} + params.window_right) : keys};
+}
 
 // Whether sequences are kNarrow, for kernels that make a difference: short windows, or documents that are mostly very short.
 inline bool are_narrow(const ForwardParams& params) {
   constexpr int64_t kWidestWindow = 2048, kShortestDocument = 128;
   if (params.window_right == kNoBound) return false;
-  const int keys = params.q_start == nullptr ? params.seqlen_k : params.seqlen_k / std::max(params.ranges, 1);
-  if (params.q_start != nullptr && keys <= kShortestDocument) return true;
-  const int64_t width = int64_t{params.window_left} + params.window_right;
-  return params.window_left != kNoBound && width <= kWidestWindow && width < keys;
+  const MeanExtents mean = mean_extents(params);
+  return (params.q_start != nullptr && mean.keys <= kShortestDocument) ||
+         (mean.seen <= kWidestWindow && mean.seen < mean.keys);
+}
+
+// Whether two teams, each on 128 queries of its own, are faster than one on 192 (forward_tile of head_dim 64).
+inline bool teams_are_faster(const ForwardParams& params) {
+  constexpr int64_t kProcessors = 132, kFewKeys = 1024, kManyKeys = 8192, kManyTiles = 6 * kProcessors;
+  const MeanExtents mean = mean_extents(params);
+  const auto tiles = [&](int64_t queries) {
+    return (mean.queries + queries - 1) / queries * mean.sequences * params.heads;
+  };
+  if (params.window_right != kNoBound || params.window_left != kNoBound) {
+    // Two tiles of a processor take twice as long each: where there are few, the last ones are waited for.
+    return mean.seen <= kFewKeys || (mean.seen <= kManyKeys && tiles(128) >= kManyTiles);
+  }
+  if (params.q_start != nullptr) return mean.keys <= kFewKeys;
+  // Tiles are equal: all of them take as long as the rounds in which the processors work them off. At the same number of rows
+  // teams are a little slower.
+  const auto rows = [&](int64_t queries, int64_t teams) {
+    const int64_t at_a_time = kProcessors * teams;
+    return (tiles(queries) + at_a_time - 1) / at_a_time * teams * queries;
+  };
+  return 1.03 * rows(128, 2) <= rows(192, 1);
 }
 
 inline Sequences sequences_of(const ForwardParams& params) {
-  const bool masked = params.window_right != kNoBound;
-  // NOTE: ranges' lengths are on the device; the mean is all that the host knows.
-  const int keys = params.q_start == nullptr ? params.seqlen_k : params.seqlen_k / std::max(params.ranges, 1);
-  if (params.head_dim <= 64 && !masked && params.window_left == kNoBound && params.q_start == nullptr && keys <= 1024) {
-    const auto padded = [&](int64_t queries) { return (params.seqlen_q + queries - 1) / queries * queries; };
-    const bool fills_processors = padded(256) / 256 * params.heads * params.batch >= 264;
-    return fills_processors && padded(256) < padded(192) ? Sequences::kShortFull : Sequences::kLong;
-  }
-  const int short_keys = params.head_dim <= 64    ? (masked ? 2048 : 0)
-                         : params.head_dim <= 192 ? (masked ? 1024 : 512)
-                                                  : (masked ? 8192 : 4096);
-  return keys <= short_keys ? Sequences::kShort : Sequences::kLong;
+  const MeanExtents mean = mean_extents(params);
+  const bool is_short = params.head_dim <= 64    ? teams_are_faster(params)
+                        : params.head_dim <= 192 ? mean.keys <= (params.window_right == kNoBound ? 512 : 1024)
+                                                 : mean.seen <= 8192;
+  return is_short ? Sequences::kShort : Sequences::kLong;
 }
 
 // Whether a launch's tiles are listed on the device beforehand: those of several ranges. Those of a single one follow from its
