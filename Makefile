@@ -27,7 +27,8 @@ environment = $(if $(GPUS),,$(VENV)/.$(1))
 help: ## print this text
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo
-	@echo '  ARGS="..."           passed on to train, test, bench, attention, context, accuracy, pair, step, scaling and tune'
+	@echo '  ARGS="..."           passed on to train, test, bench, attention, context, step, gradients,'
+	@echo '                       accuracy, pair, scaling and tune'
 	@echo '  RANKS=N              processes of make train and make context (default: one a GPU, else 2)'
 	@echo '  FA3_DIST_ROWS="..."  kernels to build: patterns ("delta_bf16,*fp16"), or one-per-family'
 	@echo '  TORCH="torch==..."   the torch that goes into .venv (default: $(TORCH))'
@@ -72,6 +73,10 @@ context: $$(call environment,train) ## measure context parallelism on all GPUs b
 .PHONY: step
 step: $$(call environment,train) ## measure training steps of a 1.3 G model on a GPU, with our attention and with cuDNN's
 	$(RUN) benchmarks/end_to_end.py $(ARGS)
+
+.PHONY: gradients
+gradients: $$(call environment,train) ## measure the error of a 1.3 G model's gradients on a GPU, with our attention and with cuDNN's
+	$(RUN) benchmarks/gradient_error.py $(ARGS)
 
 .PHONY: accuracy
 accuracy: $$(call environment,train) ## measure the error of context parallelism against fp64 with 2 to 8 ranks on one GPU

@@ -272,8 +272,12 @@ cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   using Config = BackwardConfig<kDType, kHeadDim, kHeadDimV>;
   using QueryConfig = QueryGradientConfig<kDType, kHeadDim, kHeadDimV>;
   if constexpr (has_long_blocks(kDType, kHeadDim)) {
-    using LongConfig = BackwardConfig<kDType, kHeadDim, kHeadDimV, true>;
-    if (takes_long_blocks(params.forward)) return launch_parts<LongConfig, QueryConfig>(params, stream);
+    using Long = BackwardConfig<kDType, kHeadDim, kHeadDimV, QueryBlocks::kLong>;
+    using LongInTurns = BackwardConfig<kDType, kHeadDim, kHeadDimV, QueryBlocks::kLongInTurns>;
+    if (takes_long_blocks(params.forward)) {
+      return params.turns != nullptr ? launch_parts<LongInTurns, QueryConfig>(params, stream)
+                                     : launch_parts<Long, QueryConfig>(params, stream);
+    }
   }
   return launch_parts<Config, QueryConfig>(params, stream);
 }

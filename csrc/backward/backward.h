@@ -14,7 +14,7 @@ namespace fa3 {
 // additions to memory. Gradients are then bitwise equal from run to run; else they are if tiles take turns (turns.cuh).
 constexpr bool separates_dq(int64_t head_dim) { return head_dim > 128; }
 
-// Whether tiles of keys meet blocks of 80 queries instead of 64 (BackwardConfig::kLongBlocks): where they meet so many that it
+// Whether tiles of keys meet blocks of 80 queries instead of 64 (QueryBlocks::kLong): where they meet so many that it
 // makes up for what a tile begins and ends with, which takes longer, and for the ends of sequences, which fill no block.
 // Measured: benchmarks/LOG.md, backward, 58. Not for fp16, of whose small weights dS would lose what they lose when they are
 // rounded (BackwardConfig::kRoundsWeights).

@@ -35,15 +35,18 @@ struct OperandLayouts {
       decltype(tile_to_shape(ColumnMajorAtom<kPanel>{}, Shape<Int<kColumns>, Int<kRows>>{}, Step<_2, _1>{}));
 };
 
-// A tile is kKeys keys of a KV head; it meets blocks of kQueries queries. kLongBlocks: of more than usual (takes_long_blocks). A
-// product of 64 rows with 64 others reads shared memory all of its time, and one with 80 nine tenths of it.
-template <DType kDType_, int kHeadDim_, int kHeadDimV_, bool kLongBlocks_ = false>
+// Of how many queries blocks are: more than usual (takes_long_blocks), in tiles that take turns (turns.cuh) or not. A product of
+// 64 rows with 64 others reads shared memory all of its time, and one with 80 nine tenths of it.
+enum class QueryBlocks { kUsual, kLong, kLongInTurns };
+
+// A tile is kKeys keys of a KV head; it meets blocks of kQueries queries.
+template <DType kDType_, int kHeadDim_, int kHeadDimV_, QueryBlocks kBlocks = QueryBlocks::kUsual>
 struct BackwardConfig {
   static constexpr DType kDType = kDType_;
   using Element = typename MatrixElement<kDType>::type;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
-  static constexpr bool kLongBlocks = kLongBlocks_;
+  static constexpr bool kLongBlocks = kBlocks != QueryBlocks::kUsual;
   static constexpr TileShape kTile = backward_tile(kHeadDim, kLongBlocks);
   static constexpr int kQueries = kTile.queries;
   static constexpr int kKeys = kTile.keys;
@@ -94,8 +97,8 @@ struct BackwardConfig {
   // Whether P is rounded, and multiplied, before dP is there; where registers are short, both wait for dP.
   static constexpr bool kEarlyWeights = kQueries < 128 && kHeadDim >= 96;
   // Of the kQueries / 16 products of a warpgroup that dV is the sum of, those that run under the exponentials of the others'
-  // weights (benchmarks/LOG.md, backward, 62).
-  static constexpr int kFirstProducts = kLongBlocks ? 3 : 0;
+  // weights (benchmarks/LOG.md, backward, 62). Tiles that take turns wait longer for each other then.
+  static constexpr int kFirstProducts = kBlocks == QueryBlocks::kLong ? 3 : 0;
   static_assert(kFirstProducts == 0 || kEarlyWeights);
   // Whether dS is computed from P as it is rounded, since registers do not hold both.
   static constexpr bool kRoundsWeights = kLongBlocks;
