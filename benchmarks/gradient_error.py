@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--steps", type=int, default=50, help="that it trains before (default: 50)")
     add("--batches", type=int, default=6, help="whose gradients are computed (default: 6)")
     add("--seed", type=int, default=0, help="of weights and order of data (default: 0)")
-    add("--lr", type=float, default=3e-4, help="peak learning rate (default: 3e-4)")
+    add("--lr", type=float, default=end_to_end.LR, help=f"peak learning rate (default: {end_to_end.LR})")
     add("--data", type=Path, default=python_sources(), help="folder of text (default: Python's own sources)")
     add("--output", type=Path, help="result file (default: benchmarks/results/gradient_error_GPU.json if no other flag "
         "is given, else none)")  # fmt: skip

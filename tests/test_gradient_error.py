@@ -59,8 +59,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Any], tupl
     def call(ours: Any) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(end_to_end, "attentions", lambda: {"ours": ours, "cudnn": end_to_end.cudnn_attention})
         output = tmp_path / "result.json"
-        flags = ["--data", str(folder), "--seqlen", "96", "--steps", "3", "--batches", "8", "--output", str(output)]
-        return gradient_error.main(flags), json.loads(output.read_text())
+        flags = ["--data", str(folder), "--seqlen", "96", "--steps", "3", "--batches", "8", "--lr", "3e-3"]
+        return gradient_error.main([*flags, "--output", str(output)]), json.loads(output.read_text())
 
     return call
 

@@ -20,8 +20,9 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.all_to_all import kv_copies
-from fa3_dist.parallel.exchange import DistributedExchange, Exchange, Subgroup, exchange_with_all
+from fa3_dist.parallel.exchange import SM_CLOCK, DistributedExchange, Exchange, Subgroup, exchange_with_all
 from fa3_dist.parallel.ring import LEAST_HALF, LEAST_OPENING, backward_parts
 from fa3_dist.parallel.ring_clock import Wires, backward_end, forward_end
 from fa3_dist.parallel.schedule import Layout, StepSizes, grouped, step_sizes
@@ -310,6 +311,7 @@ def links_of(exchange: DistributedExchange) -> Links:
 
 
 SMALL, REPETITIONS = 256, 3  # bytes of a message that measures the latency; the fastest of so many counts
+HEAD_START = 5e-3  # seconds for which a GPU is kept from a message that is timed, for the host to queue it meanwhile
 LARGE = {"cuda": 1 << 24, "cpu": 1 << 18}
 
 
@@ -339,21 +341,31 @@ def measure_links(exchange: Exchange, device: torch.device) -> Links:
 def _swap_seconds(group: Exchange, buffers: Tensor) -> float:
     """The shortest of some times in which every rank of a group sends a message to every other one."""
     sent, received = ([buffer] * group.world for buffer in buffers)
-    best = float("inf")
-    for _ in range(REPETITIONS + 1):  # the first one warms up
-        start = _now(buffers.device)
-        exchange_with_all(group, sent, received, "a message that measures links")
-        best = min(best, _now(buffers.device) - start)
-    return best
+    swap = partial(exchange_with_all, group, sent, received, "a message that measures links")
+    seconds = partial(_seconds_on_gpu, device=buffers.device) if buffers.is_cuda else _seconds
+    return min(seconds(swap) for _ in range(REPETITIONS + 1))  # the first one warms up
+
+
+def _seconds(swap: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    swap()
+    return time.perf_counter() - start
+
+
+def _seconds_on_gpu(swap: Callable[[], None], device: torch.device) -> float:
+    """Of a message in a queue of work, as those of a ring are: not of the host, nor of ranks that come to it later."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        torch.cuda._sleep(round(HEAD_START * SM_CLOCK))
+        swap()  # here they meet
+        start.record()
+        swap()
+        end.record()
+        end.synchronize()
+    return 1e-3 * start.elapsed_time(end)
 
 
 def _largest_of_all_ranks(values: Tensor, exchange: Exchange) -> Tensor:
     theirs = [torch.empty_like(values) for _ in range(exchange.world)]
     exchange_with_all(exchange, [values] * exchange.world, theirs, "measured times")
     return torch.stack(theirs).amax(0)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-    return time.perf_counter()
