@@ -180,14 +180,20 @@ class _Swap:
 
     def to_heads(self, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
         """(T, A * n, width) each -> (N, n, width): the group's rows, documents in order, of this rank's heads."""
+        like, rank = tensors[0], self._exchange.rank
         columns, size = _columns([(x.shape[1] // self.ranks, x.shape[2], x.dtype) for x in tensors])
-        send = _message(tensors[0], self.ranks, tensors[0].shape[0], size)
-        receive = _message(tensors[0], sum(self._tokens), size)
+        others = _message(like, self.ranks - 1, len(like), size)
+        receive = _message(like, sum(self._tokens), size)
+        received = receive.split(self._tokens)
+        send = [*others[:rank], received[rank], *others[rank:]]  # this rank's own lie where they are wanted at once
         for column, x in zip(columns, tensors, strict=True):
-            column.of(send).copy_(x.unflatten(1, (self.ranks, column.heads)).transpose(0, 1))
-        exchange_with_all(self._exchange, send.unbind(0), receive.split(self._tokens), what)
-        received = [column.of(receive) for column in columns]
-        return received if self._order is None else [x.index_select(0, self._order) for x in received]
+            parts = x.unflatten(1, (self.ranks, column.heads)).transpose(0, 1)
+            _copy(parts[rank], to=column.of(received[rank]))
+            _copy(parts[:rank], to=column.of(others[:rank]))
+            _copy(parts[rank + 1 :], to=column.of(others[rank:]))
+        exchange_with_all(self._exchange, send, received, what)
+        found = [column.of(receive) for column in columns]
+        return found if self._order is None else [_select(x, self._order) for x in found]
 
     def to_tokens(self, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
         """(N, n, width) each -> (T, A * n, width): this rank's rows, of all heads."""
@@ -196,11 +202,36 @@ class _Swap:
         receive = _message(tensors[0], self.ranks, self._tokens[self._exchange.rank], size)
         for column, x in zip(columns, tensors, strict=True):
             if self._order is None:
-                column.of(send).copy_(x)
+                _copy(x, to=column.of(send))
             else:
-                column.of(send).index_copy_(0, self._order, x)
+                to, x = _in_words(column.of(send), x)
+                to.index_copy_(0, self._order, x)
         exchange_with_all(self._exchange, send.split(self._tokens), receive.unbind(0), what)
-        return [column.of(receive).transpose(0, 1).flatten(1, 2) for column in columns]
+        found = []
+        for column in columns:
+            (x,) = _in_words(column.of(receive))
+            found.append(x.transpose(0, 1).flatten(1, 2).view(column.dtype))
+        return found
+
+
+def _copy(x: Tensor, to: Tensor) -> None:
+    to, x = _in_words(to, x)
+    to.copy_(x)
+
+
+def _select(x: Tensor, rows: Tensor) -> Tensor:
+    (words,) = _in_words(x)
+    return words.index_select(0, rows).view(x.dtype)
+
+
+def _in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same memory as words of 8 bytes, where all of it can be: what lies strided, PyTorch moves element by element,
+    and elements of 2 bytes take as long as those of 8."""
+    for x in tensors:
+        each = 8 // x.itemsize
+        if x.stride(-1) != 1 or any(n % each for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1])):
+            return tensors
+    return tuple(x.view(torch.int64) for x in tensors)
 
 
 @lru_cache(maxsize=64)

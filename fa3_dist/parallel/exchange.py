@@ -201,7 +201,8 @@ def new_room(like: Sequence[Tensor], rows: int) -> Parts:
 
 
 def exchange_with_all(exchange: Exchange, send: Sequence[Tensor], receive: Sequence[Tensor], what: str) -> None:
-    """Sends send[i] to rank i and fills receive[i] from there, for all ranks; this rank's own is copied.
+    """Sends send[i] to rank i and fills receive[i] from there, for all ranks; this rank's own is copied, if it is not
+    there already.
 
     All messages are under way at once, each between two ranks, so that an error names the one that is waited for.
     """
@@ -211,7 +212,8 @@ def exchange_with_all(exchange: Exchange, send: Sequence[Tensor], receive: Seque
         destination, source = (rank + shift) % world, (rank - shift) % world
         pending.append(exchange.exchange(send=send[destination], destination=destination, receive=receive[source],
                                          source=source, what=what, step=shift))
-    receive[rank].copy_(send[rank])
+    if receive[rank] is not send[rank]:
+        receive[rank].copy_(send[rank])
     for transfer in pending:
         transfer.wait()
 
