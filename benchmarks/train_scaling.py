@@ -4,7 +4,8 @@ Two runs of examples/train.py, one after the other, that differ in nothing but t
 128 k-byte sequences of real text, bf16, FSDP2, activation checkpointing; on N ranks every sequence is shared by all of
 them. Either run gets `--seconds`, and is ended then (at 128 k tokens a step takes one GPU tens of seconds); `--steps`
 is what the learning rate's schedule is made for. Compared are the steps that both have done: losses, which must be
-equal, and tokens per second, whose first step does not count. The learning rates are lower than the example's (RATES).
+equal, and tokens per second, whose first step does not count. On GPUs the learning rates are
+lower than the example's (RATES).
 
     make pair                                                       # 100 s a run
     make pair ARGS="--seconds 1200"                                 # all 50 steps
@@ -41,8 +42,8 @@ sys.path.insert(0, str(timing.ROOT / "examples"))
 from plots import read_metrics  # noqa: E402
 
 LOSS, SPEED = 1e-3, 0.95  # SPEED a GPU: 1.9 on two
-# A tenth of the example's: with those, runs that differ by rounding drift 1e-3 apart in six steps (LOG.md, context
-# parallelism, 25).
+# On GPUs, a tenth of the 1.3 G model's: with those, runs that differ by rounding drift 1e-3 apart in six steps (LOG.md,
+# context parallelism, 25).
 RATES = ("--lr", "1e-4", "--adam-lr", "4e-5")
 GRACE = 60.0  # seconds for a run that is ended to finish its step
 

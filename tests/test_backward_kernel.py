@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 
 import pytest
 import torch
@@ -361,23 +362,26 @@ LONG = {
 }
 
 
-def takes_long_blocks(seqlen_q, seqlen_k, heads, kv_heads, mask, dtype=torch.bfloat16) -> bool:
-    """By the name of the kernel that runs."""
+def query_blocks(seqlen_q, seqlen_k, heads, kv_heads, mask, dtype=torch.bfloat16, deterministic=False) -> str:
+    """QueryBlocks of the kernel that runs, by its name."""
     q, k, v, dout = problem_tensors(40, seqlen_q, seqlen_k, heads, kv_heads, 128, dtype=dtype, batch=1)
     rows = torch.zeros(2, 1, heads, seqlen_q, device="cuda")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        ops.backward(dout, q, k, v, *rows, *map(torch.empty_like, (q, k, v)), **mask)
+        ops.backward(dout, q, k, v, *rows, *map(torch.empty_like, (q, k, v)), **mask, deterministic=deterministic)
         torch.cuda.synchronize()
     (kernel,) = (event.name for event in profile.events() if "backward_kernel" in event.name)
-    return "true" in kernel or "(bool)1" in kernel
+    number = re.search(r"QueryBlocks\D+(\d)", kernel)
+    assert number, kernel
+    return ["usual", "long", "long in turns"][int(number[1])]
 
 
 @pytest.mark.parametrize("case", LONG)
 def test_long_blocks_are_taken(case):
     """So that what the tests of this section find is said of them."""
     seqlen_q, *others = LONG[case]
-    assert takes_long_blocks(seqlen_q, *others)
-    assert not takes_long_blocks(1000, *others) and not takes_long_blocks(seqlen_q, *others, torch.float16)
+    assert query_blocks(seqlen_q, *others) == "long"
+    assert query_blocks(seqlen_q, *others, deterministic=True) == "long in turns"
+    assert query_blocks(1000, *others) == query_blocks(seqlen_q, *others, torch.float16) == "usual"
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])

@@ -14,7 +14,7 @@ enum class Sequences { kLong, kShort, kNarrow };
 // Of a sequence. NOTE: how long each of several ranges is, only the device knows; the host knows the mean.
 struct MeanExtents {
   int64_t sequences, queries, keys;
-  int64_t seen;  // keys that a window leaves a query at most
+  int64_t seen;  // keys that a query sees at most; of a window, beside its own
 };
 
 inline MeanExtents mean_extents(const ForwardParams& params) {
@@ -34,12 +34,24 @@ inline bool are_narrow(const ForwardParams& params) {
          (mean.seen <= kWidestWindow && mean.seen < mean.keys);
 }
 
+// Query heads of a KV head whose rows share a tile: all of them where the queries alone would leave tiles under-filled,
+// else 1.
+inline int heads_per_tile(const ForwardParams& params, int tile_queries) {
+  const int group = params.heads / params.kv_heads;
+  if (group > tile_queries) return 1;
+  const int64_t queries = params.q_start == nullptr ? params.seqlen_q : params.seqlen_q / std::max(params.ranges, 1);
+  const auto tiles = [&](int heads, int64_t rows) { return (queries + rows - 1) / rows * (params.heads / heads); };
+  return tiles(group, tile_queries / group) < tiles(1, tile_queries) ? group : 1;
+}
+
 // Whether two teams, each on 128 queries of its own, are faster than one on 192 (forward_tile of head_dim 64).
 inline bool teams_are_faster(const ForwardParams& params) {
   constexpr int64_t kProcessors = 132, kFewKeys = 1024, kManyKeys = 8192, kManyTiles = 6 * kProcessors;
   const MeanExtents mean = mean_extents(params);
-  const auto tiles = [&](int64_t queries) {
-    return (mean.queries + queries - 1) / queries * mean.sequences * params.heads;
+  const auto tiles = [&](int queries) {
+    const int heads = heads_per_tile(params, queries);
+    const int64_t rows = queries / heads;
+    return (mean.queries + rows - 1) / rows * mean.sequences * (params.heads / heads);
   };
   if (params.window_right != kNoBound || params.window_left != kNoBound) {
     // Two tiles of a processor take twice as long each: where there are few, the last ones are waited for.
@@ -48,7 +60,7 @@ inline bool teams_are_faster(const ForwardParams& params) {
   if (params.q_start != nullptr) return mean.keys <= kFewKeys;
   // Tiles are equal: all of them take as long as the rounds in which the processors work them off. At the same number of rows
   // teams are a little slower.
-  const auto rows = [&](int64_t queries, int64_t teams) {
+  const auto rows = [&](int queries, int64_t teams) {
     const int64_t at_a_time = kProcessors * teams;
     return (tiles(queries) + at_a_time - 1) / at_a_time * teams * queries;
   };
@@ -67,16 +79,6 @@ inline Sequences sequences_of(const ForwardParams& params) {
 // length, which blocks read for themselves.
 inline __host__ __device__ bool lists_tiles(const ForwardParams& params) {
   return params.q_start != nullptr && params.ranges != 1;
-}
-
-// Query heads of a KV head whose rows share a tile: all of them where the queries alone would leave tiles under-filled,
-// else 1.
-inline int heads_per_tile(const ForwardParams& params, int tile_queries) {
-  const int group = params.heads / params.kv_heads;
-  if (group > tile_queries) return 1;
-  const int64_t queries = params.q_start == nullptr ? params.seqlen_q : params.seqlen_q / std::max(params.ranges, 1);
-  const auto tiles = [&](int heads, int64_t rows) { return (queries + rows - 1) / rows * (params.heads / heads); };
-  return tiles(group, tile_queries / group) < tiles(1, tile_queries) ? group : 1;
 }
 
 // Units (heads_per_tile query heads each) that are walked together: as few as still balance the blocks' work, so that the

@@ -229,7 +229,8 @@ def _in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
     and elements of 2 bytes take as long as those of 8."""
     for x in tensors:
         each = 8 // x.itemsize
-        if x.stride(-1) != 1 or any(n % each for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1])):
+        is_aligned = x.data_ptr() % 8 == 0 and not any(n % each for n in (x.shape[-1], *x.stride()[:-1]))
+        if x.stride(-1) != 1 or x.storage_offset() % each or not is_aligned or x.is_neg():
             return tensors
     return tuple(x.view(torch.int64) for x in tensors)
 

@@ -311,7 +311,7 @@ def links_of(exchange: DistributedExchange) -> Links:
 
 
 SMALL, REPETITIONS = 256, 3  # bytes of a message that measures the latency; the fastest of so many counts
-HEAD_START = 5e-3  # seconds for which a GPU is kept from a message that is timed, for the host to queue it meanwhile
+HEAD_START = 2e-3  # seconds a rank for which a GPU is kept from messages that are timed, for the host to queue them
 LARGE = {"cuda": 1 << 24, "cpu": 1 << 18}
 
 
@@ -342,7 +342,7 @@ def _swap_seconds(group: Exchange, buffers: Tensor) -> float:
     """The shortest of some times in which every rank of a group sends a message to every other one."""
     sent, received = ([buffer] * group.world for buffer in buffers)
     swap = partial(exchange_with_all, group, sent, received, "a message that measures links")
-    seconds = partial(_seconds_on_gpu, device=buffers.device) if buffers.is_cuda else _seconds
+    seconds = partial(_seconds_on_gpu, group.world, buffers.device) if buffers.is_cuda else _seconds
     return min(seconds(swap) for _ in range(REPETITIONS + 1))  # the first one warms up
 
 
@@ -352,11 +352,11 @@ def _seconds(swap: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _seconds_on_gpu(swap: Callable[[], None], device: torch.device) -> float:
+def _seconds_on_gpu(ranks: int, device: torch.device, swap: Callable[[], None]) -> float:
     """Of a message in a queue of work, as those of a ring are: not of the host, nor of ranks that come to it later."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.device(device):
-        torch.cuda._sleep(round(HEAD_START * SM_CLOCK))
+        torch.cuda._sleep(round(ranks * HEAD_START * SM_CLOCK))
         swap()  # here they meet
         start.record()
         swap()
