@@ -17,7 +17,7 @@ alone; results that differ are an error and no figure. Efficiency is the time al
 Further calls, not timed, record on every rank when attention computes and when messages travel
 (`fa3_dist.parallel.observe`): time is exposed if messages are under way and no attention. `bound` is the efficiency
 that the links allow by themselves: the bytes that the busiest rank must move take so long at the measured bandwidth,
-and the ring can hide all of them behind attention, the all-to-all none.
+and the ring can hide all of them behind attention, the all-to-all those of all but one part of a rank's heads.
 
 What is run, with two GPUs in about two minutes:
 
@@ -81,6 +81,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.attention import SDPBackend
 
 from fa3_dist.parallel import ContextParallel, Layout, imbalance, plan
+from fa3_dist.parallel.all_to_all import LEAST_PART, head_parts, kv_copies
 from fa3_dist.parallel.context import LocalBatch
 from fa3_dist.parallel.exchange import DistributedExchange
 from fa3_dist.parallel.observe import (
@@ -95,7 +96,7 @@ from fa3_dist.parallel.observe import (
     milliseconds,
     uncovered,
 )
-from fa3_dist.parallel.plan import Links, links_of
+from fa3_dist.parallel.plan import Links, exposed_by_parts, links_of
 from fa3_dist.parallel.sharding import shard
 
 REPEATS, WARMUPS, TRACES = 20, 3, 5
@@ -378,7 +379,14 @@ class Measurement:
         entry["link_ms"] = 1e3 * seconds
         if alone := self.entries.get("alone", {}).get("ms"):
             compute = alone["median"] / setup.world
-            least = max(compute, entry["link_ms"]) if is_ring else compute + entry["link_ms"]
+            link, parts = entry["link_ms"], 1
+            if not is_ring:
+                heads, kv_heads = self.case.heads, self.case.kv_heads
+                copies = kv_copies(heads, kv_heads, setup.world)
+                parts = head_parts(sum(self.layout.documents), heads // setup.world, kv_heads * copies // setup.world,
+                                   LEAST_PART[setup.device.type])
+            entry["parts"] = parts
+            least = max(compute, link) if is_ring else compute + exposed_by_parts(link, compute, parts)
             entry["bound"] = compute / least
         if is_ring:
             exchange = setup.exchange(name)

@@ -43,6 +43,11 @@ constexpr int32_t kVisitLast = 2;   // the result goes to out instead
 // Of ForwardParams::tile_counter: two counters, since a backward may be two kernels.
 constexpr int32_t kCounterElements = 4;
 
+// The order in which the tiles of a range are drawn: any that balances well; ascending; or kSnake, of dense batches only:
+// groups of kTilesOfGroup in ascending order, the tiles of every other group from the last to the first.
+enum class DrawOrder { kAny, kAscending, kSnake };
+constexpr int32_t kTilesOfGroup = 4;
+
 // A diagonal that bounds nothing.
 constexpr int32_t kNoBound = -1;
 
@@ -89,7 +94,7 @@ struct ForwardParams {
   DType out_dtype;        // the inputs' or fp32
   int32_t sm_margin;      // SMs left to other kernels
   bool transposed;        // queries and keys are in each other's place: offsets count backwards
-  bool ascending;         // the tiles of a range are drawn in ascending order
+  DrawOrder order;        // of the tiles of a range
 };
 
 // Gradients of an attention: delta = rowsum(dout * out) - dlse, and what the forward took and gave (its out, out_acc and

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,13 +20,20 @@ from torch.utils.checkpoint import checkpoint
 from fa3_dist import ops
 from fa3_dist.interface import apply_sink
 from fa3_dist.parallel import all_to_all
-from fa3_dist.parallel.all_to_all import all_to_all_attention, check_heads, kv_copies
+from fa3_dist.parallel.all_to_all import (
+    LEAST_PART,
+    all_to_all_attention,
+    arrive_in_order,
+    check_heads,
+    head_parts,
+    kv_copies,
+)
 from fa3_dist.parallel.exchange import DistributedExchange, Exchange, RingError, run_in_process
 from fa3_dist.parallel.schedule import Layout, contiguous, packed, zigzag
 from tests import oracle
 from tests.accuracy import Problem, assert_solves
 from tests.distributed import run_distributed, run_processes
-from tests.ring_gate import Case, judge, local_rows, make_inputs, patched, run_case, striped
+from tests.ring_gate import NAMES, Case, judge, local_rows, make_inputs, patched, run_case, striped
 
 BF16, FP16 = torch.bfloat16, torch.float16
 SPLITS = [(2, 2), (3, 3), (4, 4), (4, 2), (6, 2), (6, 3)]  # (ranks, ranks that swap heads); the last three: a ring too
@@ -52,6 +60,14 @@ def run(world: int, head_ranks: int, case: Case, deterministic: bool = False) ->
     return run_in_process(world, run_case, case, deterministic, "cpu", attention)
 
 
+def as_many_as_may_be(rows: int, heads: int, kv_heads: int, least: int) -> int:
+    return head_parts(rows, heads, kv_heads, 1)
+
+
+def in_parts():
+    return patched(all_to_all, "head_parts", as_many_as_may_be)
+
+
 # ------------------------------------------------------------------------------------------------- the gate
 
 
@@ -59,6 +75,94 @@ def run(world: int, head_ranks: int, case: Case, deterministic: bool = False) ->
 def test_gate(world: int, head_ranks: int):
     for case in CASES:
         assert judge(case, run(world, head_ranks, case)) == [], case.name
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_gate_in_parts(world: int):
+    with in_parts():
+        for case in CASES:
+            assert judge(case, run(world, world, case)) == [], case.name
+
+
+@pytest.mark.parametrize("kv_heads, parts", [(12, 3), (6, 3), (4, 2), (3, 3), (1, 1)])
+def test_parts_are_the_whole_bit_for_bit(kv_heads: int, parts: int):
+    """No head's arithmetic depends on the other heads; and there are as many messages to each other rank as parts."""
+    case = Case("", (61, 0, 1, 17), "packed", 12, kv_heads, dtype=BF16, dlse=False)
+    whole = run(2, 2, case, deterministic=True)
+    with in_parts():
+        results = run(2, 2, case, deterministic=True)
+    for result, expected in zip(results, whole, strict=True):
+        for name in NAMES:
+            assert torch.equal(result[name], expected[name]), name
+        for which in ("forward", "backward"):
+            assert (expected[which]["messages_sent"], result[which]["messages_sent"]) == (2, 2 * parts)
+
+
+@pytest.mark.parametrize("rows, heads, kv_heads, parts", [
+    (1024, 16, 16, 1), (8192, 16, 4, 1), (32768, 8, 8, 2), (32768, 16, 4, 4), (131072, 8, 8, 4), (131072, 8, 1, 1),
+    (131072, 12, 3, 3), (131072, 10, 5, 1), (131072, 12, 6, 3), (0, 4, 4, 1),
+])  # fmt: skip
+def test_heads_of_a_part(rows: int, heads: int, kv_heads: int, parts: int):
+    assert head_parts(rows, heads, kv_heads, LEAST_PART["cuda"]) == parts
+
+
+def test_messages_travel_while_attention_is_computed(monkeypatch):
+    """Those to the next part and those back from the one before are started together, and waited for afterwards."""
+    events: list[str] = []
+    start, attend, finish = all_to_all._Swap._start, all_to_all.ring_forward, all_to_all._finish
+
+    def started(self, *ways):
+        if self._rank == 0:
+            events.append("start " + " and ".join(way.what for way in ways))
+        return start(self, *ways)
+
+    def finished(way, transfers):
+        if not way.send[0]:  # rank 0: nothing to itself
+            events.append(f"wait for {way.what}")
+        return finish(way, transfers)
+
+    def attended(q, k, v, plan, ring, options):
+        if ring._exchange.rank == 0:
+            events.append("attend")
+        return attend(q, k, v, plan, ring, options)
+
+    monkeypatch.setattr(all_to_all._Swap, "_start", started)
+    monkeypatch.setattr(all_to_all, "ring_forward", attended)
+    monkeypatch.setattr(all_to_all, "_finish", finished)
+
+    def forward(exchange: Exchange) -> None:
+        q, k, v = (torch.ones(16, 6, 8) for _ in range(3))
+        all_to_all_attention(q, k, v, layout=zigzag([32], 2), rank=exchange.rank, exchange=exchange)
+
+    with in_parts():
+        run_in_process(2, forward)
+    assert events == [
+        "start q/k/v",
+        "wait for q/k/v", "start q/k/v", "attend",
+        "wait for q/k/v", "start out/lse and q/k/v", "attend", "wait for out/lse",
+        "wait for q/k/v", "start out/lse", "attend", "wait for out/lse",
+        "start out/lse", "wait for out/lse",
+    ]  # fmt: skip
+
+
+def test_rows_are_kept_in_one_order_only(monkeypatch):
+    """What arrives in the order of the ranks is let go of as it is put in the order of the documents."""
+    attend, select = all_to_all.ring_forward, all_to_all._select
+    arrived: list[Any] = []
+
+    def selected(x, rows):
+        arrived.append(weakref.ref(x))
+        return select(x, rows)
+
+    def attended(*call):
+        assert len(arrived) >= 3 and all(x() is None for x in arrived)
+        return attend(*call)
+
+    monkeypatch.setattr(all_to_all, "ring_forward", attended)
+    monkeypatch.setattr(all_to_all, "_select", selected)
+    with replaced("MOST_RUNS", 0):
+        run(2, 2, GROUPED)
+    assert len(arrived) == 2 * 5
 
 
 class Random(NamedTuple):
@@ -156,18 +260,23 @@ def test_gate_on_one_gpu(world: int, head_ranks: int):
     attention = partial(all_to_all_attention, head_ranks=head_ranks)
     for case in GPU_CASES:
         assert judge(case, run_in_process(world, run_case, case, False, "cuda", attention)) == [], case.name
+        if head_ranks == world:
+            with in_parts():
+                assert judge(case, run_in_process(world, run_case, case, False, "cuda", attention)) == [], case.name
 
 
 def nccl_worker(rank: int, world: int) -> list[dict]:
     exchange, head_ranks = DistributedExchange(), 2 if world % 2 == 0 else world
     attention = partial(all_to_all_attention, head_ranks=head_ranks)
-    return [run_case(exchange, case, False, "cuda", attention) for case in GPU_CASES]
+    whole = [run_case(exchange, case, False, "cuda", attention) for case in GPU_CASES]
+    with in_parts():
+        return whole + [run_case(exchange, case, False, "cuda", attention) for case in GPU_CASES]
 
 
 @pytest.mark.multi_gpu
 def test_gate_over_nccl():
     by_rank = run_distributed(torch.cuda.device_count(), nccl_worker, backend="nccl", timeout=300.0)
-    for i, case in enumerate(GPU_CASES):
+    for i, case in enumerate(GPU_CASES * 2):
         assert judge(case, [results[i] for results in by_rank]) == [], case.name
 
 
@@ -181,7 +290,7 @@ def test_messages(kv_heads: int, copies: int, dtype: torch.dtype):
     assert kv_copies(8, kv_heads, 4) == copies
     case = Case("", (40, 24), heads=8, kv_heads=kv_heads, dtype=dtype, dlse=False)
     size, gradient_size = dtype.itemsize, 4 if copies > 1 else dtype.itemsize
-    q, kv, lse = 2 * 16, 2 * 16 * (kv_heads * copies // 4), 16  # elements a row, lse in bytes: 2 of fp32, padded
+    q, kv, lse = 2 * 16, 2 * 16 * (kv_heads * copies // 4), 8  # elements a row, lse in bytes: 2 of fp32
     for result in run(4, 4, case):
         rows = 64 // 4 * 3  # to the others, and as many from them
         forward, backward = result["forward"], result["backward"]
@@ -304,12 +413,12 @@ def test_deterministic_runs_and_checkpointing_are_equal_bit_for_bit():
 
 @contextmanager
 def replaced(name: str, value: Any):
-    all_to_all._document_order.cache_clear()
+    all_to_all._places.cache_clear()
     try:
         with patched(all_to_all, name, value):
             yield
     finally:
-        all_to_all._document_order.cache_clear()
+        all_to_all._places.cache_clear()
 
 
 def kv_gradients_not_summed():
@@ -325,42 +434,45 @@ def kv_heads_interleaved():
     return replaced("_with_copies", lambda x, copies: x.repeat(1, copies, 1))
 
 
+def one_behind_the_other(layout: Layout, first: int, ranks: int, device: torch.device):
+    """Rows in the order of the ranks."""
+    ends = list(accumulate((layout.tokens(rank) for rank in range(first, first + ranks)), initial=0))
+    return [[all_to_all._Run(slice(0, end - start), slice(start, end))] for start, end in pairwise(ends)], None
+
+
 def documents_out_of_order():
-    return replaced("_document_order", lambda *args: None)
+    return replaced("_places", one_behind_the_other)
 
 
 def order_not_undone():
-    to_tokens = all_to_all._Swap.to_tokens
-
     class Disordered(all_to_all._Swap):
-        def to_tokens(self, tensors, what):
-            self._order, order = None, self._order
-            try:
-                return to_tokens(self, tensors, what)
-            finally:
-                self._order = order
+        def __init__(self, layout, rank, exchange, head_ranks, device):
+            super().__init__(layout, rank, exchange, head_ranks, device)
+            self._disorder = one_behind_the_other(layout, rank // head_ranks * head_ranks, head_ranks, device)
+
+        def _to_tokens(self, tensors, to, what):
+            self._runs, self._order = self._disorder
+            return super()._to_tokens(tensors, to, what)
 
     return replaced("_Swap", Disordered)
 
 
 def own_rows_forgotten():
-    exchange_with_all = all_to_all.exchange_with_all
+    class Forgetful(all_to_all._Swap):
+        def _to_heads(self, tensors, what):
+            return super()._to_heads(tensors, what)._replace(meanwhile=lambda: None)
 
-    def forgetful(exchange, send, receive, what):
-        exchange_with_all(exchange, send, receive, what)
-        receive[exchange.rank].fill_(0)
-
-    return replaced("exchange_with_all", forgetful)
+    return replaced("_Swap", Forgetful)
 
 
-def columns_that_overlap():
-    columns = all_to_all._columns
+def runs_in_each_others_place():
+    class Turned(all_to_all._Swap):
+        def _messages(self, local, rows):
+            own, theirs = super()._messages(local, rows)
+            n = len(self._runs[self._rank])
+            return [[part for i in range(0, len(each), n) for part in each[i : i + n][::-1]] for each in own], theirs
 
-    def from_zero(kinds):
-        made, size = columns(kinds)
-        return [column._replace(start=0) for column in made], size
-
-    return replaced("_columns", from_zero)
+    return replaced("_Swap", Turned)
 
 
 def ring_of_the_wrong_ranks():
@@ -379,6 +491,7 @@ def lse_gradient_dropped():
 
 
 GROUPED = Case("", (61, 1, 17), "zigzag", heads=4, kv_heads=2)
+ONE_DOCUMENT = Case("", (64,), "zigzag", heads=4, kv_heads=2)
 MUTANTS: dict[Callable[[], Any], tuple[int, Case]] = {  # each with a number of head ranks and a case that must turn red
     kv_gradients_not_summed: (4, GROUPED),
     kv_gradients_averaged: (4, GROUPED),
@@ -386,7 +499,7 @@ MUTANTS: dict[Callable[[], Any], tuple[int, Case]] = {  # each with a number of 
     documents_out_of_order: (2, GROUPED),
     order_not_undone: (4, GROUPED),
     own_rows_forgotten: (4, GROUPED),
-    columns_that_overlap: (4, GROUPED),
+    runs_in_each_others_place: (4, ONE_DOCUMENT),
     ring_of_the_wrong_ranks: (2, GROUPED),
     lse_gradient_dropped: (2, GROUPED),
 }
@@ -401,15 +514,7 @@ def test_gate_catches(mutant: Callable[[], Any]):
 
 
 def test_gate_catches_a_message_that_is_not_awaited():
-    exchange_with_all = all_to_all.exchange_with_all
-
-    def hasty(exchange, send, receive, what):
-        before = [x.clone() for x in receive]
-        exchange_with_all(exchange, send, receive, what)
-        for x, old in zip(receive, before):
-            x.copy_(old)
-
-    with replaced("exchange_with_all", hasty):
+    with replaced("_finish", lambda way, transfers: way.arrive()):
         assert judge(GROUPED, run(4, 4, GROUPED)) != []
 
 
@@ -493,8 +598,15 @@ def test_a_silent_peer_is_named():
                     "or in another step")
 
 
+def test_rows_of_few_pieces_arrive_in_order():
+    assert arrive_in_order(zigzag([64], 4), 2) and arrive_in_order(zigzag([64], 4), 4)
+    assert arrive_in_order(contiguous([64], 4), 4) and not arrive_in_order(contiguous([5] * 40, 4), 4)
+    assert not arrive_in_order(zigzag([64, 64, 64], 4), 4)
+    assert arrive_in_order(zigzag([64, 64], 4), 4) and arrive_in_order(zigzag([0], 4), 4)
+
+
 def test_orders_are_made_once():
-    all_to_all._document_order.cache_clear()
+    all_to_all._places.cache_clear()
 
     def twice(exchange: Exchange) -> None:
         for _ in range(2):
@@ -503,5 +615,5 @@ def test_orders_are_made_once():
             all_to_all_attention(q, q, q, layout=layout, rank=exchange.rank, exchange=exchange, head_ranks=2)
 
     run_in_process(4, twice)
-    info = all_to_all._document_order.cache_info()
+    info = all_to_all._places.cache_info()
     assert (info.misses, info.hits) == (2, 6)

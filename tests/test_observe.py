@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from fa3_dist.parallel import observe
 from fa3_dist.parallel.all_to_all import all_to_all_attention
-from fa3_dist.parallel.exchange import DistributedExchange, Pending, Place, Subgroup, _Transfer
+from fa3_dist.parallel.exchange import DistributedExchange, Pending, Place, Subgroup, _Started, _Transfer
 from fa3_dist.parallel.observe import COMMUNICATION, COMPUTE, Span, Timeline
 from fa3_dist.parallel.ring import ring_attention
 from fa3_dist.parallel.schedule import zigzag
@@ -125,13 +125,12 @@ def test_on_cuda_spans_lie_between_events_of_the_messages_stream(monkeypatch: py
         _stream=SimpleNamespace(wait_stream=lambda other: order.append("side waits for main")),
         _watchdog=SimpleNamespace(raise_failure=lambda: None),
     )
-    message = (torch.zeros(5),)
-    transfer = _Transfer(0, 2, "K/V", 1, None)
-    exchange._post_on_stream(transfer, message, (), None)
+    started = _Started(_Transfer(0, 2, "K/V", 1, None), (torch.zeros(5),), ())
+    exchange._post_on_stream([started])
     assert order == ["side waits for main", "transfer", "done on side"], "nothing is recorded unobserved"
     order.clear()
     exchange.observer = timeline = Timeline(exchange.device)
-    exchange._post_on_stream(transfer, message, (), None)
+    exchange._post_on_stream([started])
     with observe.computing(timeline, "forward", 1):
         order.append("attention")
     assert order == [
@@ -166,7 +165,7 @@ def test_messages_under_way_get_a_head_start(monkeypatch: pytest.MonkeyPatch) ->
     watched: list[Pending] = []
 
     def post(place: Place | None = None) -> Pending:
-        return exchange._post_on_stream(_Transfer(0, 2, "K/V", 1, None), (torch.zeros(5),), (), place)
+        return exchange._post_on_stream([_Started(_Transfer(0, 2, "K/V", 1, None), (torch.zeros(5),), ())], place)[0]
 
     exchange.let_begin()
     assert pauses == [], "there is no message"

@@ -29,7 +29,7 @@ CASES: dict[str, tuple[Layout, Call, Links, int]] = {
     "few heads and a long sequence: ring": (zigzag((262144,), 8), call(8, 1), HOST, 1),
     "grouped heads and a long sequence: ring": (zigzag((131072,), 8), call(32, 8), Links.given(100e9), 1),
     "a short sequence and many heads: all-to-all": (zigzag((4096,), 4), call(32, 32), Links.given(50e9), 4),
-    "on links that hide half of a ring: product": (zigzag((65536,), 8), call(32, 32), Links.given(50e9), 4),
+    "on links that hide half of a ring: product": (zigzag((32768,), 8), call(32, 32), Links.given(100e9), 4),
     "the same with one key/value head: ring": (zigzag((4096,), 4), call(32, 1), Links.given(4e9), 1),
     "full mask, many heads, slow links: all-to-all": (
         contiguous((16384,), 8), call(64, 64, window_right=None), Links.given(10e9), 8),
@@ -128,6 +128,20 @@ def test_slow_links_decide_alone():
     late = estimate(layout, full, 1, Links(links.bandwidth, latency=10.0), NOTHING_BUT_ATTENTION)
     assert late.forward.seconds == pytest.approx(ring.forward.seconds + 10)
     assert late.backward.seconds == pytest.approx(ring.backward.seconds + 20)
+
+
+def test_parts_hide_the_messages_of_an_all_to_all():
+    layout, full, tokens = contiguous((2048,), 2), call(4, 4, window_right=None), 1024
+    in_parts = NOTHING_BUT_ATTENTION._replace(least_part=1)
+    per_row = 2 * 2 * (128 + 128 + 256) + 2 * 4  # of the other rank's two heads: q, out, k and v; lse
+    compute = 4 * 2 * 2048 * 2048 * 128 / 5e14
+    for bandwidth, exposed in ((1e13, tokens * per_row / 1e13 / 2), (1e6, tokens * per_row / 1e6 - compute)):
+        whole, parts = (estimate(layout, full, 2, Links.given(bandwidth), rates)
+                        for rates in (NOTHING_BUT_ATTENTION, in_parts))
+        assert whole.forward.compute == parts.forward.compute == pytest.approx(compute)
+        assert whole.forward.exposed == pytest.approx(tokens * per_row / bandwidth)
+        assert parts.forward.exposed == pytest.approx(exposed, rel=1e-9)
+        assert parts.moved == whole.moved
 
 
 def test_rates_follow_the_keys_of_a_query():

@@ -20,7 +20,8 @@ from fa3_dist.parallel.plan import Call, Links, Rates  # noqa: E402
 from fa3_dist.parallel.schedule import imbalance, zigzag  # noqa: E402
 
 FLOPS = 5e14
-FREE = Rates(((1, FLOPS),), ((1, FLOPS),), memory=1e30, step_seconds=0.0, latency=0.0, least_half=0, least_opening=0)
+FREE = Rates(((1, FLOPS),), ((1, FLOPS),), memory=1e30, step_seconds=0.0, latency=0.0, least_half=0, least_opening=0,
+             least_part=1 << 40)
 USUAL = FREE._replace(memory=3e12, step_seconds=20e-6, latency=10e-6)
 HOSTS = Links.given({8: 400e9, 512: 45e9})
 

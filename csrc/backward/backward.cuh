@@ -83,6 +83,12 @@ inline int kv_heads_per_group(const ForwardParams& transposed, bool takes_turns,
                                             int64_t{transposed.kv_heads} * transposed.batch));
 }
 
+// Whether tiles that take turns are drawn in DrawOrder::kSnake: where all begin at the last block of queries, to get out of
+// each other's way (turns.cuh). Measured: benchmarks/LOG.md, backward, 63. Those of several query heads are far enough apart.
+inline bool snakes(const ForwardParams& transposed, int query_heads) {
+  return !lists_tiles(transposed) && transposed.window_right == kNoBound && query_heads == 1;
+}
+
 // Whether every query of a dense batch, or every key if `params` are transposed, is known to take part in some score:
 // gradients of others are never written.
 inline bool sees_with_every_row(const ForwardParams& params) {
@@ -190,7 +196,9 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   arguments.params = params;
   arguments.group = forward.heads / forward.kv_heads;
   arguments.transposed = transpose(forward);
-  arguments.transposed.ascending = params.turns != nullptr;
+  if (params.turns != nullptr) {
+    arguments.transposed.order = snakes(arguments.transposed, arguments.group) ? DrawOrder::kSnake : DrawOrder::kAscending;
+  }
   arguments.units_per_group = kv_heads_per_group(arguments.transposed, params.turns != nullptr,
                                                  int64_t{forward.seqlen_q} * arguments.group,
                                                  (forward.seqlen_k + Config::kKeys - 1) / Config::kKeys);

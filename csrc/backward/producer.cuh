@@ -70,13 +70,13 @@ __device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, Tile
     const auto [unit, rank] = order[index];
     const int batch = unit / params.heads;
     // Under a causal mask the first keys are seen by the most queries, and the last queries see the most keys.
-    const TileRecord record =
-        is_listed ? schedule_records(params.workspace)[rank]
-                  : TileRecord{sequence_at(params, batch), (params.transposed ? rank : per_unit - 1 - rank) * kRows, kOneRange};
+    const int own_tile = params.transposed ? drawn_tile(params.order, rank, per_unit) : per_unit - 1 - rank;
+    const TileRecord record = is_listed ? schedule_records(params.workspace)[rank]
+                                        : TileRecord{sequence_at(params, batch), own_tile * kRows, kOneRange};
     Sequence sequence = record.sequence;
     const int first_row = record.first_query;
     const bool is_shared = record.first_range != kOneRange;
-    if (kMoves && !is_shared && !params.ascending) {
+    if (kMoves && !is_shared && params.order == DrawOrder::kAny) {
       const int unseen = min(max(first_row + sequence.first_diagonal, 0), sequence.k_len);
       sequence.k_base += unseen;
       sequence.k_len -= unseen;
@@ -294,7 +294,7 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
     };
     for_each_step(arguments, first_block, end_block, [&](int head, int block) {
       if (takes_turns) {
-        const QueryTurn turn = turn_at<Config>(arguments.params, sequence, batch, first_head + head, first_key, block);
+        const QueryTurn turn = turn_at<Config>(arguments, sequence, batch, first_head + head, first_key, block);
         // Asked for the first time while the additions before are on their way.
         bool come = has_come(turn);
         end_last_turn();

@@ -1,12 +1,13 @@
 // Deterministic gradients: the tiles that add to a block of dQ take turns, so that its sum is made in the same order in
 // every run. (dK and dV need none of this: one block sums them up in registers, step after step.)
 //
-// The order is that of the keys. A (batch, head, block of queries) has a counter of the additions that have been made to
-// it, 0 at first. A tile waits until those of all tiles before it that see the block are counted, adds, and counts itself.
+// The order is that in which tiles are drawn, by their keys (DrawOrder). A (batch, head, block of queries) has a counter of the
+// additions that have been made to it, 0 at first. A tile waits until those of all tiles before it that see the block are
+// counted, adds, and counts itself.
 //
 // Why nobody waits for ever. Say that the tiles of a launch are numbered as they are drawn. A tile waits for tiles of its own
-// sequence and KV head with smaller keys. These have smaller numbers: dense tiles are drawn in the order of their keys, and
-// the schedule lists those of a range so (ForwardParams::ascending). Numbers are given to blocks that run, by a counter, and a
+// sequence and KV head that come before it in their order. These have smaller numbers: dense tiles are drawn in that order, and
+// the schedule lists those of a range so. Numbers are given to blocks that run, by a counter, and a
 // block finishes its tiles in the order of their numbers. (It finishes one while it loads the next; but for that it waits
 // for no turn but its own, of the tile before.) So of the tiles that are not finished, the one with the smallest number has nobody
 // to wait for, whatever the number of blocks that run at a time.
@@ -16,8 +17,10 @@
 // first queries. So they walk from the last block of queries to the first: where all begin together, at the last block, each
 // is one addition behind its predecessor, and those that begin elsewhere come after it by as many steps as their keys are
 // apart. Of query heads that share their keys each block serves one after the other, to keep that distance. Under a causal
-// mask the tiles that run side by side end in the reverse order, and their successors begin in the order in which they are
-// drawn, so those are drawn no earlier than they are needed.
+// mask tiles with later keys end earlier: drawn in ascending order, the successors of those that ran side by side would begin
+// closer together than they can add. In kSnake they begin as far apart as the tiles before: what each of these was behind its
+// predecessor, in one group, it makes up for in the next. (Any further apart, and what they read and add to is no longer in the
+// L2 cache when they come.)
 #pragma once
 
 #include "backward/shared.cuh"
@@ -33,13 +36,18 @@ struct QueryTurn {
 // `sequence`: transposed, as tiles have it. Ranges of queries that overlap would share counters; they then count more, so
 // that some wait for less, but none for ever.
 template <class Config>
-__device__ __forceinline__ QueryTurn turn_at(const BackwardParams& params, const Sequence& sequence, int batch, int head,
-                                        int first_key, int block) {
-  const int first_query = block * Config::kQueries;
-  // The first tile whose last key is seen by one of these queries, or by a later one: so all from it to this one see them.
+__device__ __forceinline__ QueryTurn turn_at(const BackwardArguments& arguments, const Sequence& sequence, int batch,
+                                             int head, int first_key, int block) {
+  const ForwardParams& forward = arguments.params.forward;
+  const int first_query = block * Config::kQueries, tile = first_key / Config::kKeys;
+  const TileGroup group = tile_group(arguments.transposed.order, tile, (sequence.q_len + Config::kKeys - 1) / Config::kKeys);
+  // The first tile whose last key is seen by one of these queries, or by a later one; and the last one whose first key is
+  // seen by one of them, or by an earlier one. So all from the one to the other see them.
   const int first_tile = max(first_query - sequence.last_diagonal, 0) / Config::kKeys;
-  const int64_t row = (int64_t{batch} * params.forward.heads + head) * params.forward.seqlen_q;
-  return {params.turns + row + sequence.k_base + first_query, first_key / Config::kKeys - first_tile};
+  const int last_query = min(first_query + Config::kQueries, sequence.k_len) - 1;
+  const int last_tile = min((last_query - sequence.first_diagonal) / Config::kKeys, group.end - 1);
+  const int64_t row = (int64_t{batch} * forward.heads + head) * forward.seqlen_q;
+  return {arguments.params.turns + row + sequence.k_base + first_query, max(group.first - first_tile, 0) + last_tile - tile};
 }
 
 // Whether the turn has come. If so, what the tiles before have added is there for what this thread does next.

@@ -39,7 +39,7 @@ inline bool are_narrow(const ForwardParams& params) {
 inline int heads_per_tile(const ForwardParams& params, int tile_queries) {
   const int group = params.heads / params.kv_heads;
   if (group > tile_queries) return 1;
-  const int64_t queries = params.q_start == nullptr ? params.seqlen_q : params.seqlen_q / std::max(params.ranges, 1);
+  const int64_t queries = mean_extents(params).queries;
   const auto tiles = [&](int heads, int64_t rows) { return (queries + rows - 1) / rows * (params.heads / heads); };
   return tiles(group, tile_queries / group) < tiles(1, tile_queries) ? group : 1;
 }

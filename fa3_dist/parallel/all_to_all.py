@@ -12,7 +12,10 @@ documents, without partial results. With several it is the product of both (USP,
 a rank's part of the heads goes round the ring of the ranks that have the same part. Groups of a zigzag layout have a
 zigzag layout (`schedule.grouped`), so the tokens a rank holds do not depend on the mode.
 
-Any layout works, because rows are put in the order of the documents on arrival and back before they return. The
+Messages of one part of a rank's heads travel while attention to another part is computed, where parts are large enough
+for that (`head_parts`): of all messages only the first part's come before attention, and the last one's after it.
+
+Any layout works, because rows come in the order of the documents and go back in the ranks'. The
 backward is the same with the directions turned: dout and delta come in, dq, dk and dv go back. `delta` takes what out
 and lse contribute where their gradients are, so out is not kept a second time and dlse needs no message.
 
@@ -21,15 +24,16 @@ the parts don't fall on their borders, `kv_copies` of each key/value head are se
 gradients return in fp32 and are summed and rounded by the owner of the token.
 
 Names: T local rows, N rows of the group, A ranks of the group, H query heads, G key/value heads, D head_dim, E head_dim
-of v. A message is uint8 (rows, bytes): what a row has of each tensor is a column of it, whatever the dtypes.
+of v. A message has a part for each tensor and each run of rows that lie together in the order of the documents, so that
+it is received where it is wanted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +42,7 @@ from torch import Tensor
 
 from fa3_dist import ops
 from fa3_dist.algebra import accumulator_dtype
-from fa3_dist.parallel.exchange import Exchange, Subgroup, exchange_with_all
+from fa3_dist.parallel.exchange import Exchange, Pending, Subgroup, moves_with_all
 from fa3_dist.parallel.ring import (
     RingPlan,
     check_call,
@@ -118,31 +122,68 @@ def kv_copies(heads: int, kv_heads: int, head_ranks: int) -> int:
     return readers // math.gcd(readers, heads // head_ranks)
 
 
+# Rows times query heads that a part of a rank's heads has at least, and how many parts there are at most. On GPUs tiles
+# enough that what the last ones leave idle is less than the messages take that a part hides; on CPUs there is always a
+# core for messages.
+LEAST_PART = {"cuda": 1 << 17, "cpu": 1 << 17}
+MOST_PARTS = 4
+
+
+def head_parts(rows: int, heads: int, kv_heads: int, least: int) -> int:
+    """In how many parts a rank computes its `heads` query heads of `rows` rows.
+
+    A part has whole key/value heads, as many as any other, and at least `least` rows times query heads.
+    """
+    most = min(MOST_PARTS, rows * heads // max(least, 1))
+    return max((parts for parts in range(1, most + 1) if kv_heads % parts == 0), default=1)
+
+
 class _AllToAllAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, swap: _Swap, plan: RingPlan, ring: Exchange,
                 options: dict[str, Any], deterministic: bool) -> tuple[Tensor, Tensor]:
-        copies = kv_copies(q.shape[1], k.shape[1], swap.ranks)
-        q, k, v = swap.to_heads((q, _with_copies(k, copies), _with_copies(v, copies)), "q/k/v")
-        out_NhE, lse = ring_forward(q, k, v, plan, ring, options)
-        out, lse_TH1 = swap.to_tokens((out_NhE, _as_rows(lse)), "out/lse")
-        ctx.save_for_backward(q, k, v, lse, out)  # out as it is returned, which whatever comes next keeps too
+        (T, H, _), copies = q.shape, kv_copies(q.shape[1], k.shape[1], swap.ranks)
+        out = q.new_empty(T, H, v.shape[2])
+        lse = q.new_empty(H, T, dtype=accumulator_dtype(q.dtype))
+        saved: list[Tensor] = []  # of each part
+
+        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            out_NhE, lse = ring_forward(q, k, v, plan, ring, options)
+            saved.extend((q, k, v, lse))
+            return out_NhE, _as_rows(lse)
+
+        k, v = _with_copies(k, copies), _with_copies(v, copies)
+        # Steps of a ring hide each other's messages as it is.
+        parts = 1
+        if ring.world == 1:
+            parts = head_parts(swap.rows, H // swap.ranks, k.shape[1] // swap.ranks, LEAST_PART.get(q.device.type, 0))
+        if parts > 1:
+            options = options | {"sm_margin": swap.sm_margin}
+        swap.there_and_back((q, k, v), attend, (out, _as_rows(lse)), parts, ("q/k/v", "out/lse"))
+        ctx.save_for_backward(out, *saved)  # out as it is returned, which whatever comes next keeps too
         ctx.attention = swap, plan, ring, options | {"deterministic": deterministic}, copies
         ctx.set_materialize_grads(False)
-        return out, _from_rows(lse_TH1)
+        return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, lse, out = ctx.saved_tensors
+        out, *saved = ctx.saved_tensors
         swap, plan, ring, options, copies = ctx.attention
+        parts = [saved[i : i + 4] for i in range(0, len(saved), 4)]
         dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
         delta = ops.delta(dout, out, dlse)
-        dout, delta_NH1 = swap.to_heads((dout, _as_rows(delta)), "dout/delta")
-        sum_dtype = accumulator_dtype(q.dtype)
-        dq, dk, dv = ring_backward(dout, q, k, v, lse, partial(_from_rows, delta_NH1), plan, ring, options,
-                                   q.dtype if copies == 1 else sum_dtype)
-        dq, dk, dv = swap.to_tokens((dq, dk, dv), "dq/dk/dv")
+        kv_dtype = out.dtype if copies == 1 else accumulator_dtype(out.dtype)
+
+        def attend(part: int, dout: Tensor, delta_NH1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v, lse = parts[part]
+            return ring_backward(dout, q, k, v, lse, partial(_from_rows, delta_NH1), plan, ring, options, kv_dtype)
+
+        (T, H, _), (q, k, v, _) = out.shape, parts[0]
+        kv_heads = k.shape[1] * len(parts) * swap.ranks
+        dq = q.new_empty(T, H, q.shape[2])
+        dk, dv = (q.new_empty(T, kv_heads, x.shape[2], dtype=kv_dtype) for x in (k, v))
+        swap.there_and_back((dout, _as_rows(delta)), attend, (dq, dk, dv), len(parts), ("dout/delta", "dq/dk/dv"))
         return dq, _sum_copies(dk, copies, q.dtype), _sum_copies(dv, copies, q.dtype), None, None, None, None, None
 
 
@@ -167,6 +208,19 @@ def _from_rows(x_TH1: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- messages
 
 
+_Parts = list[Tensor]  # of a message
+
+
+class _Way(NamedTuple):
+    """Messages to and from all other ranks."""
+
+    send: list[_Parts]  # by rank
+    receive: list[_Parts]
+    what: str
+    meanwhile: Callable[[], None]  # to be called once they are under way
+    arrive: Callable[[], list[Tensor]]  # and once they have come
+
+
 class _Swap:
     """Tokens for heads and back, among the ranks of a group; each direction is the other's transpose."""
 
@@ -174,44 +228,118 @@ class _Swap:
         self.ranks = head_ranks
         first = rank // head_ranks * head_ranks
         members = range(first, first + head_ranks)
+        self.rows = sum(layout.tokens(member) for member in members)
+        self.sm_margin = exchange.sm_margin
         self._exchange = Subgroup(exchange, members)
-        self._tokens = [layout.tokens(member) for member in members]
-        self._order = _document_order(layout, first, head_ranks, device)
+        self._rank = own = self._exchange.rank
+        self._runs, self._order = _places(layout, first, head_ranks, device)
+        # The other ranks, and what is theirs in a tensor (A - 1, ...).
+        self._others = [(slice(0, own), slice(0, own)), (slice(own + 1, head_ranks), slice(own, head_ranks - 1))]
 
-    def to_heads(self, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
-        """(T, A * n, width) each -> (N, n, width): the group's rows, documents in order, of this rank's heads."""
-        like, rank = tensors[0], self._exchange.rank
-        columns, size = _columns([(x.shape[1] // self.ranks, x.shape[2], x.dtype) for x in tensors])
-        others = _message(like, self.ranks - 1, len(like), size)
-        receive = _message(like, sum(self._tokens), size)
-        received = receive.split(self._tokens)
-        send = [*others[:rank], received[rank], *others[rank:]]  # this rank's own lie where they are wanted at once
-        for column, x in zip(columns, tensors, strict=True):
-            parts = x.unflatten(1, (self.ranks, column.heads)).transpose(0, 1)
-            _copy(parts[rank], to=column.of(received[rank]))
-            _copy(parts[:rank], to=column.of(others[:rank]))
-            _copy(parts[rank + 1 :], to=column.of(others[rank:]))
-        exchange_with_all(self._exchange, send, received, what)
-        found = [column.of(receive) for column in columns]
-        return found if self._order is None else [_select(x, self._order) for x in found]
+    def there_and_back(self, tensors: Sequence[Tensor], compute: Callable[..., Sequence[Tensor]],
+                       results: Sequence[Tensor], parts: int, what: tuple[str, str]) -> None:
+        """Fills (T, A * n, width) each with what comes of tensors of that form.
 
-    def to_tokens(self, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
-        """(N, n, width) each -> (T, A * n, width): this rank's rows, of all heads."""
-        columns, size = _columns([(x.shape[1], x.shape[2], x.dtype) for x in tensors])
-        send = _message(tensors[0], sum(self._tokens), size)
-        receive = _message(tensors[0], self.ranks, self._tokens[self._exchange.rank], size)
-        for column, x in zip(columns, tensors, strict=True):
-            if self._order is None:
-                _copy(x, to=column.of(send))
-            else:
-                to, x = _in_words(column.of(send), x)
-                to.index_copy_(0, self._order, x)
-        exchange_with_all(self._exchange, send.split(self._tokens), receive.unbind(0), what)
-        found = []
-        for column in columns:
-            (x,) = _in_words(column.of(receive))
-            found.append(x.transpose(0, 1).flatten(1, 2).view(column.dtype))
-        return found
+        Args:
+            compute: (part, (N, n / parts, width) each) -> (N, n / parts, width) each: the group's rows, documents in
+                order, of a part of this rank's heads. While one part is computed, messages of its neighbours travel.
+            what: the messages there and those back, for error messages.
+        """
+        def of_part(part: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+            by_part = [x.unflatten(1, (self.ranks, parts, x.shape[1] // self.ranks // parts)) for x in tensors]
+            return [x[:, :, part] for x in by_part]
+
+        def there(part: int) -> _Way:
+            return self._to_heads(of_part(part, tensors), what[0])
+
+        def back(part: int, computed: Sequence[Tensor]) -> _Way:
+            return self._to_tokens(computed, of_part(part, results), what[1])
+
+        arrivals = self._start(there(0))
+        computed: Sequence[Tensor] = ()
+        for part in range(parts):
+            come = arrivals.pop()()
+            is_first, is_last = part == 0, part == parts - 1
+            # NOTE: together: of two messages after one another, the second would wait until attention ends.
+            ways = ([] if is_first else [back(part - 1, computed)]) + ([] if is_last else [there(part + 1)])
+            arrivals = self._start(*ways)
+            self._exchange.let_begin()
+            computed = compute(part, *come)
+            del come
+            if not is_first:
+                arrivals.pop(0)()
+        (arrive,) = self._start(back(parts - 1, computed))
+        arrive()
+
+    def _start(self, *ways: _Way) -> list[Callable[[], list[Tensor]]]:
+        """Starts messages; called, each of what it gives waits for those of a way and gives what has come."""
+        moves = [move for way in ways for move in moves_with_all(self._exchange, way.send, way.receive, way.what)]
+        pending = iter(self._exchange.exchange_together(moves))
+        for way in ways:
+            way.meanwhile()
+        return [partial(_finish, way, list(islice(pending, self.ranks - 1))) for way in ways]
+
+    def _to_heads(self, tensors: Sequence[Tensor], what: str) -> _Way:
+        """(T, A, n, width) each -> (N, n, width) each: all rows, of this rank's heads."""
+        found = [x.new_empty(self.rows, *x.shape[2:]) for x in tensors]
+        packed = [self._of_others(x) for x in tensors]
+        for x, to in zip(tensors, packed, strict=True):
+            for members, theirs in self._others:
+                _copy(x[:, members].transpose(0, 1), to=to[theirs])
+        send, receive = self._messages(packed, found)
+
+        def copy_own() -> None:
+            for x, to in zip(tensors, found, strict=True):
+                for run in self._runs[self._rank]:
+                    _copy(x[run.local, self._rank], to=to[run.place])
+
+        def arrive() -> list[Tensor]:
+            come = found[:]
+            found.clear()  # what is put in another order is not kept in this one
+            return come if self._order is None else [_select(come.pop(0), self._order) for _ in tensors]
+
+        return _Way(send, receive, what, copy_own, arrive)
+
+    def _to_tokens(self, tensors: Sequence[Tensor], to: Sequence[Tensor], what: str) -> _Way:
+        """(N, n, width) each -> (T, A, n, width) each, which it fills: this rank's rows, of all heads."""
+        rows = [x.contiguous() if self._order is None else _put(x, self._order) for x in tensors]
+        found = [self._of_others(x) for x in to]
+        receive, send = self._messages(found, rows)
+
+        def copy_own() -> None:
+            for x, own in zip(to, rows, strict=True):
+                for run in self._runs[self._rank]:
+                    _copy(own[run.place], to=x[run.local, self._rank])
+
+        def arrive() -> list[Tensor]:
+            for x, come in zip(to, found, strict=True):
+                for members, theirs in self._others:
+                    _copy(come[theirs].transpose(0, 1), to=x[:, members])
+            return list(to)
+
+        return _Way(send, receive, what, copy_own, arrive)
+
+    def _of_others(self, x: Tensor) -> Tensor:
+        """(A - 1, T, n, width): memory for what x (T, A, n, width) has of the other ranks' heads."""
+        return x.new_empty(self.ranks - 1, len(x), *x.shape[2:])
+
+    def _messages(self, local: Sequence[Tensor], rows: Sequence[Tensor]) -> tuple[list[_Parts], list[_Parts]]:
+        """Parts of messages between this rank and each one: its rows of their heads, of (A - 1, T, n, width) each, and
+        their rows of its heads, of (N, n, width) each; of itself none."""
+        own: list[_Parts] = [[] for _ in range(self.ranks)]
+        theirs: list[_Parts] = [[] for _ in range(self.ranks)]
+        for member in range(self.ranks):
+            if member != self._rank:
+                other = member if member < self._rank else member - 1
+                own[member] = [x[other, run.local] for x in local for run in self._runs[self._rank]]
+                theirs[member] = [x[run.place] for x in rows for run in self._runs[member]]
+        return own, theirs
+
+
+def _finish(way: _Way, transfers: Sequence[Pending]) -> list[Tensor]:
+    for transfer in transfers:
+        transfer.wait()
+    return way.arrive()
 
 
 def _copy(x: Tensor, to: Tensor) -> None:
@@ -222,6 +350,14 @@ def _copy(x: Tensor, to: Tensor) -> None:
 def _select(x: Tensor, rows: Tensor) -> Tensor:
     (words,) = _in_words(x)
     return words.index_select(0, rows).view(x.dtype)
+
+
+def _put(x: Tensor, rows: Tensor) -> Tensor:
+    """The adjoint of `_select`."""
+    to = torch.empty_like(x, memory_format=torch.contiguous_format)
+    words, x = _in_words(to, x)
+    words.index_copy_(0, rows, x)
+    return to
 
 
 def _in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -235,47 +371,58 @@ def _in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.view(torch.int64) for x in tensors)
 
 
+class _Run(NamedTuple):
+    """Rows of a rank that follow each other in what the group has."""
+
+    local: slice  # of the rank's rows
+    place: slice  # of the group's
+
+
+MOST_RUNS = 4  # of a rank, each of which is a part of a message
+
+
 @lru_cache(maxsize=64)
-def _document_order(layout: Layout, first: int, ranks: int, device: torch.device) -> Tensor | None:
-    """int64 (N,): the rows of the ranks from `first` on, one rank's behind the other's, in the order of the documents.
-
-    None where they lie in that order.
-    """
-    shards = [shard for rank in range(first, first + ranks) for shard in layout.shards[rank]]
-    rows = accumulate((shard.length for shard in shards), initial=0)
-    runs = [np.arange(row, row + shard.length) for shard, row in sorted(zip(shards, rows, strict=False))]
-    order = np.concatenate([np.empty(0, np.int64), *runs])
-    return None if np.array_equal(order, np.arange(len(order))) else upload(order, device)
-
-
-class _Column(NamedTuple):
-    """What the rows of a message have of one tensor."""
-
-    start: int  # byte
-    heads: int
-    width: int
-    dtype: torch.dtype
-
-    @property
-    def end(self) -> int:
-        return self.start + self.heads * self.width * self.dtype.itemsize
-
-    def of(self, rows: Tensor) -> Tensor:
-        """uint8 (..., bytes) -> a view (..., heads, width)."""
-        return rows[..., self.start : self.end].view(self.dtype).unflatten(-1, (self.heads, self.width))
+def _places(layout: Layout, first: int, ranks: int, device: torch.device) -> tuple[list[list[_Run]], Tensor | None]:
+    """Where the rows of each of the ranks from `first` on arrive: in the order of the documents; or, where they are of
+    many pieces, one rank's behind the other's, and int64 (N,): which of these rows comes where in that order."""
+    runs = _runs_in_order(layout, first, ranks)
+    if _are_few(runs):
+        return runs, None
+    starts = list(accumulate(map(layout.tokens, range(first, first + ranks)), initial=0))
+    order = np.empty(starts[-1], np.int64)
+    for start, of_rank in zip(starts, runs, strict=False):
+        for run in of_rank:
+            order[run.place] = np.arange(start + run.local.start, start + run.local.stop)
+    whole = [[_Run(slice(0, end - start), slice(start, end))] for start, end in pairwise(starts)]
+    return whole, upload(order, device)
 
 
-ALIGNMENT = 16  # bytes: what the kernels' bulk loads ask of addresses and strides
+@lru_cache(maxsize=256)
+def arrive_in_order(layout: Layout, head_ranks: int) -> bool:
+    """Whether all rows arrive in the order of the documents; those of groups where not are put so afterwards."""
+    return all(_are_few(_runs_in_order(layout, first, head_ranks)) for first in range(0, layout.world, head_ranks))
 
 
-def _columns(kinds: Sequence[tuple[int, int, torch.dtype]]) -> tuple[list[_Column], int]:
-    """Columns for tensors of these (heads, width, dtype) side by side, and the bytes of a row."""
-    columns, start = [], 0
-    for kind in kinds:
-        columns.append(_Column(start, *kind))
-        start = -(-columns[-1].end // ALIGNMENT) * ALIGNMENT
-    return columns, start
+def _are_few(runs: list[list[_Run]]) -> bool:
+    return max(map(len, runs)) <= MOST_RUNS
 
 
-def _message(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.uint8)
+def _runs_in_order(layout: Layout, first: int, ranks: int) -> list[list[_Run]]:
+    members = range(first, first + ranks)
+    places, row = {}, 0
+    for shard in sorted(shard for rank in members for shard in layout.shards[rank]):
+        places[shard], row = row, row + shard.length
+    return [_join([(places[shard], shard.length) for shard in layout.shards[rank]]) for rank in members]
+
+
+def _join(spans: Sequence[tuple[int, int]]) -> list[_Run]:
+    """(place, length) of pieces in the order of local rows -> runs, as few as may be."""
+    runs: list[_Run] = []
+    row = 0
+    for place, length in spans:
+        if runs and runs[-1].place.stop == place:
+            runs[-1] = _Run(slice(runs[-1].local.start, row + length), slice(runs[-1].place.start, place + length))
+        elif length:
+            runs.append(_Run(slice(row, row + length), slice(place, place + length)))
+        row += length
+    return runs

@@ -42,7 +42,7 @@ from fa3_dist import ops
 from fa3_dist.interface import apply_sink, cast_for_autocast, window_bounds
 from fa3_dist.parallel import sharding
 from fa3_dist.parallel.all_to_all import all_to_all_attention
-from fa3_dist.parallel.exchange import DistributedExchange, Exchange, Parts, Pending, Traffic
+from fa3_dist.parallel.exchange import DistributedExchange, Exchange, Move, Parts, Pending, Traffic
 from fa3_dist.parallel.observe import Observer
 from fa3_dist.parallel.plan import Call, Choice, Links, choose, is_measured, links_of
 from fa3_dist.parallel.ring import LEAST_HALF
@@ -522,6 +522,9 @@ class NoPeers:
 
     def exchange(self, **message: Any) -> Pending:
         raise AssertionError(f"a ring of one rank has nobody to exchange with: {message}")
+
+    def exchange_together(self, moves: Sequence[Move]) -> list[Pending]:
+        raise AssertionError(f"a ring of one rank has nobody to exchange with: {moves}")
 
 
 def _refuse(others: dict[str, Any]) -> None:

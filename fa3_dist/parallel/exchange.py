@@ -93,6 +93,17 @@ class Place(NamedTuple):
     most_rows: int  # of the messages of all ranks
 
 
+class Move(NamedTuple):
+    """An exchange to be started: the arguments of `Exchange.exchange`."""
+
+    send: Message
+    destination: int
+    receive: Message
+    source: int
+    what: str
+    step: int
+
+
 class Pending(Protocol):
     """An exchange under way."""
 
@@ -134,6 +145,10 @@ class Exchange(Protocol):
             what, step: what travels and in which step, for error messages.
             place: the one that every rank's `receive` is from; None: they are from anywhere.
         """
+
+    def exchange_together(self, moves: Sequence[Move]) -> list[Pending]:
+        """The same for several exchanges, of which none waits for another one to find room on the device. What one rank
+        starts together, so do those that it exchanges with."""
 
     def let_begin(self) -> None:
         """To be called before work that fills the device: exchanges started before it get their share of it first."""
@@ -194,6 +209,13 @@ class Subgroup:
         return self._exchange.exchange(send=send, destination=self.members[destination], receive=receive,
                                        source=self.members[source], what=what, step=step)
 
+    def exchange_together(self, moves: Sequence[Move]) -> list[Pending]:
+        """See `Exchange.exchange_together`."""
+        return self._exchange.exchange_together([
+            move._replace(destination=self.members[move.destination], source=self.members[move.source])
+            for move in moves
+        ])  # fmt: skip
+
 
 def new_room(like: Sequence[Tensor], rows: int) -> Parts:
     """`Exchange.room` of an exchange that has no places of its own."""
@@ -201,21 +223,19 @@ def new_room(like: Sequence[Tensor], rows: int) -> Parts:
 
 
 def exchange_with_all(exchange: Exchange, send: Sequence[Tensor], receive: Sequence[Tensor], what: str) -> None:
-    """Sends send[i] to rank i and fills receive[i] from there, for all ranks; this rank's own is copied, if it is not
-    there already.
-
-    All messages are under way at once, each between two ranks, so that an error names the one that is waited for.
-    """
-    rank, world = exchange.rank, exchange.world
-    pending = []
-    for shift in range(1, world):
-        destination, source = (rank + shift) % world, (rank - shift) % world
-        pending.append(exchange.exchange(send=send[destination], destination=destination, receive=receive[source],
-                                         source=source, what=what, step=shift))
-    if receive[rank] is not send[rank]:
-        receive[rank].copy_(send[rank])
+    """Sends send[i] to rank i and fills receive[i] from there, for all ranks; this rank's own is copied."""
+    pending = exchange.exchange_together(moves_with_all(exchange, send, receive, what))
+    receive[exchange.rank].copy_(send[exchange.rank])
     for transfer in pending:
         transfer.wait()
+
+
+def moves_with_all(exchange: Exchange, send: Sequence[Message], receive: Sequence[Message], what: str) -> list[Move]:
+    """Of messages to and from all other ranks: send[i] to rank i, receive[i] from there. Each is between two ranks, so
+    that an error names the one that is waited for."""
+    rank, world = exchange.rank, exchange.world
+    pairs = [((rank + shift) % world, (rank - shift) % world) for shift in range(1, world)]
+    return [Move(send[to], to, receive[source], source, what, step) for step, (to, source) in enumerate(pairs, 1)]
 
 
 @dataclass(frozen=True)
@@ -244,6 +264,14 @@ class _Transfer:
             return self.receive_error(_overdue("did not arrive", self.source, seconds))
         return self.receive_error(f"or to rank {self.destination} did not get through within {seconds:g} s: one of "
                                   "them is dead, stuck, or in another step")
+
+
+class _Started(NamedTuple):
+    """An exchange that is to start, of parts with elements."""
+
+    transfer: _Transfer
+    send: Parts
+    receive: Parts
 
 
 def _overdue(event: str, peer: int | None, seconds: float) -> str:
@@ -409,21 +437,36 @@ class DistributedExchange:
     def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
                  step: int, place: Place | None = None) -> Pending:
         """See `Exchange.exchange`."""
-        send, receive = _parts(send), _parts(receive)
+        started = self._describe(Move(send, destination, receive, source, what, step))
+        return _Nothing() if started is None else self._start(started, place)
+
+    def exchange_together(self, moves: Sequence[Move]) -> list[Pending]:
+        """See `Exchange.exchange_together`: on CUDA one group of NCCL's, which is one kernel. A second one would wait
+        for SMs that attention has taken by the time that the first one leaves its own."""
+        described = list(map(self._describe, moves))
+        if self._stream is None:
+            return [_Nothing() if each is None else self._start(each) for each in described]
+        started = [each for each in described if each is not None]
+        pending = iter(self._post_on_stream(started) if started else ())
+        return [_Nothing() if each is None else next(pending) for each in described]
+
+    def _describe(self, move: Move) -> _Started | None:
+        """What there is of an exchange, counted; None: nothing."""
+        send, receive = _parts(move.send), _parts(move.receive)
         if not send and not receive:
-            return _Nothing()
+            return None
         for tensor in (*send, *receive):
             if tensor.device.type != self.device.type:
                 raise ValueError(f"exchange: this ring moves {self.device.type} tensors, got one on {tensor.device}; "
                                  "construct DistributedExchange with that device")
         self.stats._count(send, receive)
-        transfer = _Transfer(self.rank, step, what, destination if send else None, source if receive else None)
-        return self._start(transfer, send, receive, place)
+        destination, source = move.destination if send else None, move.source if receive else None
+        return _Started(_Transfer(self.rank, move.step, move.what, destination, source), send, receive)
 
-    def _start(self, transfer: _Transfer, send: Parts, receive: Parts, place: Place | None = None) -> Pending:
+    def _start(self, started: _Started, place: Place | None = None) -> Pending:
         if self._stream is None:
-            return _HostPending(self, transfer, send, receive)
-        return self._post_on_stream(transfer, send, receive, place if self._has_places() else None)
+            return _HostPending(self, *started)
+        return self._post_on_stream([started], place if self._has_places() else None)[0]
 
     def let_begin(self) -> None:
         """See `Exchange.let_begin`.
@@ -454,7 +497,8 @@ class DistributedExchange:
         """See `Exchange.side_stream`."""
         return self._side if self._has_places() else None
 
-    def _post_on_stream(self, transfer: _Transfer, send: Parts, receive: Parts, place: Place | None) -> Pending:
+    def _post_on_stream(self, together: Sequence[_Started], place: Place | None = None) -> list[_StreamPending]:
+        """place: that of a single exchange."""
         assert self._watchdog is not None
         self._watchdog.raise_failure()
         # The side stream starts where the current one stands: `send` is then written, and `receive` no longer in use.
@@ -464,20 +508,22 @@ class DistributedExchange:
             assert self._peers is not None
             self._peers.follow(self._stream)
         with torch.cuda.stream(self._stream):
-            observer, begun = _begin(self.observer, transfer, send)
+            begun = [_begin(self.observer, transfer, send) for transfer, send, _ in together]
             if place is None:
-                self._post_to_group(transfer, send, receive)
+                self._post_to_group(together)
             else:
                 assert self._peers is not None
+                ((transfer, send, _),) = together
                 self._peers.queue(place.number, send, transfer.destination, transfer.source)
-            if observer is not None:
-                observer.end(begun)
+            for observer, mark in begun:
+                if observer is not None:
+                    observer.end(mark)
             done = torch.cuda.Event()
             done.record(self._stream)
-        pending = self._look_after(transfer, (*send, *receive), done)
-        self._posted = pending if place is None else None
+        pending = [self._look_after(transfer, (*send, *receive), done) for transfer, send, receive in together]
+        self._posted = pending[-1] if place is None else None
         if place is not None:
-            self._unconfirmed = transfer
+            self._unconfirmed = together[0].transfer
         return pending
 
     def _look_after(self, transfer: _Transfer, buffers: Parts, done: Any) -> _StreamPending:
@@ -488,9 +534,11 @@ class DistributedExchange:
             self._watchdog.watch(pending)
         return pending
 
-    def _post_to_group(self, transfer: _Transfer, send: Parts, receive: Parts) -> None:
-        ops = [dist.P2POp(dist.irecv, part, group=self.group, group_peer=transfer.source) for part in receive]
-        ops += [dist.P2POp(dist.isend, part, group=self.group, group_peer=transfer.destination) for part in send]
+    def _post_to_group(self, together: Sequence[_Started]) -> None:
+        ops = []
+        for transfer, send, receive in together:
+            ops += [dist.P2POp(dist.irecv, part, group=self.group, group_peer=transfer.source) for part in receive]
+            ops += [dist.P2POp(dist.isend, part, group=self.group, group_peer=transfer.destination) for part in send]
         for work in dist.batch_isend_irecv(ops):
             work.wait()  # orders the side stream after the transfer; the host does not wait
 
@@ -501,7 +549,7 @@ class DistributedExchange:
             send, receive = torch.zeros(2, 1, dtype=torch.uint8, device=self.device)
             destination, source = (self.rank + shift) % self.world, (self.rank - shift) % self.world
             transfer = _Transfer(self.rank, shift, what, destination, source)
-            pending = self._start(transfer, (send,), (receive,))
+            pending = self._start(_Started(transfer, (send,), (receive,)))
             pending.wait()
             if isinstance(pending, _StreamPending):
                 pending.synchronize()
@@ -887,6 +935,10 @@ class InProcessExchange:
             self._hub.letters[self._key(self.rank, destination)] = letter
         key = self._key(source, self.rank) if receive else None
         return _InProcessPending(self._hub, transfer, letter, receive, key)
+
+    def exchange_together(self, moves: Sequence[Move]) -> list[Pending]:
+        """See `Exchange.exchange_together`."""
+        return [self.exchange(**move._asdict()) for move in moves]
 
     def let_begin(self) -> None:
         """See `Exchange.let_begin`: there is nothing to be done."""

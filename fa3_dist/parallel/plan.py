@@ -7,8 +7,9 @@ estimates the seconds of each divisor from quantities that every rank knows, so 
 - The ring moves keys and values, as many rows as the mask lets a rank see, and hides them behind attention: a step
   takes as long as the slower of the two, and the more ranks, the shorter both. It suits long sequences, few key/value
   heads, windows, and packs of documents that stay whole on a rank, which it need not move at all.
-- The all-to-all moves every token once, nothing hides it, and it leaves attention whole. It suits short sequences and
-  many key/value heads, with heads enough for the ranks.
+- The all-to-all moves every token once, and it leaves attention whole. What hides its messages is attention to other
+  heads, where a rank computes its heads in parts (`head_parts`). It suits many key/value heads, with heads enough for
+  the ranks, and short sequences.
 - The product keeps the all-to-all where links are fast, within a host, and the ring across hosts.
 
 These are estimates of attention, not of a training step. What stands in `RATES` is an order of magnitude; links are
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fa3_dist.algebra import accumulator_dtype
-from fa3_dist.parallel.all_to_all import kv_copies
+from fa3_dist.parallel.all_to_all import LEAST_PART, arrive_in_order, head_parts, kv_copies
 from fa3_dist.parallel.exchange import SM_CLOCK, DistributedExchange, Exchange, Subgroup, exchange_with_all
 from fa3_dist.parallel.ring import LEAST_HALF, LEAST_OPENING, backward_parts
 from fa3_dist.parallel.ring_clock import Wires, backward_end, forward_end
@@ -68,12 +69,15 @@ class Rates(NamedTuple):
     latency: float  # seconds a message costs whatever its size, where links were not measured
     least_half: int  # bytes of a message of dK/dV of half the heads from which on a step is two launches
     least_opening: int  # rows times key/value heads from which on the local backward is two launches
+    least_part: int  # rows times query heads that a part of an all-to-all has at least
 
 
 # Hopper: attention of a training step in bf16. A core of a CPU.
 RATES = {
-    "cuda": Rates(((1, 5e14),), ((1, 5e14),), 3e12, 20e-6, 10e-6, LEAST_HALF["cuda"], LEAST_OPENING["cuda"]),
-    "cpu": Rates(((1, 2e10),), ((1, 2e10),), 1e10, 100e-6, 100e-6, LEAST_HALF["cpu"], LEAST_OPENING["cpu"]),
+    "cuda": Rates(((1, 5e14),), ((1, 5e14),), 3e12, 20e-6, 10e-6, LEAST_HALF["cuda"], LEAST_OPENING["cuda"],
+                  LEAST_PART["cuda"]),
+    "cpu": Rates(((1, 2e10),), ((1, 2e10),), 1e10, 100e-6, 100e-6, LEAST_HALF["cpu"], LEAST_OPENING["cpu"],
+                 LEAST_PART["cpu"]),
 }
 
 
@@ -204,7 +208,8 @@ def estimate(layout: Layout, call: Call, head_ranks: int, links: Links, rates: R
 
     Attention: 2 products of 2 * pairs * heads * head_dim FLOP in the forward, 5 in the backward. The ring is played
     through by `ring_clock`, with the pairs and rows of every rank and step. The all-to-all before and after it hides
-    behind nothing. Copies, such as those around it, take the time that their bytes take in memory.
+    behind it as far as it comes in parts. Copies, such as those around it, take the time that their bytes take in
+    memory.
     """
     copies = kv_copies(call.heads, call.kv_heads, head_ranks)
     heads, kv_heads = call.heads // head_ranks, call.kv_heads * copies // head_ranks
@@ -217,21 +222,36 @@ def estimate(layout: Layout, call: Call, head_ranks: int, links: Links, rates: R
         out_bytes = heads * (E * size + sum_size)  # with lse, or delta
         qkv_bytes = heads * D * size + kv_heads * (D + E) * size
         gradient_bytes = heads * D * size + kv_heads * (D + E) * (size if copies == 1 else sum_size)
-        forward = _with_swaps(forward, rows, qkv_bytes + out_bytes, head_ranks, links, rates)
-        backward = _with_swaps(backward, rows, out_bytes + gradient_bytes, head_ranks, links, rates)
+        in_ring = head_ranks < layout.world
+        parts = 1 if in_ring else head_parts(sum(layout.documents), heads, kv_heads, rates.least_part)
+        swap = partial(_with_swaps, rows=rows, ranks=head_ranks, parts=parts, links=links, rates=rates,
+                       copies=1 if arrive_in_order(layout, head_ranks) else 2)
+        forward = swap(forward, row_bytes=qkv_bytes + out_bytes)
+        backward = swap(backward, row_bytes=out_bytes + gradient_bytes)
         moved += rows * (head_ranks - 1) * (qkv_bytes + 2 * out_bytes + gradient_bytes)
     return Estimate(head_ranks, forward, backward, moved)
 
 
-def _with_swaps(ring: Pass, rows: int, row_bytes: int, ranks: int, links: Links, rates: Rates) -> Pass:
+def _with_swaps(ring: Pass, *, rows: int, row_bytes: int, ranks: int, parts: int, copies: int, links: Links,
+                rates: Rates) -> Pass:
     """A pass with an all-to-all before it and one after it, which together move so many bytes a row and other rank.
 
-    Either is packed, sent, put in the order of the documents or back, and unpacked: its bytes are read and written
-    twice.
+    copies: how often a byte is read and written on either way: when it is packed or unpacked, and when rows are put in
+    the order of the documents or back.
     """
-    wire = rows * (ranks - 1) * row_bytes / links.within(ranks) + 2 * (ranks - 1) * _latency(links, rates)
-    copied = 4 * rows * ranks * row_bytes / rates.memory
-    return ring._replace(exposed=ring.exposed + wire + copied)
+    wire = rows * (ranks - 1) * row_bytes / links.within(ranks) + 2 * parts * (ranks - 1) * _latency(links, rates)
+    copied = 2 * copies * rows * ranks * row_bytes / rates.memory
+    launches = (parts - 1) * rates.step_seconds
+    return ring._replace(exposed=ring.exposed + exposed_by_parts(wire, ring.compute, parts) + copied + launches)
+
+
+def exposed_by_parts(messages: float, compute: float, parts: int) -> float:
+    """Time of an all-to-all's messages, as many there as back, that attention does not hide: those of the first part
+    there and of the last one back, and beside each part those that are longer than it."""
+    if parts == 1:
+        return messages
+    beside_ends, beside_others = max(messages / 2, compute), max(messages, compute)
+    return (messages + 2 * beside_ends + (parts - 2) * beside_others) / parts - compute
 
 
 # The part of the local backward that comes before the remote steps: that of the later half of the keys.
