@@ -677,7 +677,7 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
     params.dq_sum = static_cast<float*>(dq_sum->mutable_data_ptr());
   }
   if (deterministic && !separate) {
-    turns = empty(call.device, shapes.lse, ScalarType::Int);
+    turns = empty(call.device, {2 * int64_t{call.params.batch} * call.params.heads * call.params.seqlen_q}, ScalarType::Int);
     params.turns = static_cast<int32_t*>(turns->mutable_data_ptr());
   }
   const int together = fa3::ranges_at_a_time(call.params, accumulate, deterministic, kernel.head_dim);

@@ -43,11 +43,6 @@ constexpr int32_t kVisitLast = 2;   // the result goes to out instead
 // Of ForwardParams::tile_counter: two counters, since a backward may be two kernels.
 constexpr int32_t kCounterElements = 4;
 
-// The order in which the tiles of a range are drawn: any that balances well; ascending; or kSnake, of dense batches only:
-// groups of kTilesOfGroup in ascending order, the tiles of every other group from the last to the first.
-enum class DrawOrder { kAny, kAscending, kSnake };
-constexpr int32_t kTilesOfGroup = 4;
-
 // A diagonal that bounds nothing.
 constexpr int32_t kNoBound = -1;
 
@@ -94,7 +89,7 @@ struct ForwardParams {
   DType out_dtype;        // the inputs' or fp32
   int32_t sm_margin;      // SMs left to other kernels
   bool transposed;        // queries and keys are in each other's place: offsets count backwards
-  DrawOrder order;        // of the tiles of a range
+  bool ascending;         // the tiles of a range are drawn in ascending order
 };
 
 // Gradients of an attention: delta = rowsum(dout * out) - dlse, and what the forward took and gave (its out, out_acc and
@@ -115,7 +110,7 @@ struct BackwardParams {
   bool accumulate;     // dq is fp32 and added to; the ranges' keys are disjoint, and without it the queries, too
   bool accumulate_kv;  // only with accumulate: so are dk and dv; else their rows that a query sees are written
   bool deterministic;  // gradients are bitwise equal from run to run
-  int32_t* turns;      // deterministic, unless separates_dq: scratch memory, shaped as lse
+  int32_t* turns;      // deterministic, unless separates_dq: scratch memory, two elements for each of lse
   int32_t* query_workspace;  // of several ranges, and separates_dq: as forward.workspace, for query_records() tiles of queries
 };
 

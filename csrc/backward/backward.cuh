@@ -83,12 +83,6 @@ inline int kv_heads_per_group(const ForwardParams& transposed, bool takes_turns,
                                             int64_t{transposed.kv_heads} * transposed.batch));
 }
 
-// Whether tiles that take turns are drawn in DrawOrder::kSnake: where all begin at the last block of queries, to get out of
-// each other's way (turns.cuh). Measured: benchmarks/LOG.md, backward, 63. Those of several query heads are far enough apart.
-inline bool snakes(const ForwardParams& transposed, int query_heads) {
-  return !lists_tiles(transposed) && transposed.window_right == kNoBound && query_heads == 1;
-}
-
 // Whether every query of a dense batch, or every key if `params` are transposed, is known to take part in some score:
 // gradients of others are never written.
 inline bool sees_with_every_row(const ForwardParams& params) {
@@ -196,9 +190,7 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   arguments.params = params;
   arguments.group = forward.heads / forward.kv_heads;
   arguments.transposed = transpose(forward);
-  if (params.turns != nullptr) {
-    arguments.transposed.order = snakes(arguments.transposed, arguments.group) ? DrawOrder::kSnake : DrawOrder::kAscending;
-  }
+  arguments.transposed.ascending = params.turns != nullptr;
   arguments.units_per_group = kv_heads_per_group(arguments.transposed, params.turns != nullptr,
                                                  int64_t{forward.seqlen_q} * arguments.group,
                                                  (forward.seqlen_k + Config::kKeys - 1) / Config::kKeys);
@@ -221,7 +213,11 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
     if (error == cudaSuccess) error = cudaMemsetAsync(to, 0, elements * bytes_of(dtype), stream);
   };
   const int64_t query_rows = int64_t{forward.batch} * forward.seqlen_q * forward.heads;
-  if (params.turns != nullptr) clear(params.turns, query_rows, DType::fp32);  // as wide
+  if (params.turns != nullptr) {
+    const int64_t counters = counters_of_block<Config>() * query_rows;
+    if (Config::kTurnsOfWarpgroups && counters >= UINT32_MAX) return cudaErrorInvalidConfiguration;
+    clear(params.turns, counters, DType::fp32);  // as wide
+  }
   if (!params.accumulate && !packed) {
     const int64_t key_rows = int64_t{forward.batch} * forward.seqlen_k * forward.kv_heads;
     if (!Config::kSharesKeys) {

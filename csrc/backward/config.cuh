@@ -35,8 +35,8 @@ struct OperandLayouts {
       decltype(tile_to_shape(ColumnMajorAtom<kPanel>{}, Shape<Int<kColumns>, Int<kRows>>{}, Step<_2, _1>{}));
 };
 
-// Of how many queries blocks are: more than usual (takes_long_blocks), in tiles that take turns (turns.cuh) or not. A product of
-// 64 rows with 64 others reads shared memory all of its time, and one with 80 nine tenths of it.
+// Of how many queries blocks are: more than usual (takes_long_blocks), in tiles that never take turns (turns.cuh), or always. A
+// product of 64 rows with 64 others reads shared memory all of its time, and one with 80 nine tenths of it.
 enum class QueryBlocks { kUsual, kLong, kLongInTurns };
 
 // A tile is kKeys keys of a KV head; it meets blocks of kQueries queries.
@@ -68,6 +68,12 @@ struct BackwardConfig {
   static constexpr int kElementsP = kSharesKeys ? kQueries * kKeys : 8;
   static constexpr int kBytesSteps = kStages * (kBytesQ + kBytesDO + kQueries * kKeys * sizeof(Element));
   static constexpr int kBytesShared = 225 * 1024;  // without barriers and other small things
+  // Whether each warpgroup has a turn of its own; else the first one's begins that of both, and the second one's ends it, half a
+  // step later. Of shorter blocks the thread that adds would not keep up with twice as many.
+  static constexpr bool kTurnsOfWarpgroups = kBlocks == QueryBlocks::kLongInTurns;
+  // A counter of turns: its place among all, or, where registers allow, its address.
+  using TurnCounter = std::conditional_t<kTurnsOfWarpgroups, uint32_t, int32_t*>;
+  static constexpr TurnCounter kNoTurn = kTurnsOfWarpgroups ? TurnCounter(-1) : TurnCounter{};
   static constexpr bool kTransposesDQ = transposes_dq(kHeadDim);
   static_assert(kTransposesDQ || !kLongBlocks);
   // dQ leaves through shared memory, by bulk additions, in panels of 32 columns.
@@ -97,8 +103,8 @@ struct BackwardConfig {
   // Whether P is rounded, and multiplied, before dP is there; where registers are short, both wait for dP.
   static constexpr bool kEarlyWeights = kQueries < 128 && kHeadDim >= 96;
   // Of the kQueries / 16 products of a warpgroup that dV is the sum of, those that run under the exponentials of the others'
-  // weights (benchmarks/LOG.md, backward, 62). Tiles that take turns wait longer for each other then.
-  static constexpr int kFirstProducts = kBlocks == QueryBlocks::kLong ? 3 : 0;
+  // weights (benchmarks/LOG.md, backward, 62).
+  static constexpr int kFirstProducts = kLongBlocks ? 3 : 0;
   static_assert(kFirstProducts == 0 || kEarlyWeights);
   // Whether dS is computed from P as it is rounded, since registers do not hold both.
   static constexpr bool kRoundsWeights = kLongBlocks;

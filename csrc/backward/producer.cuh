@@ -12,9 +12,9 @@ namespace fa3 {
 
 // Calls visit(query head of the KV head, block of queries) for the steps of a tile that sees the blocks [first, end), in
 // their order: head after head, or, where tiles take turns, as turns.cuh says.
-template <class Visit>
+template <class Config, class Visit>
 __device__ __forceinline__ void for_each_step(const BackwardArguments& arguments, int first, int end, Visit visit) {
-  const bool backwards = arguments.params.turns != nullptr;
+  const bool backwards = in_turns<Config>(arguments);
   int head = 0, block = backwards ? end - 1 : first;
 #pragma unroll 1
   while (backwards ? block >= first : head < arguments.group) {
@@ -70,13 +70,13 @@ __device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, Tile
     const auto [unit, rank] = order[index];
     const int batch = unit / params.heads;
     // Under a causal mask the first keys are seen by the most queries, and the last queries see the most keys.
-    const int own_tile = params.transposed ? drawn_tile(params.order, rank, per_unit) : per_unit - 1 - rank;
-    const TileRecord record = is_listed ? schedule_records(params.workspace)[rank]
-                                        : TileRecord{sequence_at(params, batch), own_tile * kRows, kOneRange};
+    const TileRecord record =
+        is_listed ? schedule_records(params.workspace)[rank]
+                  : TileRecord{sequence_at(params, batch), (params.transposed ? rank : per_unit - 1 - rank) * kRows, kOneRange};
     Sequence sequence = record.sequence;
     const int first_row = record.first_query;
     const bool is_shared = record.first_range != kOneRange;
-    if (kMoves && !is_shared && params.order == DrawOrder::kAny) {
+    if (kMoves && !is_shared && !params.ascending) {
       const int unseen = min(max(first_row + sequence.first_diagonal, 0), sequence.k_len);
       sequence.k_base += unseen;
       sequence.k_len -= unseen;
@@ -127,14 +127,14 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
   if constexpr (Config::kSharesKeys) {
     draw(gridDim.x, [](auto& barrier, uint32_t parity) { barrier.wait(parity); });
   } else {
-    const bool takes_turns = arguments.params.turns != nullptr;
+    const bool takes_turns = in_turns<Config>(arguments);
     TurnEnds<Config> ends(shared);
     draw(takes_turns ? 0 : gridDim.x, [&](auto& barrier, uint32_t parity) {
       if (!takes_turns) return barrier.wait(parity);
-      while (!barrier.test_wait(parity)) ends.count_one();
+      while (!barrier.test_wait(parity)) ends.count_one(arguments.params);
       asm volatile("" ::: "memory");
     });
-    while (threadIdx.x % 32 == 0 && takes_turns && ends.count_one()) {
+    while (threadIdx.x % 32 == 0 && takes_turns && ends.count_one(arguments.params)) {
     }
   }
 }
@@ -170,7 +170,7 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
     k_ring.advance();
     int steps_before_draw = max(arguments.group * (end_block - first_block) - kStepsDrawnAhead, 0);
     bool values_wait = true;  // V comes after the first Q: that is the order in which they are needed
-    for_each_step(arguments, first_block, end_block, [&](int head, int block) {
+    for_each_step<Config>(arguments, first_block, end_block, [&](int head, int block) {
       if (steps_before_draw-- == 0) shared.tiles.nearly_loaded.arrive();
       LoadBarrier& q_full = shared.step_full[0][ring.stage()];
       LoadBarrier& dout_full = shared.step_full[Config::kLoads - 1][ring.stage()];
@@ -220,7 +220,7 @@ __device__ __forceinline__ void load_row_values(const BackwardArguments& argumen
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
     shared.tiles.empty[tile_ring.stage()].arrive();
     tile_ring.advance();
-    for_each_step(arguments, first_block, end_block, [&](int head, int block) {
+    for_each_step<Config>(arguments, first_block, end_block, [&](int head, int block) {
       const int64_t first_row = base + int64_t{head} * params.seqlen_q;
       const float* const lse = params.lse + first_row;
       const float* const delta = arguments.params.delta + first_row;
@@ -263,7 +263,7 @@ __device__ __forceinline__ void load_row_values(const BackwardArguments& argumen
 template <class Config>
 __device__ __forceinline__ void add_query_blocks(const BackwardArguments& arguments, BackwardShared<Config>& shared) {
   const bool packed = arguments.transposed.q_start != nullptr;
-  const bool takes_turns = arguments.params.turns != nullptr;
+  const bool takes_turns = in_turns<Config>(arguments);
   const int columns = arguments.params.dq_sum == nullptr ? arguments.params.forward.head_dim : Config::kHeadDim;
   TurnEnds<Config> ends(shared);
   Ring<kRowTileSlots> tile_ring;
@@ -285,25 +285,37 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
     const bool stores = packed && !arguments.params.accumulate && (tile.is_shared || sequence.q_len <= Config::kKeys);
     shared.tiles.empty[tile_ring.stage()].arrive();
     tile_ring.advance();
-    int* last = nullptr;  // where additions are to be counted that are on their way
+    typename Config::TurnCounter last = Config::kNoTurn;  // where additions are to be counted that are on their way
     const auto end_last_turn = [&] {
-      if (last == nullptr) return;
-      wait_for_additions();
+      if (last == Config::kNoTurn) return;
+      wait_for_additions<0>();
       give_back();
       ends.leave(last);
+      if (Config::kTurnsOfWarpgroups) last = Config::kNoTurn;
     };
-    for_each_step(arguments, first_block, end_block, [&](int head, int block) {
+    for_each_step<Config>(arguments, first_block, end_block, [&](int head, int block) {
+      QueryTurn<Config> turn{};
       if (takes_turns) {
-        const QueryTurn turn = turn_at<Config>(arguments, sequence, batch, first_head + head, first_key, block);
-        // Asked for the first time while the additions before are on their way.
-        bool come = has_come(turn);
-        end_last_turn();
-        while (!come) come = has_come(turn);
-        fence_additions();
-        last = turn.count;
+        turn = turn_at<Config>(arguments.params, sequence, batch, first_head + head, first_key, block);
+        if constexpr (!Config::kTurnsOfWarpgroups) {
+          // Asked for the first time while the additions before are on their way.
+          bool come = has_come(arguments.params, turn);
+          end_last_turn();
+          while (!come) come = has_come(arguments.params, turn);
+          fence_additions();
+          last = turn.counter;
+        }
       }
 #pragma unroll
       for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
+        if constexpr (Config::kTurnsOfWarpgroups) {
+          if (!has_come(arguments.params, turn)) {
+            end_last_turn();
+            while (!has_come(arguments.params, turn)) {
+            }
+          }
+          fence_additions();
+        }
         shared.dq_full[warpgroup].wait(parity);
         const int skipped = skipped_dq<Config>(warpgroup), column = first_column_dq<Config>(warpgroup);
         const float* const panels = panels_of(shared, warpgroup) + skipped * Config::kRowsPanelDQ;
@@ -311,17 +323,25 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
                            sequence.k_base, sequence.k_len,
                            first_query + block * Config::kQueries + (Config::kSplitsColumns ? 0 : warpgroup * 64),
                            first_head + head, batch, packed);
-        // The part before has been read by now, most likely; to wait for this one would keep the next one waiting.
-        tma_store_wait<1>();
+        // The part before has been read, or added, by now, most likely; to wait for this one would keep the next one waiting.
+        if constexpr (Config::kTurnsOfWarpgroups) {
+          wait_for_additions<1>();
+        } else {
+          tma_store_wait<1>();
+        }
         give_back();
         unread = warpgroup;
+        if constexpr (Config::kTurnsOfWarpgroups) {
+          if (last != Config::kNoTurn) ends.leave(last);
+          last = turn.counter++;
+        }
       }
       parity ^= 1;
     });
     end_last_turn();
   }
   tma_store_wait<0>();
-  if (takes_turns) ends.leave(nullptr);
+  if (takes_turns) ends.leave(Config::kNoTurn);
 }
 
 }  // namespace fa3

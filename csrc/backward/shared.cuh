@@ -80,7 +80,7 @@ struct alignas(1024) BackwardShared {
 
   RowTiles tiles;
   // Where tiles take turns (turns.cuh).
-  int* added[kAddedSlots];
+  typename Config::TurnCounter added[kAddedSlots];
   HandOver added_full[kAddedSlots];
   HandOver added_empty[kAddedSlots];
 

@@ -1,6 +1,6 @@
 // Lists the tiles of packed ranges on the device, where their lengths are: those with the most keys first, so that the
 // last ones to be drawn are short. Short ranges that follow each other in memory share tiles. The tiles of a range are in
-// ascending order where that is asked for (ForwardParams::order).
+// ascending order where that is asked for (ForwardParams::ascending).
 #pragma once
 
 #include "common/launch.cuh"
@@ -117,7 +117,7 @@ __device__ __forceinline__ void count_tiles(const ScheduleArguments& arguments, 
 template <class Visit>
 __device__ __forceinline__ void for_each_tile(const ScheduleArguments& arguments, const ScheduleShared& shared, int chunk,
                                               int ranges, Visit visit) {
-  const bool ascending = arguments.params.order != DrawOrder::kAny;
+  const bool ascending = arguments.params.ascending;
   const int own = threadIdx.x;
   const int end = !ascending ? shared.tiles : own < ranges ? tiles_from(arguments, shared, own) : 0;
 #pragma unroll 1

@@ -71,25 +71,6 @@ __device__ __forceinline__ KeyBlocks all_masked(const KeyBlocks& blocks) {
   return {blocks.first, blocks.end, INT32_MAX, 0, 0};
 }
 
-// Tiles [first, end) of a range that follow each other and are drawn from the last to the first.
-struct TileGroup {
-  int first;
-  int end;
-};
-
-// That of a tile, and so of the one that is drawn after `tile` others of the range.
-__device__ __forceinline__ TileGroup tile_group(DrawOrder order, int tile, int tiles) {
-  const int group = tile / kTilesOfGroup;
-  if (order != DrawOrder::kSnake || group % 2 == 1) return {tile, tile + 1};
-  return {group * kTilesOfGroup, min((group + 1) * kTilesOfGroup, tiles)};
-}
-
-// The tile of a range that is drawn after `before` others.
-__device__ __forceinline__ int drawn_tile(DrawOrder order, int before, int tiles) {
-  const TileGroup group = tile_group(order, before, tiles);
-  return group.first + group.end - 1 - before;
-}
-
 // A tile of listed ranges. What the schedule kernel writes, and the forward's producer reads.
 struct alignas(16) TileRecord {
   Sequence sequence;  // of a shared tile: its own rows, and the keys from its first range's first to its last one's last
