@@ -15,9 +15,9 @@ zigzag layout (`schedule.grouped`), so the tokens a rank holds do not depend on 
 Messages of one part of a rank's heads travel while attention to another part is computed, where parts are large enough
 for that (`head_parts`): of all messages only the first part's come before attention, and the last one's after it.
 
-Any layout works, because rows come in the order of the documents and go back in the ranks'. The
-backward is the same with the directions turned: dout and delta come in, dq, dk and dv go back. `delta` takes what out
-and lse contribute where their gradients are, so out is not kept a second time and dlse needs no message.
+Any layout works, because rows come in the order of the documents and go back in the ranks'. The backward is the same
+with the directions turned: dout and delta come in, dq, dk and dv go back. `delta` takes what out and lse contribute
+where their gradients are, so out is not kept a second time and dlse needs no message.
 
 Key/value heads: rank a of a group computes the a-th part of the query heads. Where ranks outnumber key/value heads, or
 the parts don't fall on their borders, `kv_copies` of each key/value head are sent as if they were heads; their
