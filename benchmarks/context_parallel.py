@@ -81,7 +81,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.attention import SDPBackend
 
 from fa3_dist.parallel import ContextParallel, Layout, imbalance, plan
-from fa3_dist.parallel.all_to_all import LEAST_PART, head_parts, kv_copies
+from fa3_dist.parallel.all_to_all import LEAST_PART, head_parts
 from fa3_dist.parallel.context import LocalBatch
 from fa3_dist.parallel.exchange import DistributedExchange
 from fa3_dist.parallel.observe import (
@@ -379,14 +379,12 @@ class Measurement:
         entry["link_ms"] = 1e3 * seconds
         if alone := self.entries.get("alone", {}).get("ms"):
             compute = alone["median"] / setup.world
-            link, parts = entry["link_ms"], 1
-            if not is_ring:
-                heads, kv_heads = self.case.heads, self.case.kv_heads
-                copies = kv_copies(heads, kv_heads, setup.world)
-                parts = head_parts(sum(self.layout.documents), heads // setup.world, kv_heads * copies // setup.world,
-                                   LEAST_PART[setup.device.type])
-            entry["parts"] = parts
-            least = max(compute, link) if is_ring else compute + exposed_by_parts(link, compute, parts)
+            if is_ring:
+                least = max(compute, entry["link_ms"])
+            else:
+                tokens, least_part = sum(self.layout.documents), LEAST_PART[setup.device.type]
+                entry["parts"] = head_parts(tokens, self.case.heads, self.case.kv_heads, setup.world, least_part)
+                least = compute + exposed_by_parts(entry["link_ms"], compute, entry["parts"])
             entry["bound"] = compute / least
         if is_ring:
             exchange = setup.exchange(name)

@@ -253,7 +253,8 @@ def assumptions(machine: Machine, origins: Sequence[str], links_origin: str) -> 
         "a kernel's rate depends on the keys that a query sees, not on the number of queries and heads; messages take "
         "no SMs from it",
         "tokens lie zigzag over the ranks; all ranks start together, and are as fast as each other",
-        "an all-to-all hides behind nothing; delta, and the host, cost nothing more than on one GPU",
+        "an all-to-all hides behind attention to other heads as far as it comes in parts; delta, and the host, cost "
+        "nothing more than on one GPU",
     ]
 
 

@@ -60,8 +60,8 @@ def run(world: int, head_ranks: int, case: Case, deterministic: bool = False) ->
     return run_in_process(world, run_case, case, deterministic, "cpu", attention)
 
 
-def as_many_as_may_be(rows: int, heads: int, kv_heads: int, least: int) -> int:
-    return head_parts(rows, heads, kv_heads, 1)
+def as_many_as_may_be(rows: int, heads: int, kv_heads: int, head_ranks: int, least: int) -> int:
+    return head_parts(rows, heads, kv_heads, head_ranks, 1)
 
 
 def in_parts():
@@ -103,7 +103,8 @@ def test_parts_are_the_whole_bit_for_bit(kv_heads: int, parts: int):
     (131072, 12, 3, 3), (131072, 10, 5, 1), (131072, 12, 6, 3), (0, 4, 4, 1),
 ])  # fmt: skip
 def test_heads_of_a_part(rows: int, heads: int, kv_heads: int, parts: int):
-    assert head_parts(rows, heads, kv_heads, LEAST_PART["cuda"]) == parts
+    assert head_parts(rows, heads, kv_heads, 1, LEAST_PART["cuda"]) == parts
+    assert head_parts(rows, 2 * heads, 2 * kv_heads, 2, LEAST_PART["cuda"]) == parts
 
 
 def test_messages_travel_while_attention_is_computed(monkeypatch):

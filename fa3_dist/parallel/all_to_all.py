@@ -129,13 +129,14 @@ LEAST_PART = {"cuda": 1 << 17, "cpu": 1 << 17}
 MOST_PARTS = 4
 
 
-def head_parts(rows: int, heads: int, kv_heads: int, least: int) -> int:
-    """In how many parts a rank computes its `heads` query heads of `rows` rows.
+def head_parts(rows: int, heads: int, kv_heads: int, head_ranks: int, least: int) -> int:
+    """In how many parts each of `head_ranks` ranks computes its share of the heads, of `rows` rows.
 
-    A part has whole key/value heads, as many as any other, and at least `least` rows times query heads.
+    A part has whole copies of key/value heads, as many as any other, and at least `least` rows times query heads.
     """
-    most = min(MOST_PARTS, rows * heads // max(least, 1))
-    return max((parts for parts in range(1, most + 1) if kv_heads % parts == 0), default=1)
+    copies = kv_heads * kv_copies(heads, kv_heads, head_ranks) // head_ranks
+    most = min(MOST_PARTS, rows * (heads // head_ranks) // max(least, 1))
+    return max((parts for parts in range(1, most + 1) if copies % parts == 0), default=1)
 
 
 class _AllToAllAttention(torch.autograd.Function):
@@ -152,13 +153,13 @@ class _AllToAllAttention(torch.autograd.Function):
             saved.extend((q, k, v, lse))
             return out_NhE, _as_rows(lse)
 
-        k, v = _with_copies(k, copies), _with_copies(v, copies)
         # Steps of a ring hide each other's messages as it is.
         parts = 1
         if ring.world == 1:
-            parts = head_parts(swap.rows, H // swap.ranks, k.shape[1] // swap.ranks, LEAST_PART.get(q.device.type, 0))
+            parts = head_parts(swap.rows, H, k.shape[1], swap.ranks, LEAST_PART.get(q.device.type, 0))
         if parts > 1:
             options = options | {"sm_margin": swap.sm_margin}
+        k, v = _with_copies(k, copies), _with_copies(v, copies)
         swap.there_and_back((q, k, v), attend, (out, _as_rows(lse)), parts, ("q/k/v", "out/lse"))
         ctx.save_for_backward(out, *saved)  # out as it is returned, which whatever comes next keeps too
         ctx.attention = swap, plan, ring, options | {"deterministic": deterministic}, copies

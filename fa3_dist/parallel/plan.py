@@ -223,7 +223,8 @@ def estimate(layout: Layout, call: Call, head_ranks: int, links: Links, rates: R
         qkv_bytes = heads * D * size + kv_heads * (D + E) * size
         gradient_bytes = heads * D * size + kv_heads * (D + E) * (size if copies == 1 else sum_size)
         in_ring = head_ranks < layout.world
-        parts = 1 if in_ring else head_parts(sum(layout.documents), heads, kv_heads, rates.least_part)
+        tokens = sum(layout.documents)
+        parts = 1 if in_ring else head_parts(tokens, call.heads, call.kv_heads, head_ranks, rates.least_part)
         swap = partial(_with_swaps, rows=rows, ranks=head_ranks, parts=parts, links=links, rates=rates,
                        copies=1 if arrive_in_order(layout, head_ranks) else 2)
         forward = swap(forward, row_bytes=qkv_bytes + out_bytes)
