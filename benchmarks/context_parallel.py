@@ -16,8 +16,9 @@ same, in one order and then in the other.) Every rank compares its rows of out, 
 alone; results that differ are an error and no figure. Efficiency is the time alone over ranks times the time together.
 Further calls, not timed, record on every rank when attention computes and when messages travel
 (`fa3_dist.parallel.observe`): time is exposed if messages are under way and no attention. `bound` is the efficiency
-that the links allow by themselves: the bytes that the busiest rank must move take so long at the measured bandwidth,
-and the ring can hide all of them behind attention, the all-to-all those of all but one part of a rank's heads.
+that the links allow by themselves: the bytes that the busiest rank must move take so long at the measured bandwidth
+(of copy engines, where the ring has them), and the ring can hide all of them behind attention, the all-to-all those of
+all but one part of a rank's heads.
 
 What is run, with two GPUs in about two minutes:
 
@@ -375,8 +376,8 @@ class Measurement:
         count = ring_moved if is_ring else all_to_all_moved
         moved = [count(self.case, self.layout, rank, self.which) for rank in range(setup.world)]
         entry["must_send"] = [each.sent for each in moved]
-        seconds = busiest_link(moved) / setup.links.within(setup.world)
-        entry["link_ms"] = 1e3 * seconds
+        links = setup.links.in_ring if is_ring else setup.links
+        entry["link_ms"] = 1e3 * busiest_link(moved) / links.within(setup.world)
         if alone := self.entries.get("alone", {}).get("ms"):
             compute = alone["median"] / setup.world
             if is_ring:
@@ -717,6 +718,7 @@ def header(parsed: argparse.Namespace, setup: Setup) -> dict[str, Any]:
         "hosts": len(set(setup.of_all_ranks(os.uname().nodename))),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if is_cuda else None,
         "bandwidth": dict(setup.links.bandwidth), "latency": setup.links.latency,
+        "copies": setup.links.copies and setup.links.copies._asdict(),
         "repeats": parsed.repeats, "scale": parsed.scale, "sm_margins": parsed.sm_margins,
         "nccl_high_priority": os.environ.get("TORCH_NCCL_HIGH_PRIORITY"),
         "peer_copies": ring is not None and ring.has_copies,

@@ -210,7 +210,8 @@ def print_summary(result: dict[str, Any]) -> None:
         value = "-" if line["value"] is None else f"{line['value']:.4g}"
         print(f"{line['what']:<{width}} {value:>8} {line['bar']:>8.4g} {verdict}  {line['note']}")
     bandwidth = ", ".join(f"{rate / 1e9:.3g} GB/s in groups of {ranks}" for ranks, rate in result["bandwidth"].items())
-    print(f"links: {bandwidth}", *margin_lines(result["cells"]), sep="\n")
+    copies = f"; by copy engines {result['copies']['bandwidth'] / 1e9:.3g} GB/s" if result["copies"] else ""
+    print(f"links: {bandwidth}{copies}", *margin_lines(result["cells"]), sep="\n")
     if result["gemm"]:
         gemm = result["gemm"]["tflops"]
         print(f"GEMM of 8192^3 on the slowest GPU: {gemm['median']:.0f} TFLOP/s")

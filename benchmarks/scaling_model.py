@@ -8,15 +8,16 @@ is the time of the whole sequence on one GPU, from the same rates, over GPUs tim
 whose foot says what was measured, given or assumed, and writes that as JSON and as a picture.
 
 `--measured FILE` holds the model against efficiencies that were measured, at the bandwidth and latency that the file
-tells of. What is read of it:
+tells of; those of copies are a ring's within a host. What is read of it:
 
-    {"device": "NVIDIA H200", "ranks": 2, "bandwidth": {"2": 3.4e11}, "latency": 1.2e-5, "cells": [
+    {"device": "NVIDIA H200", "ranks": 2, "bandwidth": {"2": 3.4e11}, "latency": 1.2e-5,
+     "copies": {"bandwidth": 3.6e11, "latency": 8e-6}, "cells": [
         {"seqlen": 32768, "batch": 1, "heads": 32, "kv_heads": 8, "head_dim": 128, "head_dim_v": 128, "causal": true,
          "window_left": null, "passes": {"forward": {"entries": {
              "ring": {"efficiency": 0.93, "ms": {"median": 12.3}}}}}}]}
 
 The passes are forward and forward_backward, the entries ring, all_to_all and product; what else there is, packed
-documents and other head dims among it, is passed over.
+documents and other head dims among it, is passed over. Without "copies", a ring's messages travel as all others.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any, NamedTuple
 import timing
 import torch
 
-from fa3_dist.parallel.plan import RATES, Call, Estimate, Links, Rates, Speed, estimate, mode_name
+from fa3_dist.parallel.plan import RATES, Call, Copies, Estimate, Links, Rates, Speed, estimate, mode_name
 from fa3_dist.parallel.schedule import zigzag
 
 MODES = ("ring", "all_to_all", "product")
@@ -105,7 +106,8 @@ def make_links(parsed: argparse.Namespace, measured: dict[str, Any]) -> tuple[Li
     given = {parsed.gpus_per_host: parsed.within} | ({most: parsed.between} if most > parsed.gpus_per_host else {})
     known = {int(ranks): float(rate) for ranks, rate in measured.get("bandwidth", {}).items()}
     origin = f"those among {', '.join(map(str, known))} GPUs measured, the others given" if known else "given"
-    return replace(Links.given(given | known), latency=measured.get("latency", parsed.latency)), origin
+    copies = Copies(**measured["copies"]) if measured.get("copies") else None
+    return replace(Links.given(given | known), latency=measured.get("latency", parsed.latency), copies=copies), origin
 
 
 # ---- predictions -----------------------------------------------------------------------------------------------------
@@ -122,6 +124,7 @@ class Problem(NamedTuple):
 class Machine(NamedTuple):
     rates: Rates
     links: Links
+    gpus_per_host: int = GPUS_PER_HOST  # that copy engines reach
 
 
 @dataclass(frozen=True)
@@ -157,13 +160,14 @@ def _seconds(each: Estimate, which: str) -> float:
 def predict(problem: Problem, machine: Machine, gpus: int) -> dict[str, Prediction]:
     """By mode, those that the heads allow; the product is the fastest of its splits."""
     layouts = {world: zigzag((problem.seqlen,) * problem.batch, world) for world in (1, gpus)}
-    alone = estimate(layouts[1], problem.call, 1, machine.links, machine.rates)
+    links = machine.links if gpus <= machine.gpus_per_host else replace(machine.links, copies=None)
+    alone = estimate(layouts[1], problem.call, 1, links, machine.rates)
     best: dict[str, Prediction] = {}
     for head_ranks in range(1, gpus + 1):
         if gpus % head_ranks or problem.call.heads % head_ranks:
             continue
         mode = "ring" if head_ranks == 1 else "all_to_all" if head_ranks == gpus else "product"
-        each = estimate(layouts[gpus], problem.call, head_ranks, machine.links, machine.rates)
+        each = estimate(layouts[gpus], problem.call, head_ranks, links, machine.rates)
         if mode not in best or each.seconds < best[mode].estimate.seconds:
             best[mode] = Prediction(gpus, mode, each, alone)
     return {mode: best[mode] for mode in MODES if mode in best}
@@ -238,9 +242,11 @@ def comparison_table(comparisons: Sequence[Comparison]) -> list[str]:
 
 def assumptions(machine: Machine, origins: Sequence[str], links_origin: str) -> list[str]:
     """What the figures rest on, a line each."""
-    rates, links = machine
+    rates, links, gpus_per_host = machine
     bandwidth = ", ".join(f"{rate / 1e9:g} GB/s among {ranks} neighbours" for ranks, rate in links.bandwidth)
     latency = rates.latency if links.latency is None else links.latency
+    copies = links.copies and (f"a ring's messages, up to {gpus_per_host} GPUs, by copy engines as measured: "
+                               f"{links.copies.bandwidth / 1e9:g} GB/s, latency {1e6 * links.copies.latency:g} us")
     return [
         "nothing in this table was measured on more than one GPU: these are predictions",
         *origins,
@@ -248,6 +254,7 @@ def assumptions(machine: Machine, origins: Sequence[str], links_origin: str) -> 
         "whoever else does, and its messages slow no kernel down",
         f"latency of a message: {1e6 * latency:g} us; a launch of a further ring step and its last wave: "
         f"{1e6 * rates.step_seconds:g} us",
+        *([copies] if copies else []),
         f"device memory, given: {rates.memory / 1e12:g} TB/s for packing, for sums carried from step to step, for "
         "dK/dV that come back",
         "a kernel's rate depends on the keys that a query sees, not on the number of queries and heads; messages take "
@@ -356,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         forward=forward, backward=backward, memory=parsed.memory, step_seconds=parsed.step_seconds,
         latency=parsed.latency,
     )  # fmt: skip
-    machine = Machine(rates, links)
+    machine = Machine(rates, links, parsed.gpus_per_host)
 
     problems = {gpus: Problem(call, (parsed.tokens_per_gpu or 0) * gpus or parsed.seqlen, parsed.batch)
                 for gpus in sorted(set(parsed.gpus))}
@@ -373,7 +380,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(comparison_table(comparisons)) if comparisons else "it has no efficiency to compare with")
     result = {
         "model": "scaling", "title": title, "call": {**call._asdict(), "dtype": "bfloat16"}, "rates": rates._asdict(),
-        "links": {"bandwidth": links.bandwidth, "latency": links.latency}, "assumptions": foot,
+        "links": {"bandwidth": links.bandwidth, "latency": links.latency,
+                  "copies": links.copies and links.copies._asdict()},
+        "assumptions": foot,
         "predictions": [{"seqlen": problems[each.gpus].seqlen, **each.described()}
                         for by_mode in predictions for each in by_mode.values()],
         "compared": [comparison._asdict() for comparison in comparisons],

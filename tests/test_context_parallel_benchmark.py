@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from attention_peers import CannotRun  # noqa: E402
 from fa3_dist.parallel import ring  # noqa: E402
 from fa3_dist.parallel.exchange import DistributedExchange  # noqa: E402
 from fa3_dist.parallel.observe import COMMUNICATION, COMPUTE, Span  # noqa: E402
+from fa3_dist.parallel.plan import Copies, Links, links_of  # noqa: E402
 from fa3_dist.parallel.schedule import Layout, packed, zigzag  # noqa: E402
 from tests.distributed import run_distributed  # noqa: E402
 
@@ -451,11 +453,22 @@ def test_wrong_results_and_missing_ones_on_one_rank() -> None:
 # ---- a whole run -----------------------------------------------------------------------------------------------------
 
 
+COPIES = Copies(bandwidth=1e9, latency=1e-4)
+
+
+def links_with_copies(exchange: DistributedExchange) -> Links:
+    """As if there were copy engines between processes."""
+    links = links_of(exchange)
+    assert links.copies is None
+    return replace(links, copies=COPIES)
+
+
 def run_as_torchrun_does(rank: int, world: int, port: str, flags: list[str]) -> tuple[int, str]:
     """Exit status of the benchmark's command line on one rank, and what it printed."""
     torch.distributed.destroy_process_group()  # it makes its own
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in numbers.items()})
+    context_parallel.links_of = links_with_copies
     with contextlib.redirect_stdout(io.StringIO()) as said:
         status = context_parallel.main(["--device", "cpu", *flags])
     return status, said.getvalue()
@@ -474,7 +487,7 @@ def test_two_ranks_write_figures_and_timelines(tmp_path: Path) -> None:
     result = json.loads(output.read_text())
     assert {"device", "torch", "commit", "csrc_hash", "library", "date", "bandwidth"} <= set(result)
     assert (result["ranks"], result["scale"], result["judged"], result["valid"]) == (2, 128, False, None)
-    assert result["peer_copies"] is False
+    assert result["peer_copies"] is False and result["copies"] == COPIES._asdict()
     (cell,) = result["cells"]
     assert cell["name"] == "gqa_8k" and cell["tokens_of_ranks"] == [32, 32] and not cell["errors"]
     assert cell["area_imbalance"] == pytest.approx(0, abs=1e-9) and cell["chosen"] in ("ring", "all_to_all")
@@ -493,9 +506,8 @@ def test_two_ranks_write_figures_and_timelines(tmp_path: Path) -> None:
             assert entry["bytes_sent"] == entry["must_send"] == [each.sent for each in moved]
             assert entry["efficiency"] == pytest.approx(alone / 2 / entry["ms"]["median"])
             assert entry["tflops"]["median"] == pytest.approx(measured["flop"] / 2 / entry["ms"]["median"] / 1e9)
-            assert entry["link_ms"] == pytest.approx(
-                1e3 * max(max(each) for each in moved) / result["bandwidth"]["2"]
-            )
+            bandwidth = result["bandwidth"]["2"] if name == "all_to_all" else COPIES.bandwidth
+            assert entry["link_ms"] == pytest.approx(1e3 * max(max(each) for each in moved) / bandwidth)
             hidden = alone / 2 + entry["link_ms"] if name == "all_to_all" else max(alone / 2, entry["link_ms"])
             assert entry["bound"] == pytest.approx(alone / 2 / hidden) and 0 < entry["bound"] <= 1
             assert 0 <= entry["exposed_ms"] < entry["traced_ms"] and entry["compute_imbalance"] >= 0
@@ -510,7 +522,8 @@ def test_two_ranks_write_figures_and_timelines(tmp_path: Path) -> None:
         backward = [("communication", "K/V", 1), *half, *half, ("compute", "backward", 0)]
         assert kinds == forward + (backward if which == "forward_backward" else [])
     for text in ("gqa_8k: 64 tokens on 2 ranks, 32:8 heads of 128", "torch's context_parallel is for CUDA",
-                 "forward + backward, rank 1, step 1: dK/dV", "not judged", "ring_margin_3 over ring: "):
+                 "forward + backward, rank 1, step 1: dK/dV", "not judged", "ring_margin_3 over ring: ",
+                 "by copy engines 1 GB/s"):
         assert text in said, text
     picture = output.with_suffix(".png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
@@ -535,6 +548,7 @@ def test_two_gpus(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     result = json.loads(output.read_text())
+    assert (result["copies"] is not None) is result["peer_copies"]
     for cell in result["cells"]:
         assert not cell["errors"], ended.stderr
         for measured in cell["passes"].values():

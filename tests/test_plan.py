@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from fa3_dist.parallel.all_to_all import all_to_all_attention
-from fa3_dist.parallel.exchange import Exchange, run_in_process
-from fa3_dist.parallel.plan import RATES, Call, Choice, Links, choose, estimate, measure_links, mode_name, speed_at
+from fa3_dist.parallel.exchange import DistributedExchange, Exchange, Parts, Pending, Place, new_room, run_in_process
+from fa3_dist.parallel.plan import (
+    LARGE_COPY,
+    RATES,
+    Call,
+    Choice,
+    Copies,
+    Links,
+    choose,
+    estimate,
+    measure_links,
+    mode_name,
+    speed_at,
+)
 from fa3_dist.parallel.ring_clock import Wires, backward_end, forward_end
 from fa3_dist.parallel.schedule import Layout, contiguous, grouped, packed, work, zigzag
+from tests.distributed import run_distributed
 from tests.ring_gate import Case, run_case
 
 BF16 = torch.bfloat16
@@ -29,6 +47,8 @@ CASES: dict[str, tuple[Layout, Call, Links, int]] = {
     "few heads and a long sequence: ring": (zigzag((262144,), 8), call(8, 1), HOST, 1),
     "grouped heads and a long sequence: ring": (zigzag((131072,), 8), call(32, 8), Links.given(100e9), 1),
     "a short sequence and many heads: all-to-all": (zigzag((4096,), 4), call(32, 32), Links.given(50e9), 4),
+    "the same where copy engines are faster: ring": (
+        zigzag((4096,), 4), call(32, 32), replace(Links.given(50e9), copies=Copies(300e9, 1e-5)), 1),
     "on links that hide half of a ring: product": (zigzag((32768,), 8), call(32, 32), Links.given(100e9), 4),
     "the same with one key/value head: ring": (zigzag((4096,), 4), call(32, 1), Links.given(4e9), 1),
     "full mask, many heads, slow links: all-to-all": (
@@ -128,6 +148,20 @@ def test_slow_links_decide_alone():
     late = estimate(layout, full, 1, Links(links.bandwidth, latency=10.0), NOTHING_BUT_ATTENTION)
     assert late.forward.seconds == pytest.approx(ring.forward.seconds + 10)
     assert late.backward.seconds == pytest.approx(ring.backward.seconds + 20)
+
+
+def test_copy_engines_carry_the_messages_of_the_ring_alone():
+    """By hand as above; neither the all-to-all nor the ring of a product has places for them."""
+    layout, full, links = contiguous((2048,), 2), call(4, 2, window_right=None), Links.given(1e6)
+    copied = replace(links, copies=Copies(2e6, 10.0))
+    row, step = 2 * 256 * 2, 1024 * 1024 * 4 * 2 * 128 / 5e14
+    ring = estimate(layout, full, 1, copied, NOTHING_BUT_ATTENTION)
+    assert ring.forward.seconds == pytest.approx(10 + 1024 * row / 2e6 + 2 * step)
+    assert ring.backward.seconds == pytest.approx(20 + 1024 * 3 * row / 2e6 + 5 * step)
+    for world, head_ranks in ((2, 2), (4, 2), (4, 4)):
+        layout = contiguous((2048,), world)
+        estimates = {estimate(layout, full, head_ranks, each, NOTHING_BUT_ATTENTION) for each in (links, copied)}
+        assert len(estimates) == 1
 
 
 def test_parts_hide_the_messages_of_an_all_to_all():
@@ -256,3 +290,56 @@ def test_measured_links_are_equal_on_all_ranks():
     ((links, messages_counted),) = {*run_in_process(6, measure)}
     assert [ranks for ranks, _ in links.bandwidth] == [2, 3, 6] and messages_counted == 0
     assert all(rate > 0 for _, rate in links.bandwidth) and links.latency > 0
+
+
+class WithPlaces(DistributedExchange):
+    """Between processes, where there are none; a message takes 50 ms, a large one 200 ms more."""
+
+    def __init__(self, has_memory: bool):
+        super().__init__()
+        self.has_memory, self.freed = has_memory, 0
+
+    @property
+    def has_copies(self) -> bool:
+        return not self._lacks_memory
+
+    def room(self, like: Sequence[Tensor], rows: int, place: Place) -> Parts:
+        assert place == (0, LARGE_COPY["cpu"])
+        self._lacks_memory = not self.has_memory
+        return new_room(like, rows)
+
+    def exchange(self, *, send: Tensor, place: Place, **others: Any) -> Pending:
+        time.sleep(0.25 if len(send) == place.most_rows else 0.05)
+        return super().exchange(send=send, place=place, **others)
+
+    def free_places(self) -> None:
+        self.freed += 1
+
+
+def measure_copies(rank: int, world: int, has_memory: bool) -> tuple[Links, int, int]:
+    exchange = WithPlaces(has_memory)
+    return *measure(exchange), exchange.freed
+
+
+def test_copies_are_measured_where_places_can_be_had():
+    ((links, messages_counted, freed),) = {*run_distributed(3, measure_copies, True)}
+    assert messages_counted == 0 and freed == 1 and [ranks for ranks, _ in links.bandwidth] == [3]
+    assert links.copies.latency == pytest.approx(0.05, abs=0.03) and links.latency > 0
+    assert links.copies.bandwidth == pytest.approx(LARGE_COPY["cpu"] / 0.2, rel=0.3)
+    assert links.in_ring == Links(((1, links.copies.bandwidth),), links.copies.latency)
+    ((links, messages_counted, _),) = {*run_distributed(2, measure_copies, False)}
+    assert links.copies is None and links.in_ring is links and messages_counted == 0
+
+
+def measure_on_gpus(rank: int, world: int) -> tuple:
+    exchange = DistributedExchange()
+    links = measure_links(exchange, exchange.device)
+    return links, exchange.has_copies, exchange.place_bytes, exchange.stats.messages_sent
+
+
+@pytest.mark.multi_gpu
+def test_copies_are_measured_on_gpus():
+    world = torch.cuda.device_count()
+    ((links, has_copies, place_bytes, messages_counted),) = {*run_distributed(world, measure_on_gpus, backend="nccl")}
+    assert (links.copies is not None) is has_copies and place_bytes == messages_counted == 0
+    assert not has_copies or (1e9 < links.copies.bandwidth < 2e12 and 0 < links.copies.latency < 1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import scaling_model  # noqa: E402
 from scaling_model import Machine, Problem, predict  # noqa: E402
 
-from fa3_dist.parallel.plan import Call, Links, Rates  # noqa: E402
+from fa3_dist.parallel.plan import Call, Copies, Links, Rates  # noqa: E402
 from fa3_dist.parallel.schedule import imbalance, zigzag  # noqa: E402
 
 FLOPS = 5e14
@@ -70,6 +71,15 @@ def test_a_fixed_sequence_scales_ever_worse_and_faster_links_never_harm():
     faster = Machine(USUAL, Links.given({8: 800e9, 512: 90e9}))
     for mode, each in predict(problem(65536), faster, 16).items():
         assert each.efficiency("forward") >= by_gpus[4][mode].efficiency("forward")
+
+
+def test_copies_carry_rings_within_a_host():
+    machine, copied = (Machine(USUAL, links) for links in (HOSTS, replace(HOSTS, copies=Copies(40e9, 1e-4))))
+    for gpus in (2, 8, 16):
+        by_mode, others = (predict(problem(8192), each, gpus) for each in (machine, copied))
+        assert [mode for mode in by_mode if by_mode[mode] != others[mode]] == (["ring"] if gpus <= 8 else [])
+        assert others["ring"].efficiency("forward") <= by_mode["ring"].efficiency("forward")
+    assert predict(problem(8192), copied._replace(gpus_per_host=4), 8) == predict(problem(8192), machine, 8)
 
 
 def test_modes_that_heads_do_not_allow_are_left_out():
@@ -141,6 +151,9 @@ MEASURED: dict[str, Any] = {
 }  # fmt: skip
 
 
+COPIES = {"copies": {"bandwidth": 3.5e11, "latency": 2e-6}}
+
+
 def test_measurements_stand_beside_predictions():
     machine = Machine(USUAL, HOSTS)
     assert scaling_model.compare(MEASURED, machine, (64, 64)) == []
@@ -165,20 +178,35 @@ def test_measured_links_take_the_place_of_given_ones():
     assert links == Links(((8, 4e11), (64, 5e10)), parsed.latency) and origin == "given"
     links, origin = scaling_model.make_links(parsed, MEASURED)
     assert links == Links(((2, 3e11), (8, 4e11), (64, 5e10)), 1e-5) and "among 2 GPUs measured" in origin
+    assert scaling_model.make_links(parsed, MEASURED | {"copies": None}) == (links, origin)
+    copied, _ = scaling_model.make_links(parsed, MEASURED | COPIES)
+    assert copied == replace(links, copies=Copies(3.5e11, 2e-6))
+
+
+@pytest.mark.parametrize("name", ["context_parallel_2xh200", "context_parallel_1m_2xh200"])
+def test_committed_results_are_compared_with(name: str):
+    """Whether they tell of copies or not."""
+    result = json.loads((scaling_model.timing.RESULTS / f"{name}.json").read_text())
+    links, _ = scaling_model.make_links(scaling_model.parse_arguments([]), result)
+    assert (links.copies is not None) is bool(result.get("copies"))
+    found = scaling_model.compare(result, Machine(USUAL, links), (128, 128))
+    assert all(each.predicted > 0 for each in found) and (found or "1m" in name)
 
 
 def test_a_run_prints_its_assumptions_and_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "runs" / "model.json"
     arguments = ["--seqlen", "16384", "--gpus", "2,16,64", "--backward", "500", "--output", str(output)]
     measured = tmp_path / "measured.json"
-    measured.write_text(json.dumps(MEASURED))
+    measured.write_text(json.dumps(MEASURED | COPIES))
     assert scaling_model.main([*arguments, "--measured", str(measured)]) == 0
     printed = capsys.readouterr().out
     assert "predicted: 16384 tokens, batch 1, 32:8 heads of 128, bfloat16, causal" in printed
     for phrase in ("these are predictions", "measured on one NVIDIA H200", "given: 500 TFLOP/s", "300 GB/s among 2",
+                   "up to 8 GPUs, by copy engines as measured: 350 GB/s, latency 2 us",
                    "Beside measured.json, measured on 2 x NVIDIA H200"):
         assert phrase in printed
     result = json.loads(output.read_text())
+    assert result["links"]["copies"] == COPIES["copies"]
     assert [(each["gpus"], each["mode"]) for each in result["predictions"]] == [
         (2, "ring"), (2, "all_to_all"), (16, "ring"), (16, "all_to_all"), (16, "product"),
         (64, "ring"), (64, "product"),

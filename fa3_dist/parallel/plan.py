@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.all_to_all import LEAST_PART, arrive_in_order, head_parts, kv_copies
-from fa3_dist.parallel.exchange import SM_CLOCK, DistributedExchange, Exchange, Subgroup, exchange_with_all
+from fa3_dist.parallel.exchange import SM_CLOCK, DistributedExchange, Exchange, Place, Subgroup, exchange_with_all
 from fa3_dist.parallel.ring import LEAST_HALF, LEAST_OPENING, backward_parts
 from fa3_dist.parallel.ring_clock import Wires, backward_end, forward_end
 from fa3_dist.parallel.schedule import Layout, StepSizes, grouped, step_sizes
@@ -81,13 +81,27 @@ RATES = {
 }
 
 
+class Copies(NamedTuple):
+    """How fast messages travel by copy engines."""
+
+    bandwidth: float  # bytes/s that each rank sends to one other, while all do
+    latency: float  # seconds a message
+
+
 @dataclass(frozen=True)
 class Links:
     """How fast messages travel. `bandwidth`: (ranks, bytes/s) in rising order of ranks: what each rank sends, while all
-    do, in groups of so many neighbours. `latency`: seconds a message; None: the device's in `RATES`."""
+    do, in groups of so many neighbours. `latency`: seconds a message; None: the device's in `RATES`. `copies`: of
+    messages into places (`Exchange.room`), where these go by copy engines; None: as all others."""
 
     bandwidth: tuple[tuple[int, float], ...]
     latency: float | None = None
+    copies: Copies | None = None
+
+    @property
+    def in_ring(self) -> Links:
+        """Those of a ring of all ranks. NOTE: the rings of a product have no places (`Subgroup.room`)."""
+        return self if self.copies is None else Links(((1, self.copies.bandwidth),), self.copies.latency)
 
     def within(self, ranks: int) -> float:
         """Bytes/s in groups of `ranks` neighbours: that of the smallest known groups as large, else of the largest."""
@@ -215,7 +229,8 @@ def estimate(layout: Layout, call: Call, head_ranks: int, links: Links, rates: R
     heads, kv_heads = call.heads // head_ranks, call.kv_heads * copies // head_ranks
     D, E, size, sum_size = call.head_dim, call.head_dim_v, call.dtype.itemsize, accumulator_dtype(call.dtype).itemsize
     part = call._replace(heads=heads, kv_heads=kv_heads)
-    forward, backward, ring_rows = _ring_passes(grouped(layout, head_ranks), part, head_ranks, links, rates)
+    ring_links = links.in_ring if head_ranks == 1 else links
+    forward, backward, ring_rows = _ring_passes(grouped(layout, head_ranks), part, head_ranks, ring_links, rates)
     moved = ring_rows * kv_heads * (D + E) * (2 * size + sum_size)
     if head_ranks > 1:
         rows = max(layout.tokens(rank) for rank in range(layout.world))
@@ -334,10 +349,12 @@ def links_of(exchange: DistributedExchange) -> Links:
 SMALL, REPETITIONS = 256, 3  # bytes of a message that measures the latency; the fastest of so many counts
 HEAD_START = 2e-3  # seconds a rank for which a GPU is kept from messages that are timed, for the host to queue them
 LARGE = {"cuda": 1 << 24, "cpu": 1 << 18}
+LARGE_COPY = {"cuda": 1 << 26, "cpu": 1 << 18}  # of one by copy engines: K/V of 16 k tokens, 8 heads of 128
 
 
 def measure_links(exchange: Exchange, device: torch.device) -> Links:
     """Times messages among all ranks, and in groups of neighbours of every size that divides them; takes milliseconds.
+    Those by copy engines too, if the exchange has some, whose places it gives back.
 
     All ranks call it together; all get the same numbers, those of the slowest rank. Its messages are not counted.
     """
@@ -349,21 +366,55 @@ def measure_links(exchange: Exchange, device: torch.device) -> Links:
         first = exchange.rank // ranks * ranks
         group = Subgroup(exchange, range(first, first + ranks))
         seconds += [_swap_seconds(group, buffers[:, :SMALL].contiguous()), _swap_seconds(group, buffers)]
-    slowest = _largest_of_all_ranks(torch.tensor(seconds, dtype=torch.float64, device=device), exchange).tolist()
+    slowest = _largest_of_all_ranks(seconds, exchange, device)
+    copies = _measure_copies(exchange) if isinstance(exchange, DistributedExchange) and exchange.has_copies else None
     exchange.stats.reset()
     bandwidth, latency = [], 0.0
     for ranks, small_seconds, large_seconds in zip(sizes, slowest[::2], slowest[1::2], strict=True):
         latency = small_seconds / (ranks - 1)  # of the last, which are all ranks
-        moved = (large - SMALL) * (ranks - 1)
-        bandwidth.append((ranks, moved / max(large_seconds - small_seconds, 0.1 * large_seconds)))
-    return Links(tuple(bandwidth), latency)
+        bandwidth.append((ranks, _bandwidth((large - SMALL) * (ranks - 1), small_seconds, large_seconds)))
+    return Links(tuple(bandwidth), latency, copies)
+
+
+def _measure_copies(exchange: DistributedExchange) -> Copies | None:
+    """Times messages into a place. None, on all ranks, where some rank has no memory for it."""
+    large, others = LARGE_COPY[exchange.device.type], exchange.world - 1
+    sent, place = torch.zeros(large, dtype=torch.uint8, device=exchange.device), Place(0, large)
+    exchange.room([sent], large, place)  # made here, so that no message that is timed waits for that
+    if not exchange.has_copies:
+        return None
+    seconds = [_shortest(partial(_send_around, exchange, part, place), exchange.world, exchange.device)
+               for part in (sent[:SMALL], sent)]
+    exchange.confirm()
+    exchange.free_places()
+    small_seconds, large_seconds = _largest_of_all_ranks(seconds, exchange, exchange.device)
+    bandwidth = _bandwidth((large - SMALL) * others, small_seconds, large_seconds)
+    return Copies(bandwidth, small_seconds / others)
+
+
+def _bandwidth(moved: int, small_seconds: float, large_seconds: float) -> float:
+    """Bytes/s of large messages that moved so many bytes more than small ones did."""
+    return moved / max(large_seconds - small_seconds, 0.1 * large_seconds)
 
 
 def _swap_seconds(group: Exchange, buffers: Tensor) -> float:
     """The shortest of some times in which every rank of a group sends a message to every other one."""
     sent, received = ([buffer] * group.world for buffer in buffers)
     swap = partial(exchange_with_all, group, sent, received, "a message that measures links")
-    seconds = partial(_seconds_on_gpu, group.world, buffers.device) if buffers.is_cuda else _seconds
+    return _shortest(swap, group.world, buffers.device)
+
+
+def _send_around(exchange: Exchange, sent: Tensor, place: Place) -> None:
+    """Sends a message to every other rank, one after the other, as a ring does."""
+    for shift in range(1, exchange.world):
+        destination, source = (exchange.rank + shift) % exchange.world, (exchange.rank - shift) % exchange.world
+        room = exchange.room([sent], len(sent), place)
+        exchange.exchange(send=sent, destination=destination, receive=room, source=source,
+                          what="a message that measures copies", step=shift, place=place).wait()
+
+
+def _shortest(swap: Callable[[], None], ranks: int, device: torch.device) -> float:
+    seconds = partial(_seconds_on_gpu, ranks, device) if device.type == "cuda" else _seconds
     return min(seconds(swap) for _ in range(REPETITIONS + 1))  # the first one warms up
 
 
@@ -374,7 +425,7 @@ def _seconds(swap: Callable[[], None]) -> float:
 
 
 def _seconds_on_gpu(ranks: int, device: torch.device, swap: Callable[[], None]) -> float:
-    """Of a message in a queue of work, as those of a ring are: not of the host, nor of ranks that come to it later."""
+    """Of messages in a queue of work, as those of a ring are: not of the host, nor of ranks that come to it later."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.device(device):
         torch.cuda._sleep(round(ranks * HEAD_START * SM_CLOCK))
@@ -386,7 +437,8 @@ def _seconds_on_gpu(ranks: int, device: torch.device, swap: Callable[[], None]) 
     return 1e-3 * start.elapsed_time(end)
 
 
-def _largest_of_all_ranks(values: Tensor, exchange: Exchange) -> Tensor:
+def _largest_of_all_ranks(seconds: list[float], exchange: Exchange, device: torch.device) -> list[float]:
+    values = torch.tensor(seconds, dtype=torch.float64, device=device)
     theirs = [torch.empty_like(values) for _ in range(exchange.world)]
     exchange_with_all(exchange, [values] * exchange.world, theirs, "measured times")
-    return torch.stack(theirs).amax(0)
+    return torch.stack(theirs).amax(0).tolist()
