@@ -755,6 +755,11 @@ std::optional<View> as_optional_view(PyObject* object) {
   return object == python::none() ? std::nullopt : std::optional<View>(as_view(object));
 }
 
+bool as_bool(PyObject* object) {
+  if (!is_exactly(object, &PyBool_Type)) throw Refused{};
+  return object == &_Py_TrueStruct;
+}
+
 double as_double(PyObject* object) {
   const python::Object type(PyObject_Type(object));
   if (type.get() != &PyLong_Type && !PyType_IsSubtype(type.get(), &PyFloat_Type)) throw Refused{};
@@ -795,14 +800,22 @@ bool is_hopper(int32_t device) {
   return major == 9 && minor == 0;
 }
 
-// `forward_sm90` of Python's arguments.
+// The factor of scores: None is head_dim ** -0.5.
+double as_scale(PyObject* object, const View& q) {
+  if (object != python::none()) return as_double(object);
+  return q.dims > 0 ? 1.0 / std::sqrt(static_cast<double>(q.sizes[q.dims - 1])) : 1.0;
+}
+
+// `forward_sm90` of Python's arguments, and whether lse is wanted: else there is None.
 PyObject* run_forward(PyObject* const* arguments) {
   const auto [q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left, window_right, softcap,
-              out_dtype, deterministic, sm_margin] = *reinterpret_cast<PyObject* const(*)[16]>(arguments);
-  if (!is_exactly(deterministic, &PyBool_Type)) throw Refused{};  // it always is
-  Call call = check_call("forward", {as_view(q), as_view(k), as_view(v), as_optional_view(q_start), as_optional_view(q_len),
+              out_dtype, deterministic, sm_margin, wants_lse] = *reinterpret_cast<PyObject* const(*)[17]>(arguments);
+  as_bool(deterministic);  // it always is
+  const bool has_lse = as_bool(wants_lse);
+  const View query = as_view(q);
+  Call call = check_call("forward", {query, as_view(k), as_view(v), as_optional_view(q_start), as_optional_view(q_len),
                                     as_optional_view(k_start), as_optional_view(k_len), as_optional_view(offsets),
-                                    as_optional_integer(offset), as_double(softmax_scale),
+                                    as_optional_integer(offset), as_scale(softmax_scale, query),
                                     as_optional_integer(window_left), as_optional_integer(window_right),
                                     as_double(softcap), as_integer(sm_margin)});
   fa3::ForwardParams& params = call.params;
@@ -815,11 +828,15 @@ PyObject* run_forward(PyObject* const* arguments) {
 
   const CurrentDevice device(call.device);
   const Shapes shapes = result_shapes(call);
-  python::Object out = new_tensor(shapes.out, params.out_dtype), lse = new_tensor(shapes.lse, fa3::DType::fp32);
-  const View out_view = as_view(out.get()), lse_view = as_view(lse.get());
-  if (out_view.device != call.device || lse_view.device != call.device) throw Refused{};
-  params.out = const_cast<void*>(out_view.data);
-  params.lse = static_cast<float*>(const_cast<void*>(lse_view.data));
+  const auto memory_of = [&](const python::Object& tensor) {
+    const View view = as_view(tensor.get());
+    if (view.device != call.device) throw Refused{};
+    return const_cast<void*>(view.data);
+  };
+  python::Object out = new_tensor(shapes.out, params.out_dtype);
+  python::Object lse = has_lse ? new_tensor(shapes.lse, fa3::DType::fp32) : python::Object(python::new_reference(python::none()));
+  params.out = memory_of(out);
+  if (has_lse) params.lse = static_cast<float*>(memory_of(lse));
   {
     const python::Unlocked others_run;  // a launch waits where its stream's queue is full
     launch_forward("forward", call);
@@ -859,12 +876,12 @@ PyObject* call_directly(PyObject*, PyObject* const* arguments, ssize_t count) {
 
 }  // namespace
 
-// Makes a pair of Python functions that take the arguments of the schemas by position: forward, which gives (out, lse), and
-// forward_into, which gives True. Borrows what Surroundings lists, and is called with Python's lock held. None if this
-// Torch's exchange table is of no version that we know.
+// Makes a pair of Python functions that take the arguments of the schemas by position: forward, which may also be given no
+// scale, is told whether lse is wanted, and gives (out, lse); and forward_into, which gives True. Borrows what Surroundings
+// lists, and is called with Python's lock held. None if this Torch's exchange table is of no version that we know.
 extern "C" __attribute__((visibility("default"))) PyObject* fa3_dist_direct_calls(
     const void* exchange_table, PyObject* tensor_type, PyObject* empty, PyObject* bf16, PyObject* fp16, PyObject* fp32) {
-  static PyMethodDef methods[2] = {{"forward", call_directly<run_forward, 16>, python::kFastCall, nullptr},
+  static PyMethodDef methods[2] = {{"forward", call_directly<run_forward, 17>, python::kFastCall, nullptr},
                                    {"forward_into", call_directly<run_forward_into, 17>, python::kFastCall, nullptr}};
   auto exchange = static_cast<const dlpack::Exchange*>(exchange_table);
   while (exchange != nullptr && exchange->major_version != 1) exchange = exchange->older;

@@ -55,7 +55,7 @@ struct ForwardParams {
   const void* k;   // (batch, seqlen_k, kv_heads, head_dim)
   const void* v;   // (batch, seqlen_k, kv_heads, head_dim_v)
   void* out;       // (batch, seqlen_q, heads, head_dim_v), contiguous, of out_dtype; nullptr if no visit is the last
-  float* lse;      // (batch, heads, seqlen_q), contiguous
+  float* lse;      // (batch, heads, seqlen_q), contiguous; of a call that starts anew nullptr, if nobody wants it
   float* out_acc;  // like out, contiguous: the running state, or nullptr if nothing is continued
 
   const int32_t* q_start;  // (ranges,) each; nullptr: dense

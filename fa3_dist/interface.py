@@ -88,13 +88,14 @@ def flash_attn_func(
             attention_chunk, num_splits > 1); the message names it, what came and what was expected.
     """
     _check_options(qv, q_descale, k_descale, v_descale, attention_chunk, num_splits, pack_gqa)
-    q, k, v = cast_for_autocast(q, k, v)
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = cast_for_autocast(q, k, v)
     _check_dim("flash_attn_func", q, 4, "(batch, seqlen, heads, head_dim)")
     window_left, window_right = window_bounds(causal, window_size)
-    out, lse = ops.forward(
-        q, k, v, offset=offset, softmax_scale=softmax_scale, window_left=window_left, window_right=window_right,
-        softcap=softcap, deterministic=deterministic, sm_margin=sm_margin,
-    )
+    out, lse = ops.forward_as_wanted(
+        q, k, v, None, None, None, None, None, offset, softmax_scale, window_left, window_right, softcap, None,
+        deterministic, sm_margin, bool(return_attn_probs) or sink is not None,
+    )  # fmt: skip
     out = out if sink is None else apply_sink(out, lse, sink)
     return (out, lse) if return_attn_probs else out
 

@@ -101,20 +101,22 @@ def forward(
     Raises:
         TypeError, ValueError: an argument is not of the form above; the message names it.
     """
-    if softmax_scale is None:
-        softmax_scale = _default_scale(q)
-    args = (
+    return forward_as_wanted(
         q, k, v, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale, window_left, window_right, softcap,
-        out_dtype, deterministic, sm_margin,
+        out_dtype, deterministic, sm_margin, True,
     )  # fmt: skip
-    if _is_unobserved(q, k, v, q_start):
-        result = _direct_forward(*args)
+
+
+def forward_as_wanted(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Any]:
+    """`forward`, its arguments by position and one more, whether lse is wanted: else None may come in its place."""
+    if _is_unobserved(q, k, v, rest[0]):
+        is_recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        result = _direct_forward(q, k, v, *rest[:-1], is_recorded or rest[-1])
         if result is not None:
-            if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-                return _record(q, k, v, args, result)
-            return result
+            return _record(q, k, v, (q, k, v, *rest[:-1]), result) if is_recorded else result
     _check_is_tensor("q", q)
-    return torch.ops.fa3_dist.forward.default(*args)
+    scale = _default_scale(q) if rest[_SCALE] is None else rest[_SCALE]
+    return torch.ops.fa3_dist.forward.default(q, k, v, *rest[:_SCALE], scale, *rest[_SCALE + 1 : -1])
 
 
 def forward_into(
@@ -732,8 +734,9 @@ _record = super(torch.autograd.Function, _DirectForward).apply
 def _direct_calls() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The compiled library's forward and forward_into without the dispatcher.
 
-    They take the operator's arguments, by position. The one gives the operator's results and the other True; or None,
-    having done nothing, for a call that they leave to the operator: one that no kernel here runs as it is, that is
+    They take the operator's arguments, by position; forward also takes None for the scale, and whether lse is wanted:
+    None comes in its place if not. The one gives the operator's results and the other True; or None, having done
+    nothing, for a call that they leave to the operator: one that no kernel here runs as it is, that is
     wrong, or that fails. They take tensors apart by DLPack's table of C functions and are written against Python's
     limited API, so that one library serves every Torch and every Python. What else they need of Torch may be missing;
     then they leave all calls to the operator.
@@ -821,6 +824,7 @@ for _op, _schema in SCHEMAS.items():
     torch.library.register_vmap(f"{NAMESPACE}::{_op}", functools.partial(_vmap, _op), lib=_definitions)
 SCHEMA_ARGS = {op: [a.name for a in getattr(torch.ops.fa3_dist, op).default._schema.arguments] for op in SCHEMAS}
 _TENSORS = SCHEMA_ARGS["forward"].index("offset")  # arguments of forward before it are tensors
+_SCALE = SCHEMA_ARGS["forward"].index("softmax_scale") - 3  # among those after q, k and v
 
 _forward_sm90 = torch.ops.fa3_dist.forward_sm90.default
 _forward_into_sm90 = torch.ops.fa3_dist.forward_into_sm90.default

@@ -54,7 +54,14 @@ class Library:
             except (IndexError, RuntimeError):
                 return None
 
-        return [functools.partial(direct, kernel) for kernel in (ops._forward_sm90, ops._forward_into_sm90)]
+        def forward(*args: object) -> object:
+            *args, wants_lse = args
+            if args[ops._SCALE + 3] is None and isinstance(args[0], torch.Tensor) and args[0].dim():
+                args[ops._SCALE + 3] = max(args[0].shape[-1], 1) ** -0.5
+            result = direct(ops._forward_sm90, *args)
+            return result if wants_lse or result is None else (result[0], None)
+
+        return [forward, functools.partial(direct, ops._forward_into_sm90)]
 
     def refuse(self, op: str, call: dict) -> None:
         """Raises RuntimeError for what no kernel takes."""
@@ -433,14 +440,14 @@ def test_a_call_that_the_library_leaves_runs_in_the_operator(direct):
 def test_the_compiled_library_leaves_what_is_not_for_it():
     """Whatever Python objects it gets, and whatever kind of tensor, it says None and leaves no error behind."""
     q, k, v, _ = random_qkv("cpu", BF16, head_dim=16)
-    rest = (*[None] * 6, 0.25, None, None, 0.0, None, False, 0)
+    rest = (*[None] * 6, 0.25, None, None, 0.0, None, False, 0, True)
     wrapped = []
     torch.func.vmap(lambda x: wrapped.append(x) or x)(q)
     odd = [None, 1, "q", object(), q.as_subclass(Subclass), q.to("meta"), q.to_sparse(), *wrapped]
     for x in (q, *odd):
         for call in ((x, k, v, *rest), (q, k, x, *rest), (q, k, v, x, *rest[1:])):
             assert ops._direct_forward(*call) is None
-    for at in range(16):
+    for at in range(17):
         for x in (None, "text", 2**70, -1, 1.5, True, object(), FP64):
             call = [q, k, v, *rest]
             call[at] = x
@@ -461,10 +468,17 @@ def test_autograd_does_not_stand_before_the_library(op):
     assert torch._C._dispatch_kernel_for_dispatch_key_is_fallthrough(f"{ops.NAMESPACE}::{op}_sm90", "Autograd")
 
 
-def test_direct_calls_of_the_interface(direct):
+def test_direct_calls_of_the_interface(direct, monkeypatch):
     q, k, v, _ = random_qkv("cpu", BF16, seqlen_q=9, seqlen_k=9, head_dim=16)
-    flash_attn_func(q, k, v, causal=True, window_size=(4, 0), softcap=2.0, sm_margin=8)
-    assert direct.took("forward")
+    wanted = []
+    call = ops._direct_forward
+    monkeypatch.setattr(ops, "_direct_forward", lambda *args: wanted.append(args[-1]) or call(*args))
+    for options in ({}, {"return_attn_probs": True}, {"sink": torch.zeros(2)}):
+        out = flash_attn_func(q, k, v, causal=True, window_size=(4, 0), softcap=2.0, sm_margin=8, **options)
+        assert direct.took("forward") and isinstance(out, tuple) is ("return_attn_probs" in options)
+    assert flash_attn_func(q.requires_grad_(), k, v).requires_grad and direct.took("forward")
+    q.requires_grad_(False)
+    assert wanted == [False, True, True, True]  # lse
     cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
     flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens, cu_seqlens, 5, 5, causal=True)
     assert direct.took("forward")
@@ -767,6 +781,20 @@ def test_direct_calls_on_another_device(launches):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("seqlen_q, seqlen_k, options", [
+    (256, 256, {}), (1024, 512, {"causal": True}), (4096, 4096, {"causal": True, "window_size": (128, 0)}),
+], ids=["full", "rows that see nothing", "walk"])  # fmt: skip
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_lse_that_nobody_wants_is_not_made(launches, head_dim, seqlen_q, seqlen_k, options):
+    q, k, v, _ = random_qkv("cuda", BF16, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=head_dim)
+    expected, _ = flash_attn_func(q, k, v, return_attn_probs=True, **options)
+    before = torch.cuda.memory_allocated()
+    out = flash_attn_func(q, k, v, **options)
+    assert torch.cuda.memory_allocated() - before == out.nbytes and launches["forward"] == 2
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
 def test_direct_calls_keep_the_allocators_rules(launches):
     """Results are the caching allocator's own: it counts them, and lets their streams be recorded."""
     q, k, v, _ = random_qkv("cuda", BF16, seqlen_q=256, seqlen_k=256, head_dim=64)
@@ -818,7 +846,7 @@ def test_the_library_takes_no_tensor_that_is_yet_to_be_negated(launches):
         assert negated.is_neg() and torch.equal(negated, x)
         call = [q, k, v]
         call[at] = negated
-        assert ops._direct_forward(*call, *[None] * 6, 0.125, None, None, 0.0, None, False, 0) is None
+        assert ops._direct_forward(*call, *[None] * 6, 0.125, None, None, 0.0, None, False, 0, True) is None
     assert torch.equal(ops.forward(torch.complex(q, q).conj().imag, k, v)[0], expected[0])
 
 

@@ -131,10 +131,10 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
     TurnEnds<Config> ends(shared);
     draw(takes_turns ? 0 : gridDim.x, [&](auto& barrier, uint32_t parity) {
       if (!takes_turns) return barrier.wait(parity);
-      while (!barrier.test_wait(parity)) ends.count_one(arguments.params);
+      while (!barrier.test_wait(parity)) ends.count(arguments.params);
       asm volatile("" ::: "memory");
     });
-    while (threadIdx.x % 32 == 0 && takes_turns && ends.count_one(arguments.params)) {
+    while (threadIdx.x % 32 == 0 && takes_turns && ends.count(arguments.params)) {
     }
   }
 }

@@ -73,9 +73,14 @@ __device__ __forceinline__ bool has_come(const BackwardParams& params, const Que
   return count >= turn.before;
 }
 
-// Counts an addition that has been made, by this thread or by one that it has met at a barrier since.
-__device__ __forceinline__ void end_turn(int32_t* count) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
+// Counts an addition that has been made, by this thread or by one that it has met at a barrier since; or, `released`, before a
+// fence for the device that this thread has passed.
+__device__ __forceinline__ void end_turn(int32_t* count, bool released = false) {
+  if (released) {
+    asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
+  } else {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
+  }
 }
 
 // NOTE: bulk additions go by the asynchronous proxy, counts by the generic one, and acquire and release order only what goes
@@ -106,19 +111,37 @@ class TurnEnds {
     ring_.advance();
   }
 
-  // By the other one: counts an addition, if there is one. False: there will be no more.
-  __device__ __forceinline__ bool count_one(const BackwardParams& params) {
-    if (!shared_.added_full[ring_.stage()].test_wait(ring_.parity())) return true;
+  // By the other one: counts what additions it finds. False: there will be no more.
+  __device__ __forceinline__ bool count(const BackwardParams& params) {
+    if (!is_one_left()) return true;
+    const typename Config::TurnCounter counter = take();
+    if (counter == Config::kNoTurn) return false;
+    if constexpr (!Config::kTurnsOfWarpgroups) {
+      end_turn(counter_at(params, counter));
+      return true;
+    }
+    // Turns of warpgroups end twice a step: two of them after one fence, which takes most of the time.
+    const bool is_next = is_one_left();
+    const typename Config::TurnCounter next = is_next ? take() : Config::kNoTurn;
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    end_turn(counter_at(params, counter), true);
+    if (next != Config::kNoTurn) end_turn(counter_at(params, next), true);
+    return !is_next || next != Config::kNoTurn;
+  }
+
+ private:
+  __device__ __forceinline__ bool is_one_left() {
+    return shared_.added_full[ring_.stage()].test_wait(ring_.parity());
+  }
+
+  __device__ __forceinline__ typename Config::TurnCounter take() {
     asm volatile("" ::: "memory");
     const typename Config::TurnCounter counter = shared_.added[ring_.stage()];
     shared_.added_empty[ring_.stage()].arrive();
     ring_.advance();
-    if (counter == Config::kNoTurn) return false;
-    end_turn(counter_at(params, counter));
-    return true;
+    return counter;
   }
 
- private:
   BackwardShared<Config>& shared_;
   Ring<kAddedSlots> ring_;
 };

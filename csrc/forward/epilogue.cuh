@@ -189,7 +189,7 @@ __device__ __forceinline__ RowFactors close_rows(const ForwardParams& params, co
     }
     __syncwarp();  // the quad has read the lse that one of it writes
   }
-  if (threadIdx.x % 4 == 0) {
+  if (threadIdx.x % 4 == 0 && params.lse != nullptr) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (exists[r]) params.lse[at[r]] = lse[r];
@@ -271,7 +271,7 @@ __device__ __forceinline__ void write_unseen_row(const ForwardParams& params, co
     else if (params.out_dtype == DType::fp32) static_cast<float*>(params.out)[at] = value;
     else static_cast<Element*>(params.out)[at] = Element(value);
   }
-  if (!merges && threadIdx.x % 32 == 0) params.lse[row.lse_at] = -INFINITY;
+  if (!merges && threadIdx.x % 32 == 0 && params.lse != nullptr) params.lse[row.lse_at] = -INFINITY;
 }
 
 // A tile none of whose queries sees a key.

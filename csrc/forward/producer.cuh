@@ -24,7 +24,7 @@ class TileOrder {
     if (!rarely(is_packed())) return;
     if (lists_tiles(params)) {
       const auto& header = *reinterpret_cast<const ScheduleHeader*>(params.workspace);
-      shared_.packed = TileSequence(arguments_.units, header.records, header.units_per_group);
+      shared_.packed = TileSequence(arguments_.units, header.records, header.units_per_group, header.least_last_units);
     } else {
       const int queries = arguments_.queries, tiles = (sequence_at(params, 0).q_len + queries - 1) / queries;
       shared_.packed = TileSequence(arguments_.units, tiles, arguments_.units_together);

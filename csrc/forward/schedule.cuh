@@ -137,6 +137,7 @@ __global__ void __launch_bounds__(kScanThreads) schedule_kernel(const ScheduleAr
   __shared__ ScheduleShared shared;
   __shared__ int position[kCostClasses];
   __shared__ int longest_keys[32];  // of a warp's ranges
+  __shared__ int most_visited;      // blocks of keys of a tile
   __shared__ int64_t sums[32];
   const ForwardParams& params = arguments.params;
   cudaTriggerProgrammaticLaunchCompletion();
@@ -146,8 +147,9 @@ __global__ void __launch_bounds__(kScanThreads) schedule_kernel(const ScheduleAr
   const auto cost_class = [&](int blocks) { return kCostClasses - 1 - (blocks >> shift); };  // the longest come first
 
   position[threadIdx.x] = 0;
-  int longest = 0;
-  int64_t queries = 0;
+  if (threadIdx.x == 0) most_visited = 0;
+  int longest = 0, longest_tile = 0;
+  int64_t queries = 0, visited = 0;
   for (int i = threadIdx.x; i < params.ranges; i += kScanThreads) {
     const Sequence sequence = sequence_at(params, i);
     longest = max(longest, sequence.k_len);
@@ -170,6 +172,8 @@ __global__ void __launch_bounds__(kScanThreads) schedule_kernel(const ScheduleAr
       if (pass == 0 || params.ranges > kScanThreads) count_tiles(arguments, shared, chunk, ranges);
       for_each_tile(arguments, shared, chunk, ranges, [&](const TileRecord& record, int blocks) {
         const int at = atomicAdd(&position[cost_class(blocks)], 1);
+        longest_tile = max(longest_tile, blocks);
+        visited += pass == 0 ? blocks : 0;
         // NOTE: ranges of queries that overlap are an error of the caller's, which must not write past the workspace.
         if (pass == 1 && at < arguments.capacity) records[at] = record;
       });
@@ -181,11 +185,14 @@ __global__ void __launch_bounds__(kScanThreads) schedule_kernel(const ScheduleAr
       __syncthreads();
     }
   }
+  atomicMax(&most_visited, longest_tile);
+  visited = block_sum(visited, sums);
   if (threadIdx.x == 0) {
     for (int warp = 1; warp < kScanThreads / 32; ++warp) longest = max(longest, longest_keys[warp]);
     *reinterpret_cast<ScheduleHeader*>(params.workspace) = {
         TileCounter{0, 0}, min(total, arguments.capacity),
-        units_per_group(params, arguments.heads_in_tile, longest, total), queries != params.seqlen_q};
+        units_per_group(params, arguments.heads_in_tile, longest, total), least_last_units(visited, total, most_visited),
+        queries != params.seqlen_q};
   }
   cudaGridDependencySynchronize();
 }

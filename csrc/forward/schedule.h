@@ -98,6 +98,14 @@ inline __host__ __device__ int units_per_group(const ForwardParams& params, int 
   return static_cast<int>(kv_heads * units_per_kv_head < units ? kv_heads * units_per_kv_head : units);
 }
 
+// Units that the last group of listed tiles needs at least: as many as occupy all processors for as long as its longest tile,
+// with which it begins, occupies one. `visited`: blocks of keys that the tiles of a unit visit, and the longest of them.
+inline __host__ __device__ int least_last_units(int64_t visited, int64_t tiles, int64_t longest) {
+  constexpr int64_t kProcessors = 132;
+  const int64_t unit = visited + tiles;  // a tile's start and end take about as long as a block
+  return unit == 0 ? 0 : static_cast<int>((kProcessors * (longest + 1) + unit - 1) / unit);  // at most kProcessors
+}
+
 constexpr int kHeaderElements = 8;   // int32 elements of a ScheduleHeader
 constexpr int kRecordElements = 12;  // and of a TileRecord
 

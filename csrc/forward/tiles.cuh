@@ -147,8 +147,8 @@ __device__ __forceinline__ bool every_key_is_seen(const Sequence& sequence) {
 }
 
 // The order in which a launch's tiles are drawn: group of units after group of units; inside a group rank after rank, the
-// units side by side. What is left over joins the last group: in a small one of its own, long tiles would be begun last of
-// all.
+// units side by side. The last group has what is left over, too, and no fewer units than it is said to need: in a small one,
+// long tiles would be begun last of all.
 struct TileSequence {
   struct Place {
     int unit;
@@ -160,9 +160,9 @@ struct TileSequence {
   int units_per_group;
   int full_groups;  // before the last one
 
-  __device__ __forceinline__ TileSequence(int units, int tiles_per_unit, int units_per_group)
+  __device__ __forceinline__ TileSequence(int units, int tiles_per_unit, int units_per_group, int least_last_units = 0)
       : units(units), tiles_per_unit(tiles_per_unit), units_per_group(units_per_group),
-        full_groups(max(0, units - units_per_group) / units_per_group) {}
+        full_groups(max(0, units - max(units_per_group, least_last_units)) / units_per_group) {}
 
   __device__ __forceinline__ int size() const { return units * tiles_per_unit; }
 
@@ -224,8 +224,9 @@ struct TileCounter {
 struct alignas(16) ScheduleHeader {
   TileCounter counter;
   int records;
-  int units_per_group;  // as in TileSequence
-  int uncovered;        // whether some queries may lie in no range
+  int units_per_group;   // as in TileSequence,
+  int least_last_units;  // and of its last group
+  int uncovered;         // whether some queries may lie in no range
 };
 static_assert(sizeof(ScheduleHeader) == kHeaderElements * sizeof(int32_t));
 
