@@ -88,8 +88,7 @@ def flash_attn_func(
             attention_chunk, num_splits > 1); the message names it, what came and what was expected.
     """
     _check_options(qv, q_descale, k_descale, v_descale, attention_chunk, num_splits, pack_gqa)
-    if torch._C._is_any_autocast_enabled():  # asked here, too: a call for nothing takes longer than the question
-        q, k, v = cast_for_autocast(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
     _check_dim("flash_attn_func", q, 4, "(batch, seqlen, heads, head_dim)")
     window_left, window_right = window_bounds(causal, window_size)
     out, lse = ops.forward_as_wanted(
