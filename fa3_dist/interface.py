@@ -132,11 +132,10 @@ def flash_attn_varlen_func(
     else:
         k_start, k_len = _starts_and_lengths("k", cu_seqlens_k, seqused_k, max_seqlen_k, k)
     window_left, window_right = window_bounds(causal, window_size)
-    out, lse = ops.forward(
-        q, k, v, q_start=q_start, q_len=q_len, k_start=k_start, k_len=k_len, offset=offset, softmax_scale=softmax_scale,
-        window_left=window_left, window_right=window_right, softcap=softcap, deterministic=deterministic,
-        sm_margin=sm_margin,
-    )
+    out, lse = ops.forward_as_wanted(
+        q, k, v, q_start, q_len, k_start, k_len, None, offset, softmax_scale, window_left, window_right, softcap, None,
+        deterministic, sm_margin, bool(return_attn_probs) or sink is not None,
+    )  # fmt: skip
     out = out if sink is None else apply_sink(out, lse, sink)
     return (out, lse) if return_attn_probs else out
 

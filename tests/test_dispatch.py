@@ -480,8 +480,10 @@ def test_direct_calls_of_the_interface(direct, monkeypatch):
     q.requires_grad_(False)
     assert wanted == [False, True, True, True]  # lse
     cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
-    flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens, cu_seqlens, 5, 5, causal=True)
-    assert direct.took("forward")
+    for options in ({}, {"return_attn_probs": True}):
+        flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens, cu_seqlens, 5, 5, causal=True, **options)
+        assert direct.took("forward")
+    assert wanted[4:] == [False, True]
 
 
 def outcome(wrong, device):
@@ -792,6 +794,17 @@ def test_lse_that_nobody_wants_is_not_made(launches, head_dim, seqlen_q, seqlen_
     out = flash_attn_func(q, k, v, **options)
     assert torch.cuda.memory_allocated() - before == out.nbytes and launches["forward"] == 2
     assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_lse_that_nobody_wants_is_not_made_of_packed_documents(launches):
+    q, k, v, _ = random_qkv("cuda", BF16, seqlen_q=3000, seqlen_k=3000, head_dim=128)
+    starts = torch.tensor([0, 17, 1700, 1700, 3000], dtype=torch.int32, device="cuda")
+    used = torch.tensor([17, 1000, 0, 1300], dtype=torch.int32, device="cuda")
+    packed = (q[0], k[0], v[0], starts, starts, None, None, used, used)
+    expected, _ = flash_attn_varlen_func(*packed, causal=True, return_attn_probs=True)
+    out = flash_attn_varlen_func(*packed, causal=True)
+    assert launches["forward"] == 2 and torch.equal(out, expected)
 
 
 @pytest.mark.gpu

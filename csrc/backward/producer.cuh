@@ -299,24 +299,28 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
         turn = turn_at<Config>(arguments.params, sequence, batch, first_head + head, first_key, block);
         if constexpr (!Config::kTurnsOfWarpgroups) {
           // Asked for the first time while the additions before are on their way.
-          bool come = has_come(arguments.params, turn);
+          int count = counted(arguments.params, turn);
           end_last_turn();
-          while (!come) come = has_come(arguments.params, turn);
-          fence_additions();
+          while (count < turn.before) count = counted(arguments.params, turn);
+          begin_turn();
           last = turn.counter;
         }
       }
 #pragma unroll
       for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
         if constexpr (Config::kTurnsOfWarpgroups) {
-          if (!has_come(arguments.params, turn)) {
+          // Asked for the first time while dQ is waited for: the answer takes as long.
+          const int count = counted(arguments.params, turn);
+          shared.dq_full[warpgroup].wait(parity);
+          if (count < turn.before) {
             end_last_turn();
-            while (!has_come(arguments.params, turn)) {
+            while (counted(arguments.params, turn) < turn.before) {
             }
           }
-          fence_additions();
+          begin_turn();
+        } else {
+          shared.dq_full[warpgroup].wait(parity);
         }
-        shared.dq_full[warpgroup].wait(parity);
         const int skipped = skipped_dq<Config>(warpgroup), column = first_column_dq<Config>(warpgroup);
         const float* const panels = panels_of(shared, warpgroup) + skipped * Config::kRowsPanelDQ;
         add_panels<Config>(arguments.dq, stores, panels, column + skipped, min(column + Config::kColumnsDQ, columns),

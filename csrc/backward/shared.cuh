@@ -37,7 +37,7 @@ struct RowTile {
 };
 
 constexpr int kRowTileSlots = 2;
-constexpr int kAddedSlots = 2;  // additions to dQ that have been made and not been counted
+constexpr int kAddedSlots = 4;  // additions to dQ that have been made and not been counted
 struct RowTiles {
   RowTile tile[kRowTileSlots];
   HandOver full[kRowTileSlots];

@@ -65,28 +65,30 @@ __device__ __forceinline__ QueryTurn<Config> turn_at(const BackwardParams& param
   }
 }
 
-// Whether the turn has come. If so, what the tiles before have added is there for what this thread does next.
+// How many additions have been counted where a turn waits for its own: it has come when `before` of them have. NOTE: relaxed,
+// for a load that acquires keeps its thread waiting; so begin_turn comes before the additions.
 template <class Config>
-__device__ __forceinline__ bool has_come(const BackwardParams& params, const QueryTurn<Config>& turn) {
+__device__ __forceinline__ int counted(const BackwardParams& params, const QueryTurn<Config>& turn) {
   int count;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(counter_at(params, turn.counter)) : "memory");
-  return count >= turn.before;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(counter_at(params, turn.counter)));
+  return count;
 }
 
-// Counts an addition that has been made, by this thread or by one that it has met at a barrier since; or, `released`, before a
-// fence for the device that this thread has passed.
-__device__ __forceinline__ void end_turn(int32_t* count, bool released = false) {
-  if (released) {
-    asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
-  } else {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
-  }
+// Counts an addition that has been made, by a thread that has passed a fence for the device since it learnt of that.
+__device__ __forceinline__ void end_turn(int32_t* count) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
 }
 
 // NOTE: bulk additions go by the asynchronous proxy, counts by the generic one, and acquire and release order only what goes
 // by one (PTX ISA, "Proxies" and "Async proxy"): a fence between proxies stands before the additions of a turn that has
 // come, and between additions that have been made and their count.
 __device__ __forceinline__ void fence_additions() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// After this, what the tiles before have added is there for what this thread adds: it has seen their additions counted.
+__device__ __forceinline__ void begin_turn() {
+  asm volatile("fence.acquire.gpu;" ::: "memory");
+  fence_additions();
+}
 
 // Waits until this thread's bulk additions, but for the last kPending groups, have been made and are visible to it. (That shared
 // memory has been read, which is all that cp.async.bulk.wait_group.read waits for, says nothing of the sums.)
@@ -116,16 +118,12 @@ class TurnEnds {
     if (!is_one_left()) return true;
     const typename Config::TurnCounter counter = take();
     if (counter == Config::kNoTurn) return false;
-    if constexpr (!Config::kTurnsOfWarpgroups) {
-      end_turn(counter_at(params, counter));
-      return true;
-    }
     // Turns of warpgroups end twice a step: two of them after one fence, which takes most of the time.
-    const bool is_next = is_one_left();
+    const bool is_next = Config::kTurnsOfWarpgroups && is_one_left();
     const typename Config::TurnCounter next = is_next ? take() : Config::kNoTurn;
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-    end_turn(counter_at(params, counter), true);
-    if (next != Config::kNoTurn) end_turn(counter_at(params, next), true);
+    asm volatile("fence.release.gpu;" ::: "memory");
+    end_turn(counter_at(params, counter));
+    if (next != Config::kNoTurn) end_turn(counter_at(params, next));
     return !is_next || next != Config::kNoTurn;
   }
 
