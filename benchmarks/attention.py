@@ -67,6 +67,7 @@ OUT, GRADIENTS = ("out",), ("dq", "dk", "dv")
 # 4096 is 1e-2 in all of them.
 LARGEST_DIFFERENCE: dict[tuple[str, ...], float] = {OUT: 5e-3, GRADIENTS: 8e-3}
 HOST_BATCHES, HOST_CALLS = 40, 200
+HOST_WARM_UP = 1.0  # seconds; a machine that was idle takes up to 1.5 times as long at first
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -206,18 +207,22 @@ def measure_host(requires_grad: bool, setup: Setup) -> dict[str, Any]:
 
 
 def host_microseconds(calls: timing.Calls) -> dict[str, list[float]]:
-    """Microseconds from call to return, the mean of each of HOST_BATCHES batches; the GPU is idle when one begins."""
+    """Microseconds from call to return, the mean of each of HOST_BATCHES batches, after batches that fill HOST_WARM_UP
+    seconds; the GPU is idle when one begins."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    warm, measured = time.perf_counter() + HOST_WARM_UP, 0
     with _no_garbage_collection(), _on_one_cpu():
-        for batch in range(-3, HOST_BATCHES):
+        while measured < HOST_BATCHES:
+            is_warm = time.perf_counter() >= warm
             for name, call in calls.items():
                 torch.cuda.synchronize()
                 start = time.perf_counter()
                 for _ in range(HOST_CALLS):
                     call()
                 microseconds = (time.perf_counter() - start) / HOST_CALLS * 1e6
-                if batch >= 0:
+                if is_warm:
                     times[name].append(microseconds)
+            measured += is_warm
     torch.cuda.synchronize()
     return times
 
