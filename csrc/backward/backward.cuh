@@ -65,11 +65,13 @@ inline ForwardParams transpose(const ForwardParams& params) {
   return transposed;
 }
 
-// KV heads of a dense batch that are walked together; each meets `queries` rows of queries, in `tiles` tiles.
+// KV heads that are walked together, unless tiles are listed; each meets `queries` rows of queries, in `tiles` tiles.
 // Those of a masked batch differ in length, and the longest of a group come first: the more tiles it has, the closer
 // together do the processors finish, and of few KV heads enough tiles run at a time to share their queries in the L2 cache.
+// Packed ones: as when they are listed, a tile a processor (benchmarks/LOG.md, backward, 69).
 inline int kv_heads_per_group(const ForwardParams& transposed, bool takes_turns, int64_t queries, int64_t tiles) {
-  constexpr int64_t kBalancedTiles = 1024, kTurnTiles = 264;
+  constexpr int64_t kTurnTiles = 264;
+  const int64_t kBalancedTiles = transposed.q_start != nullptr ? 128 : 1024;
   const int64_t kFewHeads = std::min(16, 2048 / transposed.head_dim);
   const int heads = units_per_group(transposed, 1, queries, tiles);
   int64_t balanced = std::min((kBalancedTiles + tiles - 1) / tiles, kFewHeads);
