@@ -239,7 +239,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_one_cpu() -> Iterator[None]:
-    """The thread stays where it is: one that is moved from CPU to CPU takes up to 1.5 times as long for a call."""
+    """Inside, the thread is on the last CPU that it may use: moved between CPUs, it takes up to 1.5 times as long."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(allowed)})
     try:

@@ -797,7 +797,7 @@ def test_lse_that_nobody_wants_is_not_made(launches, head_dim, seqlen_q, seqlen_
 
 
 @pytest.mark.gpu
-def test_lse_that_nobody_wants_is_not_made_of_packed_documents(launches):
+def test_out_of_packed_documents_is_the_same_without_lse(launches):
     q, k, v, _ = random_qkv("cuda", BF16, seqlen_q=3000, seqlen_k=3000, head_dim=128)
     starts = torch.tensor([0, 17, 1700, 1700, 3000], dtype=torch.int32, device="cuda")
     used = torch.tensor([17, 1000, 0, 1300], dtype=torch.int32, device="cuda")
