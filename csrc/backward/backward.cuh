@@ -65,24 +65,26 @@ inline ForwardParams transpose(const ForwardParams& params) {
   return transposed;
 }
 
-// KV heads that are walked together, unless tiles are listed; each meets `queries` rows of queries, in `tiles` tiles.
-// Those of a masked batch differ in length, and the longest of a group come first: the more tiles it has, the closer
-// together do the processors finish, and of few KV heads enough tiles run at a time to share their queries in the L2 cache.
-// Packed ones: as when they are listed, a tile a processor (benchmarks/LOG.md, backward, 69).
-inline int kv_heads_per_group(const ForwardParams& transposed, bool takes_turns, int64_t queries, int64_t tiles) {
-  constexpr int64_t kTurnTiles = 264;
-  const int64_t kBalancedTiles = transposed.q_start != nullptr ? 128 : 1024;
-  const int64_t kFewHeads = std::min(16, 2048 / transposed.head_dim);
-  const int heads = units_per_group(transposed, 1, queries, tiles);
-  int64_t balanced = std::min((kBalancedTiles + tiles - 1) / tiles, kFewHeads);
+// How many KV heads are walked together, each in `tiles` tiles (benchmarks/LOG.md, backward, 69 and 70). Those of a masked batch
+// differ in length, and the longest of a group come first: enough of them that no processor waits at a group's end, and of few
+// heads, so that the tiles that run at a time share their queries in the L2 cache.
+inline HeadGroups key_head_groups(const ForwardParams& transposed, bool takes_turns, int group, int64_t tiles) {
+  constexpr int kTilesTogether = 128;
+  const int all = transposed.kv_heads * transposed.batch;
+  if (lists_tiles(transposed)) return {0, 2, all, false};  // two are faster than one for long documents
+  const int bounds = (transposed.window_left != kNoBound) + (transposed.window_right != kNoBound);
   if (takes_turns) {
-    // The fewer tiles of a KV head run at a time, the fewer wait for each other.
-    balanced = std::max((kTurnTiles + tiles - 1) / tiles, 2 * kFewHeads);
-  } else if (transposed.window_left == kNoBound && transposed.window_right == kNoBound) {
-    return heads;
+    // The more heads there are, the fewer of their tiles run at a time and wait for each other. Slanted they hardly wait, but a
+    // sequence must be short enough for the cache, and long enough for as many heads to begin one after the other.
+    constexpr int kTurnTiles = 256, kSlantedTiles = 512;
+    if (bounds == 1 && group == 1 && tiles >= 2048 / transposed.head_dim && 2 * tiles <= kSlantedTiles) {
+      return {kSlantedTiles, 2, static_cast<int>(std::min<int64_t>(all, tiles)), true};
+    }
+    return {kTurnTiles, std::min(all, bounds == 0 ? 2 : std::max(2, 8 / group)), all, false};
   }
-  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(heads, balanced),
-                                            int64_t{transposed.kv_heads} * transposed.batch));
+  const int in_cache = units_per_group(transposed, 1, int64_t{transposed.seqlen_k} * group, tiles);
+  if (bounds == 0) return {0, in_cache, in_cache, false};
+  return {kTilesTogether, in_cache, std::max(in_cache, std::min({all, 16, 2048 / transposed.head_dim})), false};
 }
 
 // Whether every query of a dense batch, or every key if `params` are transposed, is known to take part in some score:
@@ -166,8 +168,8 @@ cudaError_t launch_query_tiles(const BackwardParams& params, cudaStream_t stream
   arguments.params = params;
   ForwardParams& forward = arguments.params.forward;
   forward.workspace = params.query_workspace;
-  arguments.units_per_group =
-      units_per_group(forward, 1, forward.seqlen_k, (forward.seqlen_q + Config::kQueries - 1) / Config::kQueries);
+  const int heads = units_per_group(forward, 1, forward.seqlen_k, (forward.seqlen_q + Config::kQueries - 1) / Config::kQueries);
+  arguments.head_groups = {0, heads, heads, false};
   arguments.counter = lists_tiles(forward)
                           ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
                           : reinterpret_cast<TileCounter*>(forward.tile_counter) + 1;
@@ -193,9 +195,8 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   arguments.group = forward.heads / forward.kv_heads;
   arguments.transposed = transpose(forward);
   arguments.transposed.ascending = params.turns != nullptr;
-  arguments.units_per_group = kv_heads_per_group(arguments.transposed, params.turns != nullptr,
-                                                 int64_t{forward.seqlen_q} * arguments.group,
-                                                 (forward.seqlen_k + Config::kKeys - 1) / Config::kKeys);
+  arguments.head_groups = key_head_groups(arguments.transposed, params.turns != nullptr, arguments.group,
+                                          (forward.seqlen_k + Config::kKeys - 1) / Config::kKeys);
   const bool is_listed = lists_tiles(forward);
   arguments.counter = is_listed ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
                                 : reinterpret_cast<TileCounter*>(forward.tile_counter);

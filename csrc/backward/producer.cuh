@@ -30,27 +30,28 @@ __device__ __forceinline__ void for_each_step(const BackwardArguments& arguments
 // ---- tiles -----------------------------------------------------------------------------------------------------------
 
 // The tiles of a launch, in the order in which they are drawn; of a head those that see most first. Of each kRows rows,
-// which meet blocks of kColumns. `params`: transposed if the rows are keys. Heads that are walked together: units_per_group,
-// or, where tiles are listed, at least least_units. `known`: so many tiles go to the blocks by their numbers, without asking.
+// which meet blocks of kColumns. `params`: transposed if the rows are keys. `known`: so many tiles go to the blocks by their
+// numbers, without asking.
 // kMoves: blocks begin at the first column that a tile sees, not at a multiple of kColumns: the sequence that it gets is cut
 // there. wait(barrier, parity), by one lane, waits for a barrier. Called by all lanes of a warp, of which one draws; if ranges
 // may share tiles, the others help to describe these.
 template <int kRows, int kColumns, bool kMoves, class Wait>
-__device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, TileCounter& counter, int units_per_group,
-                                               int least_units, int known, RowTiles& tiles, Wait wait) {
+__device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, TileCounter& counter, const HeadGroups& groups,
+                                               int known, RowTiles& tiles, Wait wait) {
   const bool is_listed = lists_tiles(params);
   const bool first_lane = threadIdx.x % 32 == 0;
   if (!is_listed && !first_lane) return;
   const unsigned lanes = is_listed ? 0xffffffffu : 1u;
-  int per_unit = 0;
+  int per_unit = 0, units_together = 0;
   if (is_listed) {
     const auto& header = *reinterpret_cast<const ScheduleHeader*>(params.workspace);
     per_unit = header.records;
-    units_per_group = max(header.units_per_group, least_units);
+    units_together = max(header.units_per_group, groups.least);
   } else {
     per_unit = (sequence_at(params, 0).q_len + kRows - 1) / kRows;  // of all sequences of a batch
+    units_together = groups.heads(max(per_unit, 1));
   }
-  const TileSequence order(params.heads * params.batch, per_unit, units_per_group);
+  const RowTileOrder order(params.heads * params.batch, per_unit, units_together, groups.slanted);
   Ring<kRowTileSlots> ring;
   uint32_t loaded_parity = 1;
   const auto wait_together = [&](auto& barrier, uint32_t parity) __attribute__((always_inline)) {
@@ -68,6 +69,7 @@ __device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, Tile
 #pragma unroll 1
   for (int index = known > 0 ? blockIdx.x : draw(); index < order.size(); index = draw()) {
     const auto [unit, rank] = order[index];
+    if (rank >= per_unit) continue;
     const int batch = unit / params.heads;
     // Under a causal mask the first keys are seen by the most queries, and the last queries see the most keys.
     const TileRecord record =
@@ -118,10 +120,9 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
   // Until tiles are listed and memory is cleared; all others do what they do for a tile that comes from here.
   cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();  // dQ's kernel, if it has one, may begin where this one has ended
-  constexpr int kLeastUnits = 2;              // are faster than one for long documents
   const auto draw = [&](int known, auto wait) __attribute__((always_inline)) {
     draw_row_tiles<Config::kKeys, Config::kQueries, Config::kLongBlocks>(
-        arguments.transposed, *arguments.counter, arguments.units_per_group, kLeastUnits, known, shared.tiles, wait);
+        arguments.transposed, *arguments.counter, arguments.head_groups, known, shared.tiles, wait);
   };
   // Each block's first tile is known without asking, unless tiles take turns (turns.cuh).
   if constexpr (Config::kSharesKeys) {

@@ -71,7 +71,7 @@ struct QueryGradientArguments {
   CUtensorMap v;
   BackwardParams params;  // with the workspace of the queries' tiles
   TileCounter* counter;
-  int units_per_group;  // query heads that are walked together, unless tiles are listed
+  HeadGroups head_groups;  // of query heads
 };
 
 template <class Config>
@@ -333,8 +333,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x >= 32 && threadIdx.x < 64) {
       // NOTE: it needs nothing of the kernel before, beside whose last blocks it begins, so no tile is given to a block
       // before that runs. But it must not end earlier: what comes next waits for this kernel only.
-      draw_row_tiles<Config::kQueries, Config::kKeys, false>(forward, *arguments.counter, arguments.units_per_group, 1, 0,
-                                                             shared.tiles,
+      draw_row_tiles<Config::kQueries, Config::kKeys, false>(forward, *arguments.counter, arguments.head_groups, 0, shared.tiles,
                                                              [](auto& barrier, uint32_t parity) { barrier.wait(parity); });
       cudaGridDependencySynchronize();
     }

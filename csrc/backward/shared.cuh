@@ -7,6 +7,19 @@
 
 namespace fa3 {
 
+// Of the heads whose tiles are drawn side by side there are as many as have `tiles` tiles, within bounds; of listed tiles, as many
+// as their list says, and no fewer than `least`. Slanted: as turns.cuh says.
+struct HeadGroups {
+  int tiles;
+  int least;
+  int most;
+  bool slanted;
+
+  __device__ __forceinline__ int heads(int tiles_per_head) const {
+    return min(max((tiles + tiles_per_head - 1) / tiles_per_head, least), most);
+  }
+};
+
 // What the kernel gets: the parameters, and what the host derives from them.
 struct BackwardArguments {
   CUtensorMap q;  // of rows of queries or of keys, as make_key_map describes them
@@ -17,8 +30,8 @@ struct BackwardArguments {
   BackwardParams params;
   ForwardParams transposed;  // params.forward with queries and keys in each other's place: what tiles are drawn from
   TileCounter* counter;
-  int group;            // query heads of a KV head
-  int units_per_group;  // KV heads that are walked together, unless tiles are listed
+  int group;               // query heads of a KV head
+  HeadGroups head_groups;  // of KV heads
 };
 
 // A tile on its way from the warp that draws it to those that load it and to the consumers, which keep it until they have

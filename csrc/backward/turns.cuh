@@ -19,11 +19,41 @@
 // apart. Of query heads that share their keys each block serves one after the other, to keep that distance. Under a causal
 // mask the tiles that run side by side end in the reverse order, and their successors begin in the order in which they are
 // drawn, so those are drawn no earlier than they are needed.
+//
+// Where heads are walked in groups, all tiles that run are long ones at a group's start and short ones at its end, and then they
+// begin faster than one after the other can add. So under a causal mask the order is slanted: of G heads that are walked
+// together each begins 1/G of its tiles later than the one before. At any time tiles of all lengths begin, at a steady rate.
 #pragma once
 
 #include "backward/shared.cuh"
 
 namespace fa3 {
+
+// The order in which tiles are drawn: that of TileSequence, or slanted (step after step, of each head that has begun and has
+// tiles left one).
+class RowTileOrder {
+ public:
+  __device__ __forceinline__ RowTileOrder(int units, int tiles_per_unit, int units_together, bool slanted)
+      : groups_(units, tiles_per_unit, units_together),
+        slant_(slanted ? (tiles_per_unit + units_together - 1) / units_together : 0) {}
+
+  __device__ __forceinline__ int size() const {
+    return slant_ == 0 ? groups_.size() : (groups_.units + groups_.units_per_group - 1) * slant_ * groups_.units_per_group;
+  }
+
+  // NOTE: slanted, some places are no tile's: their rank is past the last one.
+  __device__ __forceinline__ TileSequence::Place operator[](int index) const {
+    if (slant_ == 0) return groups_[index];
+    const int step = index / groups_.units_per_group, behind = index - step * groups_.units_per_group;
+    const int unit = step / slant_ - behind;  // of those that have begun, the last one first
+    const bool exists = unit >= 0 && unit < groups_.units;
+    return {unit, exists ? step - unit * slant_ : groups_.tiles_per_unit};
+  }
+
+ private:
+  TileSequence groups_;
+  int slant_;  // steps by which each unit begins after the one before; 0: in groups
+};
 
 // What the additions of a tile to a block of dQ wait for.
 template <class Config>
@@ -100,6 +130,7 @@ __device__ __forceinline__ void wait_for_additions() {
 
 // A release waits until all that its thread has seen done is done for all threads, which takes so long that the thread that
 // adds leaves it to the one that draws tiles, which has time. What is left to it is in the order of the additions.
+// NOTE: it may leave a turn that is over until the next dQ is there: that dQ waits for no other block.
 template <class Config>
 class TurnEnds {
  public:
