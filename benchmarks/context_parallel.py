@@ -12,7 +12,7 @@ ranks share takes as long as its slowest rank. (A GPU's clock gives way under lo
 10 % and more, and one that has rested is faster for over a second. So no GPU rests while another one runs alone, calls
 come in an order that is drawn anew each time, and GPUs rest before each call for REST times what the one before took.
 Cases with a call of LONG_MS and more find the GPUs warm instead: all calls come in ROUNDS, each after BLOCK_MS of the
-same, in one order and then in the other.) Every rank compares its rows of out, dq, dk and dv with what it computes
+same, and in an order that is drawn anew, too.) Every rank compares its rows of out, dq, dk and dv with what it computes
 alone; results that differ are an error and no figure. Efficiency is the time alone over ranks times the time together.
 Further calls, not timed, record on every rank when attention computes and when messages travel
 (`fa3_dist.parallel.observe`): time is exposed if messages are under way and no attention. `bound` is the efficiency
@@ -102,7 +102,7 @@ from fa3_dist.parallel.sharding import shard
 
 REPEATS, WARMUPS, TRACES = 20, 3, 5
 REST = 1.5
-LONG_MS, BLOCK_MS, BLOCK_REPEATS, ROUNDS = 50, 400, 3, 2
+LONG_MS, BLOCK_MS, BLOCK_REPEATS, ROUNDS = 50, 800, 3, 3
 SPIN_MS = 5.0  # longer than the host takes to launch a ring of 8 in both directions
 CYCLES_OF_MS = 2_000_000  # at 2 GHz
 TIMEOUT = timedelta(minutes=5)
@@ -448,7 +448,7 @@ def time_in_turn(
             before, times = times, Times(setup.device, calls)
             slowest = slowest_of_ranks({name: values[-1] for name, values in before.milliseconds().items()}, setup)
             if max(slowest.values()) >= LONG_MS:
-                time_in_blocks(calls, setup, slowest, times)
+                time_in_blocks(calls, setup, slowest, times, draw)
                 break
         draw.shuffle(order)
         for name in order:
@@ -460,13 +460,16 @@ def time_in_turn(
     return times.milliseconds(), times.late
 
 
-def time_in_blocks(calls: Mapping[str, Call], setup: Setup, last_ms: Mapping[str, float], times: Times) -> None:
+def time_in_blocks(
+    calls: Mapping[str, Call], setup: Setup, last_ms: Mapping[str, float], times: Times, draw: random.Random
+) -> None:
     """The same of BLOCK_REPEATS runs of each call a round, which follow BLOCK_MS of it; last_ms: as long as one takes.
 
-    A round that doesn't count comes first.
+    A round that doesn't count comes first. `draw`: of the order, the same on all ranks.
     """
     order = list(calls)
     for index in range(1 + ROUNDS):
+        draw.shuffle(order)
         for name in order:
             with calls[name].around():
                 setup.align()
@@ -475,7 +478,6 @@ def time_in_blocks(calls: Mapping[str, Call], setup: Setup, last_ms: Mapping[str
                 for _ in range(BLOCK_REPEATS if index else 0):
                     setup.align()
                     times.add(name, calls[name])
-        order.reverse()
 
 
 class Times:
