@@ -65,26 +65,31 @@ inline ForwardParams transpose(const ForwardParams& params) {
   return transposed;
 }
 
-// How many KV heads are walked together, each in `tiles` tiles (benchmarks/LOG.md, backward, 69 and 70). Those of a masked batch
-// differ in length, and the longest of a group come first: enough of them that no processor waits at a group's end, and of few
-// heads, so that the tiles that run at a time share their queries in the L2 cache.
+// How many KV heads are walked together, each in `tiles` tiles, or, of a packed range, in so many at most (benchmarks/LOG.md,
+// backward, 69 and 70). Of few heads the tiles that run at a time share their queries in the L2 cache. Those of a masked batch
+// differ in length, and the longest of a group come first: so a group is two tiles a processor, a long one and a short one, or
+// one a processor if there is another group for each.
 inline HeadGroups key_head_groups(const ForwardParams& transposed, bool takes_turns, int group, int64_t tiles) {
-  constexpr int kTilesTogether = 128;
   const int all = transposed.kv_heads * transposed.batch;
   if (lists_tiles(transposed)) return {0, 2, all, false};  // two are faster than one for long documents
-  const int bounds = (transposed.window_left != kNoBound) + (transposed.window_right != kNoBound);
+  const bool dense = transposed.q_start == nullptr;
+  const bool full = transposed.window_left == kNoBound && transposed.window_right == kNoBound;
+  const bool causal = transposed.window_left != kNoBound && transposed.window_right == kNoBound;
   if (takes_turns) {
-    // The more heads there are, the fewer of their tiles run at a time and wait for each other. Slanted they hardly wait, but a
-    // sequence must be short enough for the cache, and long enough for as many heads to begin one after the other.
-    constexpr int kTurnTiles = 256, kSlantedTiles = 512;
-    if (bounds == 1 && group == 1 && tiles >= 2048 / transposed.head_dim && 2 * tiles <= kSlantedTiles) {
+    // The more heads there are, the fewer of their tiles run at a time and wait for each other. Slanted they hardly wait; but the
+    // long tiles of the last heads come last, so there must be many, and sequences must fit into the cache.
+    constexpr int kTurnTiles = 256, kSlantedTiles = 512, kFewTiles = 1024;
+    if (causal && dense && group == 1 && tiles >= 2048 / transposed.head_dim && 2 * tiles <= kSlantedTiles &&
+        all * tiles >= kFewTiles) {
       return {kSlantedTiles, 2, static_cast<int>(std::min<int64_t>(all, tiles)), true};
     }
-    return {kTurnTiles, std::min(all, bounds == 0 ? 2 : std::max(2, 8 / group)), all, false};
+    const int least = full ? 2 : !causal ? 8 : group == 1 ? 32 : std::max(2, 16 / group);
+    return {kTurnTiles, std::min(all, least), all, false};
   }
   const int in_cache = units_per_group(transposed, 1, int64_t{transposed.seqlen_k} * group, tiles);
-  if (bounds == 0) return {0, in_cache, in_cache, false};
-  return {kTilesTogether, in_cache, std::max(in_cache, std::min({all, 16, 2048 / transposed.head_dim})), false};
+  if (full) return {0, in_cache, in_cache, false};
+  const bool in_pairs = !dense && all % (2 * ((128 + tiles - 1) / tiles)) == 0;
+  return {in_pairs ? 128 : 256, in_cache, std::max(in_cache, std::min({all, 16, 2048 / transposed.head_dim})), false};
 }
 
 // Whether every query of a dense batch, or every key if `params` are transposed, is known to take part in some score:
@@ -169,7 +174,7 @@ cudaError_t launch_query_tiles(const BackwardParams& params, cudaStream_t stream
   ForwardParams& forward = arguments.params.forward;
   forward.workspace = params.query_workspace;
   const int heads = units_per_group(forward, 1, forward.seqlen_k, (forward.seqlen_q + Config::kQueries - 1) / Config::kQueries);
-  arguments.head_groups = {0, heads, heads, false};
+  arguments.head_groups = {0, lists_tiles(forward) ? 1 : heads, heads, false};
   arguments.counter = lists_tiles(forward)
                           ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
                           : reinterpret_cast<TileCounter*>(forward.tile_counter) + 1;

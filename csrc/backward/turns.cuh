@@ -21,8 +21,9 @@
 // drawn, so those are drawn no earlier than they are needed.
 //
 // Where heads are walked in groups, all tiles that run are long ones at a group's start and short ones at its end, and then they
-// begin faster than one after the other can add. So under a causal mask the order is slanted: of G heads that are walked
-// together each begins 1/G of its tiles later than the one before. At any time tiles of all lengths begin, at a steady rate.
+// begin faster than one after the other can add. So under a causal mask the order is slanted where that pays (key_head_groups):
+// of G heads that are walked together each begins about 1/G of its tiles later than the one before. At any time tiles of all
+// lengths begin, at a steady rate. (Numbers of this order that belong to no tile are nobody's to wait for.)
 #pragma once
 
 #include "backward/shared.cuh"
@@ -130,7 +131,7 @@ __device__ __forceinline__ void wait_for_additions() {
 
 // A release waits until all that its thread has seen done is done for all threads, which takes so long that the thread that
 // adds leaves it to the one that draws tiles, which has time. What is left to it is in the order of the additions.
-// NOTE: it may leave a turn that is over until the next dQ is there: that dQ waits for no other block.
+// NOTE: the thread that adds may keep a turn that is over until the next dQ is there: that dQ waits for no other block.
 template <class Config>
 class TurnEnds {
  public:
