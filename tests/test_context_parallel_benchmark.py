@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import socket
 import subprocess
@@ -300,7 +301,7 @@ def test_gpus_are_aligned_behind_a_flush_and_all_run_at_once(monkeypatch: pytest
         order.append("align")
         rests.append(rest_ms)
 
-    orders = []
+    orders, drawn = [], []
     for rank in (0, 1):
         setup: Any = types.SimpleNamespace(
             device=torch.device("cuda"), rank=rank, world=2, align=align,
@@ -320,22 +321,34 @@ def test_gpus_are_aligned_behind_a_flush_and_all_run_at_once(monkeypatch: pytest
         rests.clear()
         assert times == {"alone": [1.5, 1.5], "ring": [1.5, 1.5]}
         assert late == {"alone": 0, "ring": 1}
-        # One that is long on some rank: each is timed after much of the same, in one order and then in the other.
+        # One that is long on some rank: each is timed after much of the same, in an order that is drawn anew.
         order.clear()
         slowest[0] = 250.0
         monkeypatch.setattr(context_parallel, "BLOCK_REPEATS", 1)
         times, _ = context_parallel.time_in_turn(calls, setup, repeats=5, warmups=1)
-        assert times == {"alone": [1.5, 1.5], "ring": [1.5, 1.5]}
-
-        def block(name: str, runs: int, repeats: int) -> list[str]:
-            return ["align", *[name] * runs, *["align", "mark", name, "mark"] * repeats]
-
-        assert order[12:] == [
-            *block("alone", 267, 0), "enter", *block("ring", 2, 0), "leave",
-            "enter", *block("ring", 2, 1), "leave", *block("alone", 267, 1),
-            *block("alone", 267, 1), "enter", *block("ring", 2, 1), "leave",
-        ]  # fmt: skip
+        assert times == {"alone": [1.5] * context_parallel.ROUNDS, "ring": [1.5] * context_parallel.ROUNDS}
+        drawn.append(rounds_of_blocks(order[12:]))
+        assert drawn[rank] == drawn[0] and set(drawn[rank]) == {("alone", "ring"), ("ring", "alone")}
         rests.clear()
+
+
+def rounds_of_blocks(order: list[str]) -> list[tuple[str, ...]]:
+    """The names in the order of their blocks, round by round, of which the first one must have nothing timed."""
+
+    def block(name: str, repeats: int) -> list[str]:
+        runs = math.ceil(context_parallel.BLOCK_MS / {"alone": 1.5, "ring": 250.0}[name])
+        calls = ["align", *[name] * runs, *["align", "mark", name, "mark"] * repeats]
+        return ["enter", *calls, "leave"] if name == "ring" else calls
+
+    rounds = []
+    for index in range(1 + context_parallel.ROUNDS):
+        names = ("ring", "alone") if order[:1] == ["enter"] else ("alone", "ring")
+        expected = [step for name in names for step in block(name, min(index, 1))]
+        assert order[: len(expected)] == expected
+        order = order[len(expected) :]
+        rounds.append(names)
+    assert not order
+    return rounds
 
 
 def test_long_cases_are_seen_to_be_long_before_they_are_timed() -> None:
