@@ -45,7 +45,7 @@ WORLD = HOSTS * PROCESSES
 TORCHRUN = f"--nnodes {HOSTS} --nproc-per-node {PROCESSES} --rdzv-backend c10d --rdzv-endpoint host0:29500".split()
 MODES = "ring", "all_to_all", "product"
 SHAPE = (2, 22)  # (B, S) of the training steps
-WATCHER = PROCESSES  # the first rank of the host whose link is cut
+CUT_OFF = range(WORLD - PROCESSES, WORLD)  # the ranks of the host whose link is cut
 CALL = 2  # of `forward_into` in which that happens: the step of the first layer's ring that other hosts' keys feed
 TIMEOUT = 5.0  # seconds, of the messages of the last part
 SLACK = 20.0  # for a busy machine: to write tracebacks, to end the interpreters, and for torchrun to see it
@@ -85,15 +85,18 @@ def work(folder: Path) -> None:
 
 
 def train_until_the_link_is_cut(rank: int, mesh: DeviceMesh, folder: Path) -> None:
-    """Training steps with the ring across hosts. `WATCHER` asks for the cut in the middle of one, and waits for it."""
+    """Training steps with the ring across hosts. In the middle of one the ranks of `CUT_OFF` ask for the cut, and wait.
+
+    All of them: of a message still on the link, only one rank would be without, and the rest of its host wait for that.
+    """
     cp = ContextParallel(mesh, timeout=TIMEOUT)
     original, calls = ops.forward_into, 0
 
     def forward_into(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if rank == WATCHER and calls == CALL:
-            (folder / "ready").touch()
+        if rank in CUT_OFF and calls == CALL:
+            (folder / f"ready{rank}").touch()
             while not (folder / "cut").exists():
                 time.sleep(0.01)
         return original(*arguments, **options)
@@ -135,7 +138,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
             pytest.skip(f"no virtual hosts on this machine: {reason}")
         logs = [stack.enter_context((folder / f"host{host}.log").open("w")) for host in range(HOSTS)]
         launchers = [hosts.start(host, command, environment, log) for host, log in enumerate(logs)]
-        wait_for(folder / "ready", launchers, folder)
+        for rank in CUT_OFF:
+            wait_for(folder / f"ready{rank}", launchers, folder)
         hosts.cut(HOSTS - 1)
         cut = time.time()
         (folder / "cut").touch()
