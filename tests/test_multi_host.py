@@ -199,14 +199,14 @@ def test_a_training_step_over_two_hosts_is_right(job: Job, mode: str):
 def test_a_cut_link_ends_the_job_on_the_other_host(job: Job):
     assert job.status != 0
     assert job.ended - job.cut < TIMEOUT + SLACK
-    check_errors(job, range(PROCESSES), range(PROCESSES, WORLD))
+    check_errors(job, range(PROCESSES), CUT_OFF)
     shown = [f"RingError: {error['text']}" in job.log for error in job.errors.values()]
     assert any(shown), "torchrun shows it to the user, of those ranks that it does not end first"
 
 
 def test_ranks_that_are_cut_off_end_too(job: Job):
     """Only they: their torchrun waits for its rendezvous, which is on the first host."""
-    check_errors(job, range(PROCESSES, WORLD), range(PROCESSES))
+    check_errors(job, CUT_OFF, range(PROCESSES))
 
 
 def check_errors(job: Job, ranks: range, lost: range) -> None:
