@@ -3,6 +3,8 @@
     alone               whole sequences by flash_attn_func, on all ranks at once and without a message among them; its
                         time is the mean of theirs, since no two GPUs are equally fast
     ring, all_to_all    ContextParallel in that mode, all ranks on the same sequences
+    ring_again          the ring as in a layer whose backward does not follow its forward: where K/V of the last steps
+                        would still lie in their landing places, they come again
     ring_margin_4, ...  the ring again, its attention leaving so many SMs to messages (`--sm-margins`)
     torch_...           PyTorch's own context_parallel: over cuDNN, with all-gather and with all-to-all; over its
                         FlashAttention-2
@@ -107,6 +109,7 @@ SPIN_MS = 5.0  # longer than the host takes to launch a ring of 8 in both direct
 CYCLES_OF_MS = 2_000_000  # at 2 GHz
 TIMEOUT = timedelta(minutes=5)
 MODES = ("ring", "all_to_all")
+AGAIN = "ring_again"
 TORCH = {  # PyTorch's own: backend, and how keys and values travel
     "torch_cudnn": (SDPBackend.CUDNN_ATTENTION, "allgather"),
     "torch_cudnn_alltoall": (SDPBackend.CUDNN_ATTENTION, "alltoall"),
@@ -166,12 +169,14 @@ class Setup(NamedTuple):
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 
-def run_pass(attend: Callable[[], Tensor], leaves: Sequence[Tensor], dout: Tensor | None) -> Results:
-    """out, detached; with a dout the gradients of the leaves too."""
+def run_pass(attend: Callable[[], Tensor], leaves: Sequence[Tensor], dout: Tensor | None,
+             between: Callable[[], None] = lambda: None) -> Results:
+    """out, detached; with a dout the gradients of the leaves too. between: called before the backward."""
     if dout is None:
         with torch.no_grad():
             return (attend(),)
     out = attend()
+    between()
     return (out.detach(), *torch.autograd.grad(out, leaves, dout))
 
 
@@ -191,11 +196,20 @@ def local_inputs(x: Inputs, batch: LocalBatch) -> Inputs:
     return Inputs(q, k, v, x.cu_seqlens, None if x.dout is None else local(x.dout))
 
 
-def our_call(case: Case, x: Inputs, batch: LocalBatch) -> Call:
-    """A mode of ours on this rank's rows."""
+def our_call(case: Case, x: Inputs, batch: LocalBatch, between: Callable[[], None] = lambda: None) -> Call:
+    """A mode of ours on this rank's rows. between: as in `run_pass`."""
     options: dict[str, Any] = {"causal": case.causal, "window_size": (-1 if case.left is None else case.left, -1)}
     attend = functools.partial(batch.attention, x.q, x.k, x.v, **options)
-    return Call(functools.partial(run_pass, attend, x[:3], x.dout))
+    return Call(functools.partial(run_pass, attend, x[:3], x.dout, between))
+
+
+def again_call(case: Case, x: Inputs, batch: LocalBatch, exchange: DistributedExchange | None) -> Call:
+    """The ring, which forgets what has come before the backward. Raises CannotRun where it remembers nothing."""
+    if x.dout is None:
+        raise CannotRun("it is the ring: the backward differs")
+    if exchange is None or not exchange.has_copies:
+        raise CannotRun("it is the ring: without copy engines K/V always come again")
+    return our_call(case, x, batch, exchange.forget)
 
 
 def torch_call(name: str, case: Case, x: Inputs, mesh: DeviceMesh) -> Call:
@@ -263,6 +277,8 @@ class Measurement:
         return {"flop": flop(self.case, self.which), "entries": self.entries, "errors": self.errors}
 
     def _build(self, name: str, local: Inputs) -> Call:
+        if name == AGAIN:
+            return again_call(self.case, local, self.batches[name], self.setup.exchange(name))
         if name in self.setup.modes:
             return our_call(self.case, local, self.batches[name])
         return torch_call(name, self.case, local, self.setup.mesh)
@@ -373,7 +389,9 @@ class Measurement:
         """Bytes moved beside those that must be, the bound that they put on efficiency, and the memory expected."""
         setup, entry = self.setup, self.entries[name]
         is_ring = name != "all_to_all"
-        count = ring_moved if is_ring else all_to_all_moved
+        exchange = setup.exchange(name)
+        has_places = exchange is not None and exchange.place_bytes > 0
+        count = functools.partial(ring_moved, remains=has_places and name != AGAIN) if is_ring else all_to_all_moved
         moved = [count(self.case, self.layout, rank, self.which) for rank in range(setup.world)]
         entry["must_send"] = [each.sent for each in moved]
         links = setup.links.in_ring if is_ring else setup.links
@@ -388,8 +406,6 @@ class Measurement:
                 least = compute + exposed_by_parts(entry["link_ms"], compute, entry["parts"])
             entry["bound"] = compute / least
         if is_ring:
-            exchange = setup.exchange(name)
-            has_places = exchange is not None and exchange.place_bytes > 0
             memory = [
                 ring_memory(self.case, self.layout, rank, self.which, setup.device.type, has_places)
                 for rank in range(setup.world)
@@ -633,7 +649,7 @@ def choose_peers(wanted: Sequence[str], margins: Sequence[int]) -> list[str]:
 
     margins: of SMs; the ring runs with the first one, and once more with each of the others.
     """
-    peers = ["alone", *MODES, *map(ring_with_margin, margins[1:]), *TORCH]
+    peers = ["alone", *MODES, AGAIN, *map(ring_with_margin, margins[1:]), *TORCH]
     for name in wanted:
         if name not in peers:
             raise ValueError(f"unknown peer '{name}': the peers are {', '.join(peers)}")
@@ -654,7 +670,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "context_parallel_NxGPU.json for all cases on GPUs, else none)")
     add("--cells", type=name_list, default=[], help='parts of case names: "32k,packed"; gqa_1m runs only if named here')
     add("--peers", type=name_list, default=[], help="beside one rank alone: "
-        f'"{",".join((*MODES, ring_with_margin(4), *TORCH))}" (default: all)')
+        f'"{",".join((*MODES, AGAIN, ring_with_margin(4), *TORCH))}" (default: all)')
     add("--repeats", type=int, default=REPEATS, help=f"timings of each call (default: {REPEATS})")
     add("--scale", type=int, default=1, help="divide the tokens of all documents by this (default: 1)")
     add("--sm-margins", type=margin_list, metavar="SMS", help="SMs that attention leaves to messages: the ring runs "
@@ -693,6 +709,7 @@ def make_setup(device: torch.device, repeats: int, margins: Sequence[int]) -> Se
     """Connections of all modes, and the links between the ranks, measured."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
     modes = {name: ContextParallel(mesh, mode=name, sm_margin=margins[0]) for name in MODES}
+    modes[AGAIN] = ContextParallel(mesh, mode="ring", sm_margin=margins[0])
     modes |= {ring_with_margin(each): ContextParallel(mesh, mode="ring", sm_margin=each) for each in margins[1:]}
     exchange = modes["ring"].exchange
     assert isinstance(exchange, DistributedExchange)

@@ -12,7 +12,7 @@ from attention_cases import Case
 
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.all_to_all import kv_copies
-from fa3_dist.parallel.ring import LEAST_HALF, adds_at_once, backward_parts, ring_plan
+from fa3_dist.parallel.ring import KV_PLACES, LEAST_HALF, adds_at_once, backward_parts, ring_plan
 from fa3_dist.parallel.schedule import Layout, Span, Step, ring_schedule, step_sizes
 
 PASSES = ("forward", "forward_backward")
@@ -99,15 +99,22 @@ class Row(NamedTuple):
         return Row(q * size, kv * size, out * size, case.heads * SUM_SIZE, q * SUM_SIZE, kv * SUM_SIZE)
 
 
-def ring_moved(case: Case, layout: Layout, rank: int, which: str) -> Moved:
-    """What a ring moves: K and V of the tokens seen elsewhere, in each pass; in the backward their fp32 gradients."""
+def ring_moved(case: Case, layout: Layout, rank: int, which: str, remains: bool = False) -> Moved:
+    """What a ring moves: K and V of the tokens seen elsewhere, in each pass; in the backward their fp32 gradients.
+
+    remains: K and V of the last steps are still there when the backward comes.
+    """
     row = Row.of(case)
     steps = _remote_steps(case, layout, rank)
     come, go = sum(_rows(step.receive) for step in steps), sum(_rows(step.send) for step in steps)
     forward = Moved(go * row.kv, come * row.kv)
     if which == "forward":
         return forward
-    return Moved(2 * forward.sent + come * row.dkv_sum, 2 * forward.received + go * row.dkv_sum)
+    again = steps[: -len(KV_PLACES)] if remains else steps
+    sent, received = sum(_rows(step.send) for step in again), sum(_rows(step.receive) for step in again)
+    return Moved(
+        forward.sent + sent * row.kv + come * row.dkv_sum, forward.received + received * row.kv + go * row.dkv_sum
+    )
 
 
 def all_to_all_moved(case: Case, layout: Layout, rank: int, which: str) -> Moved:
@@ -153,9 +160,13 @@ def ring_memory(
     row, tokens = Row.of(case), layout.tokens(rank)
     steps = _remote_steps(case, layout, rank)
     memory = {"q": tokens * row.q, "k, v": tokens * row.kv, "out": tokens * row.out, "lse": tokens * row.lse}
+    if which == "forward_backward":
+        steps.reverse()
     come = [0, *(_rows(step.receive) for step in steps), 0]  # the local step and one after the last move nothing
     go = [0, *(_rows(step.send) for step in steps), 0]
     gathered = [0, *(_rows(step.send) * (len(step.send) > 1) for step in steps), 0]  # copies of several spans
+    if has_places and which == "forward_backward":
+        gathered[1 : len(KV_PLACES) + 1] = [0] * min(len(KV_PLACES), len(steps))  # of K/V that are still there
     arrived = [0] * len(come) if has_places else come
     fetched = [row.kv * (arrived[i] + arrived[i + 1] + gathered[i + 1]) for i in range(len(steps) + 1)]
     if has_places:
@@ -187,12 +198,12 @@ def _gradients_held(case: Case, layout: Layout, come: list[int], go: list[int], 
     """Most bytes of dK/dV in each step: those of the step before until they are added, and this one's, part by part.
 
     come, go: rows of K/V that come to this rank, and those whose gradients come back into memory of their own, in each
-    step, with one more at either end.
+    step, as the backward takes them, with one more at either end.
     """
     head_bytes = (case.head_dim + case.head_dim_v) * SUM_SIZE
     held: list[int] = []
     before: list[int] = []
-    for step, rows in enumerate(_most_rows(case, layout)):
+    for step, rows in enumerate([0, *_most_rows(case, layout)[:0:-1]]):
         parts = backward_parts(case.kv_heads, rows * head_bytes, LEAST_HALF[device_type])
         now: list[int] = []
         most = 0

@@ -73,7 +73,7 @@ def test_choice_of_problems_and_peers() -> None:
     assert [problem.name for problem in chosen] == ["packed_web_64k", "gqa_1m"]
     with pytest.raises(ValueError, match="no case contains '64m': they are mha_8k, gqa_8k"):
         context_parallel.choose_problems(found, ["64m"])
-    ours, torchs = ["alone", "ring", "all_to_all"], list(context_parallel.TORCH)
+    ours, torchs = ["alone", "ring", "all_to_all", "ring_again"], list(context_parallel.TORCH)
     assert context_parallel.choose_peers([], [0]) == [*ours, *torchs]
     assert context_parallel.choose_peers([], [0, 4, 8]) == [*ours, "ring_margin_4", "ring_margin_8", *torchs]
     chosen = context_parallel.choose_peers(["torch_flash", "ring_margin_4", "ring"], [0, 4, 8])
@@ -185,6 +185,12 @@ def test_bytes_that_move_against_counting(case: Case, world: int, which: str) ->
         for count in (cases.ring_moved, cases.all_to_all_moved)
     )
     assert ring_bytes == counted_ring(case, layout, which)
+    remaining = [cases.ring_moved(case, layout, rank, which, remains=True) for rank in range(world)]
+    if which == "forward":
+        assert remaining == ring_bytes
+    elif world == 2:  # K/V of the only step come once
+        once = counted_ring(case, layout, "forward")
+        assert remaining == [(a.sent - b.sent, a.received - b.received) for a, b in zip(ring_bytes, once)]
     assert swapped == counted_all_to_all(case, layout, which)
     assert cases.busiest_link(ring_bytes) == max(max(each) for each in ring_bytes) > 0
 
@@ -505,7 +511,8 @@ def test_two_ranks_write_figures_and_timelines(tmp_path: Path) -> None:
     layout, case = zigzag((64,), 2), cases.problems(scale=128)[1].case
     for which, measured in cell["passes"].items():
         entries = measured["entries"]
-        assert list(entries) == ["alone", "ring", "all_to_all", "ring_margin_3", *context_parallel.TORCH]
+        ours = ["alone", "ring", "all_to_all", "ring_again", "ring_margin_3"]
+        assert list(entries) == [*ours, *context_parallel.TORCH]
         alone = entries["alone"]["ms"]["median"]
         assert measured["flop"] == cases.flop(case, which)
         assert entries["alone"]["tflops"]["median"] == pytest.approx(measured["flop"] / alone / 1e9)
@@ -525,6 +532,8 @@ def test_two_ranks_write_figures_and_timelines(tmp_path: Path) -> None:
             assert entry["peak_bytes"] is None and entry["difference"] < 8e-3
         for name in context_parallel.TORCH:
             assert entries[name] == {"ms": None, "tflops": None, "reason": "torch's context_parallel is for CUDA"}
+        why = {"forward": "the backward differs", "forward_backward": "without copy engines K/V always come again"}
+        assert entries["ring_again"] == {"ms": None, "tflops": None, "reason": f"it is the ring: {why[which]}"}
         steps = entries["ring"]["steps"]
         kinds = [(step["kind"], step["what"], step["step"]) for step in steps if step["rank"] == 1]
         forward = [("communication", "K/V", 1), ("compute", "forward", 0), ("compute", "forward", 1)]

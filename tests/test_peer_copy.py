@@ -311,23 +311,32 @@ class Crowded:
     def room(self, place: int, like: list[Tensor], rows: int, most_rows: int) -> tuple[Tensor, ...]:
         if most_rows > 4:
             raise CannotCopy("rank 1: out of memory")
+        return self.remains(place, like, rows)
+
+    def remains(self, place: int, like: list[Tensor], rows: int) -> tuple[Tensor, ...]:
         return tuple(torch.full((rows, *x.shape[1:]), 7.0) for x in like)
 
     def free(self) -> None:
         self.nbytes = 0
 
 
-def test_messages_go_by_nccl_once_a_place_cannot_be_had(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def crowded(monkeypatch: pytest.MonkeyPatch) -> DistributedExchange:
+    """An exchange on the CPU that takes itself for one with copies."""
     exchange = DistributedExchange.__new__(DistributedExchange)
     exchange.__dict__.update(
-        _peers=Crowded(), _lacks_memory=False, device=torch.device("cpu"), observer=None,
+        _peers=Crowded(), _lacks_memory=False, device=torch.device("cpu"), observer=None, _stamps=Counter(),
         _watchdog=SimpleNamespace(raise_failure=lambda: None), _connect=lambda what: None,
     )
     monkeypatch.setattr(torch.cuda, "device", lambda device: threading.Lock())  # a context manager
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    x = torch.zeros(2, 3)
+    return exchange
+
+
+def test_messages_go_by_nccl_once_a_place_cannot_be_had(
+    crowded: DistributedExchange, caplog: pytest.LogCaptureFixture
+) -> None:
+    exchange, x = crowded, torch.zeros(2, 3)
     assert exchange.room([x], 2, Place(0, 4))[0].eq(7.0).all() and exchange.has_copies and exchange.place_bytes
     assert not caplog.messages
     assert exchange.room([x], 2, Place(0, 5))[0].shape == (2, 3) and not exchange.has_copies
@@ -336,6 +345,38 @@ def test_messages_go_by_nccl_once_a_place_cannot_be_had(
         "a landing place cannot be had, so messages go by NCCL from here on: rank 1: out of memory"
     ]
     assert exchange.room([x], 2, Place(0, 4))[0].shape == (2, 3) and len(caplog.messages) == 1
+
+
+def test_a_message_remains_until_its_place_is_asked_for(
+    crowded: DistributedExchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, places = torch.zeros(2, 3), [Place(number, 4) for number in range(2)]
+
+    def are_there() -> list[bool]:
+        return [crowded.remains([x], 2, place, stamp) is not None for place, stamp in zip(places, stamps, strict=True)]
+
+    for place in places:
+        crowded.room([x], 2, place)
+    stamps = [crowded.stamp(place.number) for place in places]
+    assert are_there() == [True, True]
+    (there,) = crowded.remains([x], 2, places[0], stamps[0]) or ()
+    assert there.eq(7.0).all() and there.shape == (2, 3)
+    assert crowded.remains([x], 2, places[0], None) is None
+    crowded.room([x], 2, places[1])
+    assert are_there() == [True, False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # what is captured runs again
+    assert are_there() == [False, False] and crowded.stamp(0) is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert are_there() == [True, False]
+    crowded.forget()
+    assert are_there() == [False, False]
+    stamps = [crowded.stamp(place.number) for place in places]
+    assert are_there() == [True, True]
+    crowded.free_places()
+    assert are_there() == [False, False]
+    stamps = [crowded.stamp(place.number) for place in places]
+    crowded.room([x], 2, Place(0, 5))  # cannot be had
+    assert are_there() == [False, False] and crowded.stamp(0) is None
 
 
 def test_a_place_that_cannot_be_had_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

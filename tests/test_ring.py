@@ -104,6 +104,14 @@ def test_gate_in_process(world: int):
     assert ring.ring_schedule is ring_schedule, "ranks of this process left another schedule behind"
 
 
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_gate_where_keys_are_still_there(world: int):
+    """With landing places the backward finds the K/V of the last two steps where the forward got them."""
+    for case in CASES:
+        if sum(case.lengths) < 1000 and case.schedule == "shipped":  # of others it does not know the largest message
+            assert judge(case, run_in_process(world, run_case, case, has_places=True)) == [], case.name
+
+
 GPU_CASES = [case for case in CASES if 100 < sum(case.lengths) and case.schedule == "shipped"]
 
 
@@ -126,6 +134,18 @@ def test_gate_of_local_steps_in_two_parts(world, kv_heads, head_dim, layout, len
     monkeypatch.setattr(ring, "LEAST_OPENING", {"cuda": 0})
     case = Case("", lengths, layout, 4, kv_heads, head_dim, head_dim, dtype=BF16, dlse=False)
     assert judge(case, run_in_process(world, run_case, case, deterministic, "cuda")) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("layout, lengths", [
+    ("zigzag", (3000,)), ("packed", (300, 2600, 700, 90)), ("striped", (2100,)),
+])  # fmt: skip
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_gate_of_ranks_on_one_gpu_where_keys_are_still_there(world, layout, lengths, deterministic, monkeypatch):
+    monkeypatch.setattr(ring, "LEAST_OPENING", {"cuda": 0})
+    case = Case("", lengths, layout, 4, 2, 128, 128, dtype=BF16, dlse=False)
+    assert judge(case, run_in_process(world, run_case, case, deterministic, "cuda", has_places=True)) == []
 
 
 def nccl_worker(rank: int, world: int, peer_copies: bool) -> list[dict]:
@@ -212,6 +232,44 @@ def test_messages_of_a_causal_zigzag(world: int):
             "bytes_sent": leaving * kv_bytes + arriving * dkv_bytes,
             "bytes_received": arriving * kv_bytes + leaving * dkv_bytes,
         }  # fmt: skip
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_keys_that_are_still_there_do_not_come_again(world: int):
+    """With landing places: those of the last two remote steps."""
+    case = Case("", (512,), heads=8, kv_heads=1)
+    for result in run_in_process(world, run_case, case, has_places=True):
+        gradients, keys = world - 1, max(world - 3, 0)
+        assert result["forward"]["messages_received"] == world - 1
+        assert result["backward"]["messages_received"] == result["backward"]["messages_sent"] == gradients + keys
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_keys_of_another_layer_are_not_taken_for_ones_own(world: int):
+    """Two forwards, the second one's message larger, then their backwards, the first one's twice."""
+    cases = [Case("", (160,), kv_heads=2), Case("", (410, 50), kv_heads=2, window_left=90)]
+
+    def both(exchange: Exchange) -> tuple[list[dict[str, Tensor]], list[int]]:
+        calls, counts, results = [], [], []
+        for case in cases:
+            layout, inputs = case.make_layout(world), make_inputs(case)
+            rows = local_rows(layout, exchange.rank)
+            leaves = [x[rows].requires_grad_() for x in inputs[:3]]
+            outputs = ring_attention(*leaves, layout=layout, rank=exchange.rank, exchange=exchange, **case.options)
+            calls.append((leaves, outputs, (inputs.dout[rows], inputs.dlse[:, rows])))
+        for index in (1, 0, 0):
+            leaves, outputs, gradients = calls[index]
+            exchange.stats.reset()
+            found = outputs + torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+            results.append(dict(zip(NAMES, [x.detach() for x in found], strict=True)))
+            counts.append(exchange.stats.messages_received)
+        return results, counts
+
+    by_rank = run_in_process(world, both, has_places=True)
+    for run, index in enumerate((1, 0, 0)):
+        assert judge(cases[index], [results[run] for results, _ in by_rank]) == []
+    if world == 2:
+        assert [counts for _, counts in by_rank] == [[2, 3, 3]] * 2  # dK/dV in halves; K/V of the first one again
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -343,15 +401,15 @@ def test_one_half_travels_while_the_other_computes():
         run_in_process(3, run)
     for order in events.values():
         assert order == [
-            "start K/V 1", "compute 4",
-            "wait K/V 1", "start K/V 2",
-            "compute 2", "start dK/dV 1",
-            "compute 2", "start dK/dV 1",  # the first half of step 1 travels meanwhile
-            "wait K/V 2",
-            "compute 2", "wait dK/dV 1", "start dK/dV 2",
-            "compute 2", "wait dK/dV 1", "start dK/dV 2",
+            "start K/V 2", "compute 4",
+            "wait K/V 2", "start K/V 1",
+            "compute 2", "start dK/dV 2",
+            "compute 2", "start dK/dV 2",  # the first half of step 2 travels meanwhile
+            "wait K/V 1",
+            "compute 2", "wait dK/dV 2", "start dK/dV 1",
+            "compute 2", "wait dK/dV 2", "start dK/dV 1",
             "compute 4",  # the rest of the local step: the last half travels meanwhile
-            "wait dK/dV 2", "wait dK/dV 2",
+            "wait dK/dV 1", "wait dK/dV 1",
         ]  # fmt: skip
 
 

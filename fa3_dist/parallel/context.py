@@ -520,6 +520,12 @@ class NoPeers:
     def room(self, *message: Any) -> Parts:
         raise AssertionError(f"a ring of one rank has nobody to wait for a message from: {message}")
 
+    def stamp(self, place: int) -> None:
+        pass
+
+    def remains(self, *message: Any) -> Parts:
+        raise AssertionError(f"a ring of one rank has had no message from anybody: {message}")
+
     def exchange(self, **message: Any) -> Pending:
         raise AssertionError(f"a ring of one rank has nobody to exchange with: {message}")
 

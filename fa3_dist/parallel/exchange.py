@@ -134,6 +134,14 @@ class Exchange(Protocol):
         valid for work that is queued before the next exchange into that place is started.
         """
 
+    def stamp(self, place: int) -> int | None:
+        """What to ask `remains` with, later, for the message that comes into a place's room now; None: it won't be
+        known. The same on all ranks, as they ask for room together."""
+
+    def remains(self, like: Sequence[Tensor], rows: int, place: Place, stamp: int | None) -> Parts | None:
+        """The room of a message that has come, with what is in it; None if it was asked for again since the stamp, or
+        may not have stayed for other reasons: on all ranks alike. It is valid for as long as it was before."""
+
     def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
                  step: int, place: Place | None = None) -> Pending:
         """Starts sending `send` to rank `destination` and filling `receive` from rank `source`.
@@ -202,6 +210,14 @@ class Subgroup:
     def room(self, like: Sequence[Tensor], rows: int, place: Place) -> Parts:
         """See `Exchange.room`. The places are of all ranks, which may not come here together."""
         return new_room(like, rows)
+
+    def stamp(self, place: int) -> int | None:
+        """See `Exchange.stamp`."""
+        return None
+
+    def remains(self, like: Sequence[Tensor], rows: int, place: Place, stamp: int | None) -> Parts | None:
+        """See `Exchange.remains`."""
+        return None
 
     def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
                  step: int, place: Place | None = None) -> Pending:
@@ -370,6 +386,7 @@ class DistributedExchange:
         self.observer: Observer | None = None
         self._peers: PeerCopies | None = None
         self._lacks_memory = False  # for places, on some rank
+        self._stamps: Counter[int] = Counter()  # of places
         self._stream: Any = None
         self._side: Any = None
         self._posted: _StreamPending | None = None  # the last one since `let_begin`
@@ -406,6 +423,11 @@ class DistributedExchange:
         the host waits for the device."""
         if self._peers is not None:
             self._peers.free()
+            self.forget()
+
+    def forget(self) -> None:
+        """From here on nothing `remains` of what has come so far. Called by all ranks of the group together."""
+        self._stamps.update(range(peer_copy.PLACES))
 
     def room(self, like: Sequence[Tensor], rows: int, place: Place) -> Parts:
         """See `Exchange.room`."""
@@ -413,6 +435,7 @@ class DistributedExchange:
             return new_room(like, rows)
         assert self._peers is not None and self._watchdog is not None
         self._watchdog.raise_failure()
+        self._stamps[place.number] += 1
         if self._peers.must_grow(place.number, like, place.most_rows):
             # All ranks make the memory together, and nobody watches that: so first hear from each of them.
             observer, self.observer = self.observer, None
@@ -426,6 +449,17 @@ class DistributedExchange:
         self._lacks_memory = True
         self.free_places()
         return new_room(like, rows)
+
+    def stamp(self, place: int) -> int | None:
+        """See `Exchange.stamp`."""
+        return self._stamps[place] if self._has_places() else None
+
+    def remains(self, like: Sequence[Tensor], rows: int, place: Place, stamp: int | None) -> Parts | None:
+        """See `Exchange.remains`."""
+        if stamp is None or self.stamp(place.number) != stamp:
+            return None
+        assert self._peers is not None
+        return self._peers.remains(place.number, like, rows)
 
     def _has_places(self) -> bool:
         """Whether messages into places go by copy engines now: their counts would be wrong in a graph's second run."""
@@ -810,13 +844,15 @@ def _group_timeout(group: Any, device: torch.device) -> float:
 # ------------------------------------------------------------------------------------------------ in process
 
 
-def run_in_process(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+def run_in_process(world: int, fn: Callable[..., Any], *args: Any, has_places: bool = False) -> list[Any]:
     """Runs `fn(exchange, *args)` once for each rank of a ring inside this process and returns the results by rank.
 
     Each rank has a thread, but only one of them runs at a time: a rank runs until it waits for a message that is not
     there yet, then the next one that can go on does. So a run is deterministic, global random state included. Ranks
     share the current CUDA device and stream.
 
+    Args:
+        has_places: messages into a place land where the one before did, as they do between GPUs.
     Raises:
         ValueError: world < 1.
         Exception: the first error that `fn` raised on any rank; the other ranks end with a RingError at their next
@@ -838,7 +874,7 @@ def run_in_process(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
             # Backward nodes of one device share one thread unless they run on the caller's: rank 0, waiting in its
             # backward for rank 1, would keep rank 1 from running its own.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            results[rank] = fn(InProcessExchange(hub, rank), *args)
+            results[rank] = fn(InProcessExchange(hub, rank, has_places), *args)
 
     threads = [threading.Thread(target=run, args=(rank,), name=f"ring rank {rank}") for rank in range(world)]
     for thread in threads:
@@ -912,16 +948,35 @@ class InProcessExchange:
 
     sm_margin = 0
 
-    def __init__(self, hub: _Hub, rank: int):
+    def __init__(self, hub: _Hub, rank: int, has_places: bool = False):
         self.rank, self.world = rank, hub.world
         self.stats = Traffic()
         self.observer: Observer | None = None  # not told of messages: when ranks that take turns wait says nothing
         self._hub = hub
+        self._has_places = has_places
+        self._places: dict[int, Tensor] = {}  # bytes
+        self._stamps: Counter[int] = Counter()
         self._numbers: Counter[tuple[int, int]] = Counter()  # messages so far, by (source, destination)
 
     def room(self, like: Sequence[Tensor], rows: int, place: Place) -> Parts:
         """See `Exchange.room`."""
-        return new_room(like, rows)
+        if not self._has_places:
+            return new_room(like, rows)
+        self._stamps[place.number] += 1
+        size, before = peer_copy.message_bytes(like, place.most_rows), self._places.get(place.number)
+        if before is None or before.nbytes < size:
+            self._places[place.number] = like[0].new_empty(size, dtype=torch.uint8)
+        return peer_copy.carve(self._places[place.number], like, rows)
+
+    def stamp(self, place: int) -> int | None:
+        """See `Exchange.stamp`."""
+        return self._stamps[place] if self._has_places else None
+
+    def remains(self, like: Sequence[Tensor], rows: int, place: Place, stamp: int | None) -> Parts | None:
+        """See `Exchange.remains`."""
+        if stamp is None or self.stamp(place.number) != stamp:
+            return None
+        return peer_copy.carve(self._places[place.number], like, rows)
 
     def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
                  step: int, place: Place | None = None) -> Pending:

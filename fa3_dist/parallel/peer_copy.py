@@ -110,6 +110,10 @@ class PeerCopies:
             self._grow(place, message_bytes(like, most_rows))
         return carve(self._places[place].own, like, rows)
 
+    def remains(self, place: int, like: Sequence[Tensor], rows: int) -> tuple[Tensor, ...]:
+        """What `room` gave last for that place, without asking for it again."""
+        return carve(self._places[place].own, like, rows)
+
     def must_grow(self, place: int, like: Sequence[Tensor], most_rows: int) -> bool:
         """Whether `room` with these arguments makes the place anew, which all ranks do together."""
         return place not in self._places or self._places[place].own.nbytes < message_bytes(like, most_rows)

@@ -5,9 +5,9 @@ them is data in the schedule (`schedule.ring_schedule`), and how messages travel
 (`exchange.Exchange`). What this file adds is the order of things, so that messages travel while attention computes:
 
     forward                                   backward
-    start K/V of the first remote step        start K/V of the first remote step
+    start K/V of the first remote step        start K/V of the last remote step
     attend to local keys                      gradients of some local keys, where that pays (`LEAST_OPENING`)
-    for each remote step:                     for each remote step:
+    for each remote step:                     for each remote step, the last one first:
         wait for its K/V                          wait for its K/V
         start K/V of the next one                 start K/V of the next one
         attend, continuing out and lse            for each half of the key/value heads:
@@ -25,8 +25,10 @@ tiles are under way, the next one takes (`_Beside`).
 Softmax over all keys is continued from step to step in fp32 (`ops.forward_into`: running out and lse), the gradients
 accumulate in fp32, and dK/dV travel in fp32; what is returned is rounded once, at the end. dK/dV that one launch alone
 contributes to are written, not added to zeros, and by the first local launch right where they are wanted, if none of
-its keys are any other rank's business. Only local tensors are saved for the backward, in which K and V travel again, so
-memory is O(sequence / world).
+its keys are any other rank's business. Only local tensors are saved for the backward, so memory is
+O(sequence / world), and K and V travel again, but for those that still lie where they came in the forward
+(`Exchange.remains`): the last two steps', where a layer's backward follows its forward, as it does where activations
+are checkpointed. The local step is whole then, as there is nothing for a part of it to hide.
 
 Names: T local rows, N rows of a message, H query heads, G key/value heads, D head_dim, E head_dim of v. A message has
 two parts: rows of K (N, G, D), and of V (N, G, E), sent from where they lie; dK and dV likewise.
@@ -104,6 +106,7 @@ class _RingAttention(torch.autograd.Function):
         out, lse = ring_forward(q, k, v, plan, exchange, options)
         ctx.save_for_backward(q, k, v, out, lse)  # local rows only
         ctx.ring = plan, exchange, options | {"deterministic": deterministic}
+        ctx.stamps = [exchange.stamp(place) for place in KV_PLACES]  # of the last steps' K/V
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -113,7 +116,9 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
         delta = partial(ops.delta, dout, out, dlse)
-        return *ring_backward(dout, q, k, v, lse, delta, *ctx.ring), None, None, None, None
+        plan, exchange, options = ctx.ring
+        gradients = ring_backward(dout, q, k, v, lse, delta, plan, exchange, options, stamps=ctx.stamps)
+        return *gradients, None, None, None, None
 
 
 def ring_forward(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, exchange: Exchange,
@@ -148,11 +153,12 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, exchange: Exch
 
 
 def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, make_delta: Callable[[], Tensor],
-                  plan: RingPlan, exchange: Exchange, options: dict[str, Any],
-                  kv_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                  plan: RingPlan, exchange: Exchange, options: dict[str, Any], kv_dtype: torch.dtype | None = None,
+                  stamps: Sequence[int | None] = (None, None)) -> tuple[Tensor, Tensor, Tensor]:
     """dq (T, H, D) in the dtype of the inputs, dk (T, G, D) and dv (T, G, E) in kv_dtype (None: the same).
 
-    make_delta: called while the first message travels. options: those of `ring_forward`, and deterministic.
+    make_delta: called while the first message travels. options: those of `ring_forward`, and deterministic. stamps: of
+    the places of K/V, after the forward.
     """
     (T, G, D), E, sum_dtype = k.shape, v.shape[-1], accumulator_dtype(q.dtype)
     kv_dtype = kv_dtype or k.dtype
@@ -164,7 +170,10 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
     opening, closing = plan.parts_of_local(T * G, k.device)
     if plan.remote:
         kv = _KeyRows(k.contiguous(), v.contiguous())
-        arriving = _fetch(kv, plan, 0, exchange)
+        arriving = _fetch(kv, plan, len(plan.remote) - 1, exchange, stamps)
+        # NOTE: a deterministic backward adds in the same order whether its forward was long ago or not.
+        if arriving.pending is None and not plan.finished and not options["deterministic"]:
+            opening, closing = (), plan.local_backward
     delta = make_delta()
     row_bytes = (D + E) * sum_dtype.itemsize
     parts = [_head_parts(q.shape[1], G, step.most_rows * row_bytes, k.device) for step in plan.remote]
@@ -198,10 +207,10 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
             with local.stream():
                 writes = total is not None or writes_own
                 add_gradients(0, opening, _KeyRows(k, v), total or own, writes, exchange.sm_margin)
-        for index, step in enumerate(plan.remote):
+        for index, step in reversed(list(enumerate(plan.remote))):
             come = arriving.wait()
-            if index + 1 < len(plan.remote):
-                arriving = _fetch(kv, plan, index + 1, exchange)
+            if index > 0:
+                arriving = _fetch(kv, plan, index - 1, exchange, stamps)
             before, returning = returning, []
             for part, heads in enumerate(parts[index]):
                 dkv = _KeyRows(*(_new_sum(x, heads.kv_count, sum_dtype, step.writes) for x in come))
@@ -326,12 +335,13 @@ class _KeyRows(NamedTuple):
 class _Arrival(NamedTuple):
     """A message under way to this rank."""
 
-    pending: Pending
+    pending: Pending | None  # None: it has come before
     rows: _KeyRows  # valid after wait()
     spans: tuple[Span, ...]  # which rows of the owner's tensors they are, in this order
 
     def wait(self) -> _KeyRows:
-        self.pending.wait()
+        if self.pending is not None:
+            self.pending.wait()
         return self.rows
 
 
@@ -347,9 +357,17 @@ class _Returning(NamedTuple):
             _add_rows(x, rows, self.arrival.spans, to=x)
 
 
-def _fetch(kv: _KeyRows, plan: RingPlan, index: int, exchange: Exchange) -> _Arrival:
-    """Starts bringing the K/V rows that a remote step needs, and sending the rows another rank needs in it."""
+def _fetch(kv: _KeyRows, plan: RingPlan, index: int, exchange: Exchange,
+           stamps: Sequence[int | None] = (None, None)) -> _Arrival:
+    """Starts bringing the K/V rows that a remote step needs, and sending the rows another rank needs in it.
+
+    stamps: of the places after a forward, of which the last two steps' K/V may still be there.
+    """
     step, place = plan.remote[index].step, Place(KV_PLACES[index % 2], plan.most_rows)
+    is_late = index >= len(plan.remote) - len(KV_PLACES)
+    there = exchange.remains(kv, _total(step.receive), place, stamps[index % 2]) if is_late else None
+    if there is not None:
+        return _Arrival(None, _KeyRows(*there), step.receive)
     rows = _KeyRows(*exchange.room(kv, _total(step.receive), place))
     pending = exchange.exchange(send=[_gather(x, step.send) for x in kv], destination=step.destination, receive=rows,
                                 source=step.source, what="K/V", step=step.shift, place=place)

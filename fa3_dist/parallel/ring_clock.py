@@ -68,7 +68,7 @@ def forward_end(wires: Wires, work: np.ndarray, message: np.ndarray) -> np.ndarr
 
 def backward_end(wires: Wires, opening: np.ndarray, work: np.ndarray, closing: np.ndarray,
                  message: np.ndarray, gradient: np.ndarray, add: np.ndarray, parts: Sequence[int]) -> np.ndarray:
-    """Seconds after which each rank is through with the backward.
+    """Seconds after which each rank is through with the backward, in which all K/V come again.
 
     Args:
         work, message: as in `forward_end`; what they say of step 0 is not looked at.
@@ -77,7 +77,7 @@ def backward_end(wires: Wires, opening: np.ndarray, work: np.ndarray, closing: n
         parts: (steps,) launches of a step, each of as many heads; the dK/dV of one travel while the next computes.
     """
     now, steps = np.zeros(len(work)), work.shape[1]
-    arriving = wires.fetch(now, 1, message[:, 1]) if steps > 1 else now
+    arriving = wires.fetch(now, steps - 1, message[:, -1]) if steps > 1 else now
     now = now + opening
     returning: list[tuple[np.ndarray, np.ndarray]] = []  # when a message is there, and the seconds to add it up
 
@@ -86,10 +86,10 @@ def backward_end(wires: Wires, opening: np.ndarray, work: np.ndarray, closing: n
             now = np.maximum(now, arrived) + seconds
         return now
 
-    for step in range(1, steps):
+    for step in range(steps - 1, 0, -1):
         now = np.maximum(now, arriving)
-        if step + 1 < steps:
-            arriving = wires.fetch(now, step + 1, message[:, step + 1])
+        if step > 1:
+            arriving = wires.fetch(now, step - 1, message[:, step - 1])
         earlier, returning = returning, []
         for _ in range(parts[step]):
             now = add_returned(now + work[:, step] / parts[step], earlier[:1])
