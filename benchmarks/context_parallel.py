@@ -3,8 +3,9 @@
     alone               whole sequences by flash_attn_func, on all ranks at once and without a message among them; its
                         time is the mean of theirs, since no two GPUs are equally fast
     ring, all_to_all    ContextParallel in that mode, all ranks on the same sequences
-    ring_again          the ring as in a layer whose backward does not follow its forward: where K/V of the last steps
-                        would still lie in their landing places, they come again
+    ring_again          the ring, in whose backward all K/V come again. In ring itself those of the last two steps
+                        still lie where the forward got them: as in a layer whose activations are checkpointed, or in
+                        a model's last layer. Other layers' forwards come in between, which is ring_again
     ring_margin_4, ...  the ring again, its attention leaving so many SMs to messages (`--sm-margins`)
     torch_...           PyTorch's own context_parallel: over cuDNN, with all-gather and with all-to-all; over its
                         FlashAttention-2
@@ -391,7 +392,8 @@ class Measurement:
         is_ring = name != "all_to_all"
         exchange = setup.exchange(name)
         has_places = exchange is not None and exchange.place_bytes > 0
-        count = functools.partial(ring_moved, remains=has_places and name != AGAIN) if is_ring else all_to_all_moved
+        remains = has_places and name != AGAIN
+        count = functools.partial(ring_moved, remains=remains) if is_ring else all_to_all_moved
         moved = [count(self.case, self.layout, rank, self.which) for rank in range(setup.world)]
         entry["must_send"] = [each.sent for each in moved]
         links = setup.links.in_ring if is_ring else setup.links

@@ -165,8 +165,6 @@ def ring_memory(
     come = [0, *(_rows(step.receive) for step in steps), 0]  # the local step and one after the last move nothing
     go = [0, *(_rows(step.send) for step in steps), 0]
     gathered = [0, *(_rows(step.send) * (len(step.send) > 1) for step in steps), 0]  # copies of several spans
-    if has_places and which == "forward_backward":
-        gathered[1 : len(KV_PLACES) + 1] = [0] * min(len(KV_PLACES), len(steps))  # of K/V that are still there
     arrived = [0] * len(come) if has_places else come
     fetched = [row.kv * (arrived[i] + arrived[i + 1] + gathered[i + 1]) for i in range(len(steps) + 1)]
     if has_places:

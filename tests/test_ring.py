@@ -9,7 +9,7 @@ import hashlib
 import threading
 import weakref
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 
 import pytest
@@ -582,6 +582,32 @@ def test_activation_checkpointing_changes_no_bit():
     assert run_distributed(3, checkpointed) == [[True] * 3] * 3
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("world, messages", [(2, 3), (3, 6)])
+def test_a_checkpointed_layer_finds_the_keys_of_its_second_forward(world: int, messages: int, use_reentrant: bool):
+    """Two layers: in the backward of each, K/V come for the forward run again, and no more; dK/dV in halves."""
+    case = Case("", (300,), heads=4, kv_heads=2, dtype=torch.float64)
+
+    def run(exchange: Exchange, uses_checkpoints: bool) -> tuple[list[Tensor], int]:
+        layout, inputs = case.make_layout(world), make_inputs(case)
+        leaves = [x[local_rows(layout, exchange.rank)].requires_grad_() for x in inputs[:3]]
+
+        def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return ring_attention(q, k, v, layout=layout, rank=exchange.rank, exchange=exchange, **case.options)[0]
+
+        x = leaves[0]
+        for _ in range(2):
+            x = (partial(checkpoint, layer, use_reentrant=use_reentrant) if uses_checkpoints else layer)(x, *leaves[1:])
+        exchange.stats.reset()
+        x.square().sum().backward()
+        return [leaf.grad for leaf in leaves], exchange.stats.messages_received
+
+    by_rank = run_in_process(world, run, True, has_places=True)
+    for (found, count), (plain, _) in zip(by_rank, run_in_process(world, run, False), strict=True):
+        assert count == 2 * messages
+        torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)  # fp64
+
+
 # --------------------------------------------------------------------------------------------------- memory
 
 
@@ -645,7 +671,8 @@ def saved_bytes(exchange: Exchange) -> tuple[int, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out, lse = ring_attention(q, k, v, layout=layout, rank=exchange.rank, exchange=exchange, window_right=0)
-    return sum(x.nbytes for x in saved), sum(x.nbytes for x in (q, k, v, out, lse))
+    stamps = 8 * len(ring.KV_PLACES)
+    return sum(x.nbytes for x in saved), sum(x.nbytes for x in (q, k, v, out, lse)) + stamps
 
 
 def test_only_local_tensors_are_saved_for_the_backward():

@@ -140,7 +140,8 @@ class Exchange(Protocol):
 
     def remains(self, like: Sequence[Tensor], rows: int, place: Place, stamp: int | None) -> Parts | None:
         """The room of a message that has come, with what is in it; None if it was asked for again since the stamp, or
-        may not have stayed for other reasons: on all ranks alike. It is valid for as long as it was before."""
+        may not have stayed for other reasons: on all ranks alike. `like`, `rows` and `place` are those that room was
+        asked for with. It is valid as that room is: for work queued before the next exchange into the place."""
 
     def exchange(self, *, send: Message, destination: int, receive: Message, source: int, what: str,
                  step: int, place: Place | None = None) -> Pending:
@@ -426,7 +427,10 @@ class DistributedExchange:
             self.forget()
 
     def forget(self) -> None:
-        """From here on nothing `remains` of what has come so far. Called by all ranks of the group together."""
+        """From here on nothing `remains` of what has come so far.
+
+        Called by all ranks of the group: where one remembers and another does not, they wait for each other in vain.
+        """
         self._stamps.update(range(peer_copy.PLACES))
 
     def room(self, like: Sequence[Tensor], rows: int, place: Place) -> Parts:
@@ -966,6 +970,7 @@ class InProcessExchange:
         size, before = peer_copy.message_bytes(like, place.most_rows), self._places.get(place.number)
         if before is None or before.nbytes < size:
             self._places[place.number] = like[0].new_empty(size, dtype=torch.uint8)
+        self._places[place.number].fill_(0xFF)  # NaN: from here on nobody may read what came before
         return peer_copy.carve(self._places[place.number], like, rows)
 
     def stamp(self, place: int) -> int | None:

@@ -111,7 +111,8 @@ class PeerCopies:
         return carve(self._places[place].own, like, rows)
 
     def remains(self, place: int, like: Sequence[Tensor], rows: int) -> tuple[Tensor, ...]:
-        """What `room` gave last for that place, without asking for it again."""
+        """What `room` gave for that place and these arguments, if it was not asked for again since: see
+        `DistributedExchange.remains`, which knows."""
         return carve(self._places[place].own, like, rows)
 
     def must_grow(self, place: int, like: Sequence[Tensor], most_rows: int) -> bool:

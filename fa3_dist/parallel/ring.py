@@ -27,8 +27,9 @@ accumulate in fp32, and dK/dV travel in fp32; what is returned is rounded once, 
 contributes to are written, not added to zeros, and by the first local launch right where they are wanted, if none of
 its keys are any other rank's business. Only local tensors are saved for the backward, so memory is
 O(sequence / world), and K and V travel again, but for those that still lie where they came in the forward
-(`Exchange.remains`): the last two steps', where a layer's backward follows its forward, as it does where activations
-are checkpointed. The local step is whole then, as there is nothing for a part of it to hide.
+(`Exchange.remains`): the last two steps', where no other ring's forward came in between, as in every layer whose
+activations are checkpointed (there it is the recomputed forward that counts). With nothing to hide, the local step
+mostly comes last, in one piece.
 
 Names: T local rows, N rows of a message, H query heads, G key/value heads, D head_dim, E head_dim of v. A message has
 two parts: rows of K (N, G, D), and of V (N, G, E), sent from where they lie; dK and dV likewise.
@@ -104,20 +105,23 @@ class _RingAttention(torch.autograd.Function):
                 options: dict[str, Any], deterministic: bool) -> tuple[Tensor, Tensor]:
         q, k, v = (unit_stride(x) for x in (q, k, v))
         out, lse = ring_forward(q, k, v, plan, exchange, options)
-        ctx.save_for_backward(q, k, v, out, lse)  # local rows only
+        stamps = [exchange.stamp(place) for place in KV_PLACES]  # of the last steps' K/V
+        # NOTE: as a tensor, so that after a checkpoint they are of the forward that was run again.
+        of_places = torch.tensor([NO_STAMP if each is None else each for each in stamps], device="cpu")
+        ctx.save_for_backward(q, k, v, out, lse, of_places)  # local rows only
         ctx.ring = plan, exchange, options | {"deterministic": deterministic}
-        ctx.stamps = [exchange.stamp(place) for place in KV_PLACES]  # of the last steps' K/V
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, of_places = ctx.saved_tensors
+        stamps = [None if each == NO_STAMP else each for each in of_places.tolist()]
         dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
         delta = partial(ops.delta, dout, out, dlse)
         plan, exchange, options = ctx.ring
-        gradients = ring_backward(dout, q, k, v, lse, delta, plan, exchange, options, stamps=ctx.stamps)
+        gradients = ring_backward(dout, q, k, v, lse, delta, plan, exchange, options, stamps=stamps)
         return *gradients, None, None, None, None
 
 
@@ -323,6 +327,7 @@ def _head_parts(heads: int, kv_heads: int, head_bytes: int, device: torch.device
 # Where messages land: K/V of a step while those of the step before are read; dK/dV of each part of the heads, which are
 # added up before the next ones are asked for.
 KV_PLACES, DKV_PLACES = (0, 1), (2, 3)
+NO_STAMP = -1  # in a tensor of stamps
 
 
 class _KeyRows(NamedTuple):
@@ -333,9 +338,9 @@ class _KeyRows(NamedTuple):
 
 
 class _Arrival(NamedTuple):
-    """A message under way to this rank."""
+    """A message under way to this rank, or one that came before and is still there."""
 
-    pending: Pending | None  # None: it has come before
+    pending: Pending | None  # None: it is still there
     rows: _KeyRows  # valid after wait()
     spans: tuple[Span, ...]  # which rows of the owner's tensors they are, in this order
 
