@@ -455,7 +455,8 @@ def meets_each_once(launches: ring.Launches, keys: int, window_left: int | None,
 
 
 def test_launches_overlap_only_where_they_add_atomically(monkeypatch):
-    """Not PyTorch's kernels, not in halves, whose sums are copies of views, and not where the order counts."""
+    """Not PyTorch's kernels, not in halves, whose sums are copies of views, and not where the order counts; nor where
+    nothing comes before the remote launch, which would then begin beside the local one."""
     asked = []
     monkeypatch.setattr(InProcessExchange, "side_stream", lambda exchange: asked.append(exchange.rank))
     whole, halves = Case("", (300,), kv_heads=1), Case("", (300,), heads=4, kv_heads=2)
@@ -469,6 +470,9 @@ def test_launches_overlap_only_where_they_add_atomically(monkeypatch):
     assert asked == []
     run_in_process(2, run_case, whole)
     assert sorted(asked) == [0, 1]
+    asked.clear()
+    run_in_process(2, run_case, whole, has_places=True)  # rank 0 begins with keys that are its own
+    assert asked == [0]
 
 
 # ----------------------------------------------------------------------------------- the parts of the local step

@@ -172,11 +172,13 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
             ops.backward(dout, q, k, v, lse, make_delta(), dq, dk, dv, **plan.alone, **options)
         return dq, dk, dv
     opening, closing = plan.parts_of_local(T * G, k.device)
+    is_there = False
     if plan.remote:
         kv = _KeyRows(k.contiguous(), v.contiguous())
         arriving = _fetch(kv, plan, len(plan.remote) - 1, exchange, stamps)
+        is_there = arriving.pending is None
         # NOTE: a deterministic backward adds in the same order whether its forward was long ago or not.
-        if arriving.pending is None and not plan.finished and not options["deterministic"]:
+        if is_there and not plan.finished and not options["deterministic"]:
             opening, closing = (), plan.local_backward
     delta = make_delta()
     row_bytes = (D + E) * sum_dtype.itemsize
@@ -206,6 +208,8 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
     returning: list[_Returning] = []
     # NOTE: with more steps, sums that come back would be added beside the closing launch, which adds to the same rows.
     may_overlap = len(plan.remote) == 1 and not (options["deterministic"] or in_halves) and ops.adds_atomically(q, v)
+    # NOTE: of launches that may both begin, either may be first; dK/dV are to travel under the local one.
+    may_overlap = may_overlap and (bool(opening) or not is_there)
     with _Beside(exchange.side_stream() if may_overlap else None) as local:
         if opening:
             with local.stream():
