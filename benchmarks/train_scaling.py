@@ -45,7 +45,7 @@ LOSS, SPEED = 1e-3, 0.95  # SPEED a GPU: 1.9 on two
 # On GPUs, a tenth of the 1.3 G model's: with those, runs that differ by rounding drift 1e-3 apart in six steps (LOG.md,
 # context parallelism, 25).
 RATES = ("--lr", "1e-4", "--adam-lr", "4e-5")
-GRACE = 60.0  # seconds for a run that is ended to finish its step
+GRACE = 180.0  # seconds for a run that is ended to finish its step, and to save what it goes on from
 
 
 def train(
