@@ -108,7 +108,7 @@ class PeerCopies:
         """
         if self.must_grow(place, like, most_rows):
             self._grow(place, message_bytes(like, most_rows))
-        return carve(self._places[place].own, like, rows)
+        return self.remains(place, like, rows)
 
     def remains(self, place: int, like: Sequence[Tensor], rows: int) -> tuple[Tensor, ...]:
         """What `room` gave for that place and these arguments, if it was not asked for again since: see
