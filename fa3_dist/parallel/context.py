@@ -42,7 +42,7 @@ from fa3_dist import ops
 from fa3_dist.interface import apply_sink, cast_for_autocast, window_bounds
 from fa3_dist.parallel import sharding
 from fa3_dist.parallel.all_to_all import all_to_all_attention
-from fa3_dist.parallel.exchange import DistributedExchange, Exchange, Move, Parts, Pending, Traffic
+from fa3_dist.parallel.exchange import NO_STAMP, DistributedExchange, Exchange, Move, Parts, Pending, Traffic
 from fa3_dist.parallel.observe import Observer
 from fa3_dist.parallel.plan import Call, Choice, Links, choose, is_measured, links_of
 from fa3_dist.parallel.ring import LEAST_HALF
@@ -520,8 +520,8 @@ class NoPeers:
     def room(self, *message: Any) -> Parts:
         raise AssertionError(f"a ring of one rank has nobody to wait for a message from: {message}")
 
-    def stamp(self, place: int) -> None:
-        pass
+    def stamp(self, place: int) -> int:
+        return NO_STAMP
 
     def remains(self, *message: Any) -> Parts:
         raise AssertionError(f"a ring of one rank has had no message from anybody: {message}")

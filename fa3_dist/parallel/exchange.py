@@ -112,6 +112,9 @@ class Pending(Protocol):
         current stream from here on; the host does not wait). Raises RingError if a peer is dead or stuck."""
 
 
+NO_STAMP = -1  # of a message that won't be known later
+
+
 class Exchange(Protocol):
     """What a ring needs: its place in the ring, and messages to and from any other rank.
 
@@ -134,11 +137,11 @@ class Exchange(Protocol):
         valid for work that is queued before the next exchange into that place is started.
         """
 
-    def stamp(self, place: int) -> int | None:
-        """What to ask `remains` with, later, for the message that comes into a place's room now; None: it won't be
+    def stamp(self, place: int) -> int:
+        """What to ask `remains` with, later, for the message that comes into a place's room now; NO_STAMP: it won't be
         known. The same on all ranks, as they ask for room together."""
 
-    def remains(self, like: Sequence[Tensor], rows: int, place: Place, stamp: int | None) -> Parts | None:
+    def remains(self, like: Sequence[Tensor], rows: int, place: Place, stamp: int) -> Parts | None:
         """The room of a message that has come, with what is in it; None if it was asked for again since the stamp, or
         may not have stayed for other reasons: on all ranks alike. `like`, `rows` and `place` are those that room was
         asked for with. It is valid as that room is: for work queued before the next exchange into the place."""
@@ -212,11 +215,11 @@ class Subgroup:
         """See `Exchange.room`. The places are of all ranks, which may not come here together."""
         return new_room(like, rows)
 
-    def stamp(self, place: int) -> int | None:
+    def stamp(self, place: int) -> int:
         """See `Exchange.stamp`."""
-        return None
+        return NO_STAMP
 
-    def remains(self, like: Sequence[Tensor], rows: int, place: Place, stamp: int | None) -> Parts | None:
+    def remains(self, like: Sequence[Tensor], rows: int, place: Place, stamp: int) -> Parts | None:
         """See `Exchange.remains`."""
         return None
 
@@ -454,13 +457,13 @@ class DistributedExchange:
         self.free_places()
         return new_room(like, rows)
 
-    def stamp(self, place: int) -> int | None:
+    def stamp(self, place: int) -> int:
         """See `Exchange.stamp`."""
-        return self._stamps[place] if self._has_places() else None
+        return self._stamps[place] if self._has_places() else NO_STAMP
 
-    def remains(self, like: Sequence[Tensor], rows: int, place: Place, stamp: int | None) -> Parts | None:
+    def remains(self, like: Sequence[Tensor], rows: int, place: Place, stamp: int) -> Parts | None:
         """See `Exchange.remains`."""
-        if stamp is None or self.stamp(place.number) != stamp:
+        if stamp == NO_STAMP or self.stamp(place.number) != stamp:
             return None
         assert self._peers is not None
         return self._peers.remains(place.number, like, rows)
@@ -973,13 +976,13 @@ class InProcessExchange:
         self._places[place.number].fill_(0xFF)  # NaN: from here on nobody may read what came before
         return peer_copy.carve(self._places[place.number], like, rows)
 
-    def stamp(self, place: int) -> int | None:
+    def stamp(self, place: int) -> int:
         """See `Exchange.stamp`."""
-        return self._stamps[place] if self._has_places else None
+        return self._stamps[place] if self._has_places else NO_STAMP
 
-    def remains(self, like: Sequence[Tensor], rows: int, place: Place, stamp: int | None) -> Parts | None:
+    def remains(self, like: Sequence[Tensor], rows: int, place: Place, stamp: int) -> Parts | None:
         """See `Exchange.remains`."""
-        if stamp is None or self.stamp(place.number) != stamp:
+        if stamp == NO_STAMP or self.stamp(place.number) != stamp:
             return None
         return peer_copy.carve(self._places[place.number], like, rows)
 

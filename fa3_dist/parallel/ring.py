@@ -51,7 +51,7 @@ from torch import Tensor
 
 from fa3_dist import ops
 from fa3_dist.algebra import accumulator_dtype
-from fa3_dist.parallel.exchange import Exchange, Pending, Place
+from fa3_dist.parallel.exchange import NO_STAMP, Exchange, Pending, Place
 from fa3_dist.parallel.observe import computing
 from fa3_dist.parallel.schedule import Layout, Span, Step, Visit, ring_schedule, step_sizes
 from fa3_dist.parallel.sharding import upload
@@ -105,10 +105,9 @@ class _RingAttention(torch.autograd.Function):
                 options: dict[str, Any], deterministic: bool) -> tuple[Tensor, Tensor]:
         q, k, v = (unit_stride(x) for x in (q, k, v))
         out, lse = ring_forward(q, k, v, plan, exchange, options)
-        stamps = [exchange.stamp(place) for place in KV_PLACES]  # of the last steps' K/V
         # NOTE: as a tensor, so that after a checkpoint they are of the forward that was run again.
-        of_places = torch.tensor([NO_STAMP if each is None else each for each in stamps], device="cpu")
-        ctx.save_for_backward(q, k, v, out, lse, of_places)  # local rows only
+        stamps = torch.tensor([exchange.stamp(place) for place in KV_PLACES], device="cpu")  # of the last steps' K/V
+        ctx.save_for_backward(q, k, v, out, lse, stamps)  # local rows only
         ctx.ring = plan, exchange, options | {"deterministic": deterministic}
         ctx.set_materialize_grads(False)
         return out, lse
@@ -116,12 +115,11 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, of_places = ctx.saved_tensors
-        stamps = [None if each == NO_STAMP else each for each in of_places.tolist()]
+        q, k, v, out, lse, stamps = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
         delta = partial(ops.delta, dout, out, dlse)
         plan, exchange, options = ctx.ring
-        gradients = ring_backward(dout, q, k, v, lse, delta, plan, exchange, options, stamps=stamps)
+        gradients = ring_backward(dout, q, k, v, lse, delta, plan, exchange, options, stamps=stamps.tolist())
         return *gradients, None, None, None, None
 
 
@@ -158,7 +156,7 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, exchange: Exch
 
 def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, make_delta: Callable[[], Tensor],
                   plan: RingPlan, exchange: Exchange, options: dict[str, Any], kv_dtype: torch.dtype | None = None,
-                  stamps: Sequence[int | None] = (None, None)) -> tuple[Tensor, Tensor, Tensor]:
+                  stamps: Sequence[int] = (NO_STAMP, NO_STAMP)) -> tuple[Tensor, Tensor, Tensor]:
     """dq (T, H, D) in the dtype of the inputs, dk (T, G, D) and dv (T, G, E) in kv_dtype (None: the same).
 
     make_delta: called while the first message travels. options: those of `ring_forward`, and deterministic. stamps: of
@@ -331,7 +329,6 @@ def _head_parts(heads: int, kv_heads: int, head_bytes: int, device: torch.device
 # Where messages land: K/V of a step while those of the step before are read; dK/dV of each part of the heads, which are
 # added up before the next ones are asked for.
 KV_PLACES, DKV_PLACES = (0, 1), (2, 3)
-NO_STAMP = -1  # in a tensor of stamps
 
 
 class _KeyRows(NamedTuple):
@@ -367,7 +364,7 @@ class _Returning(NamedTuple):
 
 
 def _fetch(kv: _KeyRows, plan: RingPlan, index: int, exchange: Exchange,
-           stamps: Sequence[int | None] = (None, None)) -> _Arrival:
+           stamps: Sequence[int] = (NO_STAMP, NO_STAMP)) -> _Arrival:
     """Starts bringing the K/V rows that a remote step needs, and sending the rows another rank needs in it.
 
     stamps: of the places after a forward, of which the last two steps' K/V may still be there.
