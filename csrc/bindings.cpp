@@ -673,8 +673,10 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   std::optional<Tensor> dq_sum, turns, query_workspace;
   Scratch scratch;
   if (!accumulate && !separate) {
-    dq_sum = empty(call.device, {fa3::elements_of_sum(call.params, kernel.head_dim)}, ScalarType::Float);
+    const int64_t elements = fa3::elements_of_sum(call.params, kernel.head_dim);
+    dq_sum = empty(call.device, {elements + int64_t{call.params.batch} * call.params.kv_heads}, ScalarType::Float);
     params.dq_sum = static_cast<float*>(dq_sum->mutable_data_ptr());
+    params.cleared = reinterpret_cast<int32_t*>(params.dq_sum + elements);
   }
   if (deterministic && !separate) {
     turns = empty(call.device, {2 * int64_t{call.params.batch} * call.params.heads * call.params.seqlen_q}, ScalarType::Int);

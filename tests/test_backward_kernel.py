@@ -415,6 +415,119 @@ def test_long_blocks_add_up(mask, order, deterministic):
     judge([x[None].to(q.dtype) for x in (dq, dk, dv)], *(x[None] for x in (q, k, v, dout)), **whole)
 
 
+# ---- zeros that are written beside the tiles (csrc/backward/clear.cuh) -----------------------------------------------
+
+# seqlen_q, seqlen_k, heads, kv_heads, batch: many more tiles of keys than processors.
+MANY_TILES = {
+    "square": (400, 500, 8, 8, 24),
+    "a tile a head": (300, 128, 8, 8, 60),
+    "few queries": (2, 700, 8, 8, 24),
+    "fewer queries than tiles": (3, 1100, 8, 8, 16),
+    "more queries": (900, 400, 8, 8, 24),
+    "grouped": (333, 513, 8, 2, 60),
+    "one sequence": (1025, 1100, 72, 72, 1),
+    "keys that few queries see": (100, 2000, 40, 40, 1),
+}
+
+
+def solve_by_heads(q, k, v, dout, **mask) -> list[Tensor]:
+    """lse, delta, dq, dk and dv of a dense problem, in fp64, without the memory for scores of all heads at once."""
+    group, results = q.shape[2] // k.shape[2], []
+    for head in range(k.shape[2]):
+        queries, keys = slice(head * group, (head + 1) * group), slice(head, head + 1)
+        leaves = [x.double().requires_grad_() for x in (q[:, :, queries], k[:, :, keys], v[:, :, keys])]
+        out, lse = oracle.attention(*leaves, device="cuda", **mask)
+        weighted = out * dout[:, :, queries]
+        grads = torch.autograd.grad(weighted.sum(), leaves)
+        results.append((lse.detach(), weighted.detach().sum(-1).transpose(1, 2), *grads))
+    return [torch.cat(x, dim=1 if i < 2 else 2) for i, x in enumerate(zip(*results, strict=True))]
+
+
+def assert_close_by_heads(grads: list[Tensor], expected: list[Tensor]) -> None:
+    """Gradients are close to fp64's: what is added to no zeros, or lost, is off by as much as they are."""
+    for got, want in zip(grads, expected, strict=True):
+        # By batch element and head; the rest is what fp32 leaves of terms that cancel.
+        error, size = (x.square().mean(dim=(1, 3)).sqrt() for x in (got.double() - want, want))
+        assert (error <= 1e-2 * size + 1e-4).all(), f"error {error.max()} of gradients of {size.mean()}"
+
+
+def judge_many_tiles(q, k, v, dout, runs=({},), **mask) -> None:
+    """The same of gradients over NaN, in several runs, each with other options."""
+    lse, delta, *expected = solve_by_heads(q, k, v, dout, **mask)
+    rows = lse.float(), delta.float().contiguous()
+    for options in runs:
+        grads = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+        torch.cuda.empty_cache()  # so that scratch memory is the poison, not what fp64 has left
+        poison_memory()
+        ops.backward(dout, q, k, v, *rows, *grads, **mask, **options)
+        assert_close_by_heads(grads, expected)
+
+
+@pytest.mark.parametrize("mask", [*MASKS, "sees little"])
+@pytest.mark.parametrize("head_dim", [40, 64, 96, 128])
+@pytest.mark.parametrize("case", MANY_TILES)
+def test_many_tiles(case, head_dim, mask):
+    seqlen_q, seqlen_k, heads, kv_heads, batch = MANY_TILES[case]
+    options = {"window_right": 0, "offset": -seqlen_q // 2} if mask == "sees little" else MASKS[mask]
+    judge_many_tiles(*problem_tensors(60, seqlen_q, seqlen_k, heads, kv_heads, head_dim, batch=batch), **options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("seqlen, heads, mask", [
+    (1024, 60, "full"), (2048, 19, "full"), (2048, 44, "causal"), (3072, 30, "causal"), (3072, 32, "causal"),
+])  # fmt: skip
+def test_a_last_group_of_heads_that_is_larger_than_the_others(seqlen, heads, mask, head_dim):
+    tensors = problem_tensors(61, seqlen, seqlen, heads, heads, head_dim, batch=1)
+    judge_many_tiles(*tensors, runs=[{"sm_margin": 0}, {"sm_margin": 100}], **MASKS[mask])
+
+
+def test_many_tiles_beside_another_kernel():
+    """Blocks wait for zeros while others have no processor yet: another stream's kernel has most of them."""
+    side, busy = torch.cuda.Stream(), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+
+    def runs():
+        for _ in range(20):
+            torch.cuda.synchronize()
+            with torch.cuda.stream(side):
+                busy @ busy
+            yield {}
+
+    judge_many_tiles(*problem_tensors(62, 500, 500, 8, 8, 128, batch=24), runs=runs())
+
+
+def test_many_tiles_on_many_streams_at_once():
+    q, k, v, dout = problem_tensors(63, 500, 500, 8, 8, 128, batch=24)
+    lse, delta, *expected = solve_by_heads(q, k, v, dout)
+    rows, streams = (lse.float(), delta.float().contiguous()), [torch.cuda.Stream() for _ in range(4)]
+    grads = [[torch.full_like(x, torch.nan) for x in (q, k, v)] for _ in streams]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for stream, mine in zip(streams, grads, strict=True):
+            with torch.cuda.stream(stream):
+                ops.backward(dout, q, k, v, *rows, *mine)
+        torch.cuda.synchronize()
+        for mine in grads:
+            assert_close_by_heads(mine, expected)
+            for x in mine:
+                x.fill_(torch.nan)
+        torch.cuda.synchronize()
+
+
+def test_many_tiles_in_a_cuda_graph():
+    q, k, v, dout = problem_tensors(64, 500, 500, 8, 8, 128, batch=24)
+    lse, delta, *expected = solve_by_heads(q, k, v, dout)
+    rows, grads = (lse.float(), delta.float().contiguous()), [torch.empty_like(x) for x in (q, k, v)]
+    ops.backward(dout, q, k, v, *rows, *grads)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.backward(dout, q, k, v, *rows, *grads)
+    for _ in range(3):
+        for x in grads:
+            x.fill_(torch.nan)
+        graph.replay()
+        assert_close_by_heads(grads, expected)
+
+
 # ---- where and how it runs -------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   auto& shared = *reinterpret_cast<BackwardShared<Config>*>(storage);
   if (static_cast<uint32_t>(__cvta_generic_to_shared(storage)) % 1024 != 0) __trap();
   const ForwardParams& forward = arguments.params.forward;
-  if (threadIdx.x == 0) init_shared(shared, lists_tiles(forward));
+  if (threadIdx.x == 0) init_shared(shared, draws_together(arguments));
   clear_if_short<Config::kHeadDim, Config::kPanel>(shared.k, forward.head_dim);
   clear_if_short<Config::kHeadDim, Config::kPanel>(shared.q, forward.head_dim);
   clear_if_short<Config::kHeadDimV, Config::kPanelV>(shared.v, forward.head_dim_v);
@@ -66,12 +66,13 @@ inline ForwardParams transpose(const ForwardParams& params) {
 }
 
 // How many KV heads are walked together, each in `tiles` tiles, or, of a packed range, in so many at most (benchmarks/LOG.md,
-// backward, 69 and 70). Of few heads the tiles that run at a time share their queries in the L2 cache. Those of a masked batch
+// backward, 69 to 71). Of few heads the tiles that run at a time share their queries in the L2 cache. Those of a masked batch
 // differ in length, and the longest of a group come first: so a group is two tiles a processor, a long one and a short one, or
-// one a processor if there is another group for each.
-inline HeadGroups key_head_groups(const ForwardParams& transposed, bool takes_turns, int group, int64_t tiles) {
+// one a processor if there is another group for each. Of short sequences whose sums are cleared beside the tiles (clear.cuh) it is
+// better that zeros, and what is added to them, stay in the cache, and only the last group is so large.
+inline HeadGroups key_head_groups(const ForwardParams& transposed, bool takes_turns, bool clears, int group, int64_t tiles) {
   const int all = transposed.kv_heads * transposed.batch;
-  if (lists_tiles(transposed)) return {0, 2, all, false};  // two are faster than one for long documents
+  if (lists_tiles(transposed)) return {0, 2, all, false, 0};  // two are faster than one for long documents
   const bool dense = transposed.q_start == nullptr;
   const bool full = transposed.window_left == kNoBound && transposed.window_right == kNoBound;
   const bool causal = transposed.window_left != kNoBound && transposed.window_right == kNoBound;
@@ -81,15 +82,21 @@ inline HeadGroups key_head_groups(const ForwardParams& transposed, bool takes_tu
     constexpr int kTurnTiles = 256, kSlantedTiles = 512, kFewTiles = 1024;
     if (causal && dense && group == 1 && tiles >= 2048 / transposed.head_dim && 2 * tiles <= kSlantedTiles &&
         all * tiles >= kFewTiles) {
-      return {kSlantedTiles, 2, static_cast<int>(std::min<int64_t>(all, tiles)), true};
+      return {kSlantedTiles, 2, static_cast<int>(std::min<int64_t>(all, tiles)), true, 0};
     }
     const int least = full ? 2 : !causal ? 8 : group == 1 ? 32 : std::max(2, 16 / group);
-    return {kTurnTiles, std::min(all, least), all, false};
+    return {kTurnTiles, std::min(all, least), all, false, 0};
+  }
+  constexpr int kTwoEach = 256, kShortTiles = 32, kTogether = 16;
+  if (clears && full) return {kTogether / 2, 1, all, false, 0};
+  if (clears && group == 1 && tiles <= kShortTiles) {
+    return {kTogether, 1, all, false, static_cast<int>((kTwoEach + tiles - 1) / tiles)};
   }
   const int in_cache = units_per_group(transposed, 1, int64_t{transposed.seqlen_k} * group, tiles);
-  if (full) return {0, in_cache, in_cache, false};
+  if (full) return {0, in_cache, in_cache, false, 0};
   const bool in_pairs = !dense && all % (2 * ((128 + tiles - 1) / tiles)) == 0;
-  return {in_pairs ? 128 : 256, in_cache, std::max(in_cache, std::min({all, 16, 2048 / transposed.head_dim})), false};
+  const int most = std::max(in_cache, std::min({all, 16, 2048 / transposed.head_dim}));
+  return {in_pairs ? kTwoEach / 2 : kTwoEach, in_cache, most, false, 0};
 }
 
 // Whether every query of a dense batch, or every key if `params` are transposed, is known to take part in some score:
@@ -174,7 +181,7 @@ cudaError_t launch_query_tiles(const BackwardParams& params, cudaStream_t stream
   ForwardParams& forward = arguments.params.forward;
   forward.workspace = params.query_workspace;
   const int heads = units_per_group(forward, 1, forward.seqlen_k, (forward.seqlen_q + Config::kQueries - 1) / Config::kQueries);
-  arguments.head_groups = {0, lists_tiles(forward) ? 1 : heads, heads, false};
+  arguments.head_groups = {0, lists_tiles(forward) ? 1 : heads, heads, false, 0};
   arguments.counter = lists_tiles(forward)
                           ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
                           : reinterpret_cast<TileCounter*>(forward.tile_counter) + 1;
@@ -200,8 +207,10 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   arguments.group = forward.heads / forward.kv_heads;
   arguments.transposed = transpose(forward);
   arguments.transposed.ascending = params.turns != nullptr;
-  arguments.head_groups = key_head_groups(arguments.transposed, params.turns != nullptr, arguments.group,
-                                          (forward.seqlen_k + Config::kKeys - 1) / Config::kKeys);
+  const int tiles_of_head = (forward.seqlen_k + Config::kKeys - 1) / Config::kKeys;
+  const bool clears_ahead = !Config::kSharesKeys && !packed && !params.accumulate && params.turns == nullptr;
+  arguments.head_groups =
+      key_head_groups(arguments.transposed, params.turns != nullptr, clears_ahead, arguments.group, tiles_of_head);
   const bool is_listed = lists_tiles(forward);
   arguments.counter = is_listed ? &reinterpret_cast<ScheduleHeader*>(forward.workspace)->counter
                                 : reinterpret_cast<TileCounter*>(forward.tile_counter);
@@ -217,6 +226,7 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   int processors = 0;
   cudaError_t error = prepare_device<backward_kernel<Config>>(kSharedBytes, processors);
 
+  const int64_t blocks = std::min<int64_t>(tiles, std::max(1, processors - forward.sm_margin));
   const auto clear = [&](void* to, int64_t elements, DType dtype) {
     if (error == cudaSuccess) error = cudaMemsetAsync(to, 0, elements * bytes_of(dtype), stream);
   };
@@ -229,7 +239,12 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   if (!params.accumulate && !packed) {
     const int64_t key_rows = int64_t{forward.batch} * forward.seqlen_k * forward.kv_heads;
     if (!Config::kSharesKeys) {
-      clear(params.dq_sum, elements_of_sum(forward, kHeadDim), DType::fp32);
+      if (clears_ahead) {
+        const HeadGroups& groups = arguments.head_groups;
+        arguments.cleared = clear_ahead(forward.kv_heads * forward.batch, int64_t{arguments.group} * forward.seqlen_q,
+                                        tiles_of_head, groups.heads(tiles_of_head), groups.least_last, blocks);
+      }
+      if (arguments.cleared.first == 0) clear(params.dq_sum, elements_of_sum(forward, kHeadDim), DType::fp32);
     } else if (!sees_with_every_row(forward)) {
       clear(params.dq, query_rows * forward.head_dim, params.dq_dtype);
     }
@@ -248,13 +263,16 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
                               stream, true);
     }
   }
-  const bool clears = packed && !params.accumulate;
-  if (error == cudaSuccess && clears) {
+  const bool clears_start = arguments.cleared.first > 0, clears = packed && !params.accumulate;
+  if (error == cudaSuccess && clears_start) {
+    error = launch(clear_start_kernel, processors, kScanThreads, 0, stream, false, params, arguments.cleared,
+                   int64_t{arguments.group} * forward.seqlen_q, kHeadDim);
+  } else if (error == cudaSuccess && clears) {
     error = launch(clear_kernel<Config>, processors, kScanThreads, 0, stream, is_listed, params, arguments.transposed);
   }
   if (error != cudaSuccess) return error;
-  const int64_t blocks = std::min<int64_t>(tiles, std::max(1, processors - forward.sm_margin));
-  error = launch(backward_kernel<Config>, blocks, Config::kThreads, kSharedBytes, stream, is_listed || clears, arguments);
+  const bool early = is_listed || clears || clears_start;
+  error = launch(backward_kernel<Config>, blocks, Config::kThreads, kSharedBytes, stream, early, arguments);
   if (error != cudaSuccess) return error;
   if constexpr (Config::kSharesKeys) return launch_query_tiles<QueryConfig>(params, stream);
   return params.accumulate ? cudaSuccess : convert_dq<typename Config::Element, kHeadDim>(params, stream);

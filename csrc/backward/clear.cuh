@@ -1,4 +1,4 @@
-// What a packed backward finds in memory: zeros in dq_sum where it adds, and in dQ, dK and dV where it writes nothing.
+// What a backward finds in memory: zeros in dq_sum where it adds, and, a packed one, in dQ, dK and dV where it writes nothing.
 #pragma once
 
 #include "backward/shared.cuh"
@@ -11,6 +11,44 @@ __device__ __forceinline__ void clear_memory(void* to, int64_t elements, DType d
   const int64_t pieces = elements * bytes_of(dtype) / 16;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < pieces; i += int64_t{gridDim.x} * blockDim.x) {
     static_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Of a dense launch's dq_sum, which takes as long to clear as to convert, only the start is cleared before the tiles. Who draws
+// a tile, once it has handed it on, or dropped it since it sees nothing, clears a chunk of what tiles far behind it will add to,
+// and counts it for its KV head. Before a tile's first addition all of its KV head's chunks have been counted.
+//
+// Why nobody waits for ever. Tiles are numbered as they are drawn, by a counter or, the first ones, by blockIdx; their heads are
+// walked in groups (TileSequence). What a tile waits for is clear from the start, or is cleared by tiles of groups before its own,
+// `ahead` being more than a group has tiles. These have smaller numbers, drawn by the counter, so by blocks that run. And such a
+// block, to get to its clearing, waits for nobody but its own consumers, and for chunks of tiles with still smaller numbers.
+
+// What is said of a launch whose tiles are drawn by so many blocks, and whose KV heads are walked so many together. `rows`: of
+// dq_sum, of a KV head.
+inline ClearedAhead clear_ahead(int heads, int64_t rows, int chunks_of_head, int heads_together, int least_last, int64_t blocks) {
+  constexpr int64_t kDrawnMeanwhile = 8;  // until a chunk is clear; 2 and 32 are hardly slower
+  const int last = heads - TileSequence::groups_before_last(heads, heads_together, least_last) * heads_together;
+  const int64_t ahead = int64_t{heads_together} * chunks_of_head + kDrawnMeanwhile, first = ahead + blocks;
+  // Of a last group that is larger than the others, as many chunks as these have.
+  const int64_t end = (int64_t{heads} - std::max(0, last - heads_together)) * chunks_of_head;
+  if (first >= end) return {};
+  return {static_cast<int>(first), static_cast<int>(end), static_cast<int>(ahead), chunks_of_head,
+          static_cast<int>((rows + chunks_of_head - 1) / chunks_of_head)};
+}
+
+// Clears the chunks that are clear from the start, and counts them.
+__global__ void __launch_bounds__(kScanThreads) inline clear_start_kernel(const BackwardParams params, const ClearedAhead cleared,
+                                                                          int64_t rows, int head_dim) {
+  cudaTriggerProgrammaticLaunchCompletion();
+  const int chunks = cleared.chunks_of_head, heads = params.forward.kv_heads * params.forward.batch;
+  const auto first_row = [&](int chunk) {
+    return chunk / chunks * rows + min(rows, int64_t{chunk % chunks} * cleared.rows);
+  };
+  const int64_t end = first_row(cleared.end);
+  clear_memory(params.dq_sum, first_row(cleared.first) * head_dim, DType::fp32);
+  clear_memory(params.dq_sum + end * head_dim, (heads * rows - end) * head_dim, DType::fp32);
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < heads; i += gridDim.x * blockDim.x) {
+    params.cleared[i] = min(max(cleared.first - i * chunks, 0), chunks) + min(max((i + 1) * chunks - cleared.end, 0), chunks);
   }
 }
 

@@ -1,4 +1,4 @@
-// Who keeps the consumers busy: a thread that draws tiles, one that brings their tensors by bulk loads, and a warp that
+// Who keeps the consumers busy: a warp that draws tiles, a thread that brings their tensors by bulk loads, and a warp that
 // brings lse and delta, each as far ahead as there is room.
 #pragma once
 
@@ -27,21 +27,77 @@ __device__ __forceinline__ void for_each_step(const BackwardArguments& arguments
   }
 }
 
+// ---- zeros for dq_sum (clear.cuh) -------------------------------------------------------------------------------------
+
+// By the warp that draws tiles.
+template <class Config>
+class SumClearing {
+ public:
+  __device__ __forceinline__ explicit SumClearing(const BackwardArguments& arguments) : arguments_(arguments) {}
+
+  __device__ __forceinline__ bool is_needed() const { return !Config::kTurnsOfWarpgroups && arguments_.cleared.first > 0; }
+
+  // Clears what goes with the tile of that number. Called by all lanes.
+  __device__ __forceinline__ void clear_chunk(int tile) const {
+    const ClearedAhead& cleared = arguments_.cleared;
+    const int chunk = tile + cleared.ahead;
+    if (!is_needed() || chunk < cleared.first || chunk >= cleared.end) return;
+    const int head = chunk / cleared.chunks_of_head, lane = threadIdx.x % 32;
+    const int64_t rows = int64_t{arguments_.group} * arguments_.params.forward.seqlen_q;
+    const int64_t first = int64_t{chunk - head * cleared.chunks_of_head} * cleared.rows;
+    constexpr int kPieces = Config::kHeadDim / 4;  // of 16 bytes
+    uint4* const sums = reinterpret_cast<uint4*>(arguments_.params.dq_sum) + head * rows * kPieces;
+    const int64_t end = min(first + cleared.rows, rows) * kPieces;  // before the first one where no rows are left
+#pragma unroll 1
+    for (int64_t i = first * kPieces + lane; i < end; i += 32) sums[i] = make_uint4(0, 0, 0, 0);
+    fence_additions();
+    __syncwarp();
+    if (lane == 0) {
+      asm volatile("fence.release.gpu;" ::: "memory");
+      end_turn(arguments_.params.cleared + head);
+    }
+  }
+
+ private:
+  const BackwardArguments& arguments_;
+};
+
+// By the thread that adds: until all that the tiles of a KV head of the batch add to is clear.
+// NOTE: not by the warp that draws, since what follows would wait for the answer; the first dQ takes longer.
+template <class Config>
+__device__ __forceinline__ void wait_until_clear(const BackwardArguments& arguments, int head) {
+  const ClearedAhead& cleared = arguments.cleared;
+  if (Config::kTurnsOfWarpgroups || cleared.first == 0 || (head + 1) * cleared.chunks_of_head <= cleared.first) return;
+  const int32_t* const count = arguments.params.cleared + head;
+  int counted;
+  do {
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(counted) : "l"(count));
+  } while (counted < cleared.chunks_of_head);
+  begin_turn();
+}
+
+// Where nothing is added up in memory.
+struct NoSumClearing {
+  __device__ __forceinline__ bool is_needed() const { return false; }
+  __device__ __forceinline__ void clear_chunk(int) const {}
+};
+
 // ---- tiles -----------------------------------------------------------------------------------------------------------
 
 // The tiles of a launch, in the order in which they are drawn; of a head those that see most first. Of each kRows rows,
 // which meet blocks of kColumns. `params`: transposed if the rows are keys. `known`: so many tiles go to the blocks by their
 // numbers, without asking.
 // kMoves: blocks begin at the first column that a tile sees, not at a multiple of kColumns: the sequence that it gets is cut
-// there. wait(barrier, parity), by one lane, waits for a barrier. Called by all lanes of a warp, of which one draws; if ranges
-// may share tiles, the others help to describe these.
-template <int kRows, int kColumns, bool kMoves, class Wait>
+// there. wait(barrier, parity), by one lane, waits for a barrier. clearing: of dq_sum (SumClearing). Called by all lanes of a
+// warp, of which one draws; the others help to clear and, if ranges may share tiles, to describe these.
+template <int kRows, int kColumns, bool kMoves, class Wait, class Clearing>
 __device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, TileCounter& counter, const HeadGroups& groups,
-                                               int known, RowTiles& tiles, Wait wait) {
+                                               int known, RowTiles& tiles, Wait wait, const Clearing& clearing) {
   const bool is_listed = lists_tiles(params);
   const bool first_lane = threadIdx.x % 32 == 0;
-  if (!is_listed && !first_lane) return;
-  const unsigned lanes = is_listed ? 0xffffffffu : 1u;
+  const bool together = is_listed || clearing.is_needed();
+  if (!together && !first_lane) return;
+  const unsigned lanes = together ? 0xffffffffu : 1u;
   int per_unit = 0, units_together = 0;
   if (is_listed) {
     const auto& header = *reinterpret_cast<const ScheduleHeader*>(params.workspace);
@@ -51,7 +107,7 @@ __device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, Tile
     per_unit = (sequence_at(params, 0).q_len + kRows - 1) / kRows;  // of all sequences of a batch
     units_together = groups.heads(max(per_unit, 1));
   }
-  const RowTileOrder order(params.heads * params.batch, per_unit, units_together, groups.slanted);
+  const RowTileOrder order(params.heads * params.batch, per_unit, units_together, groups);
   Ring<kRowTileSlots> ring;
   uint32_t loaded_parity = 1;
   const auto wait_together = [&](auto& barrier, uint32_t parity) __attribute__((always_inline)) {
@@ -67,7 +123,7 @@ __device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, Tile
     return __shfl_sync(lanes, drawn, 0);
   };
 #pragma unroll 1
-  for (int index = known > 0 ? blockIdx.x : draw(); index < order.size(); index = draw()) {
+  for (int index = known > 0 ? blockIdx.x : draw(); index < order.size(); clearing.clear_chunk(index), index = draw()) {
     const auto [unit, rank] = order[index];
     if (rank >= per_unit) continue;
     const int batch = unit / params.heads;
@@ -120,13 +176,13 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
   // Until tiles are listed and memory is cleared; all others do what they do for a tile that comes from here.
   cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();  // dQ's kernel, if it has one, may begin where this one has ended
-  const auto draw = [&](int known, auto wait) __attribute__((always_inline)) {
+  const auto draw = [&](int known, auto wait, const auto& clearing) __attribute__((always_inline)) {
     draw_row_tiles<Config::kKeys, Config::kQueries, Config::kLongBlocks>(
-        arguments.transposed, *arguments.counter, arguments.head_groups, known, shared.tiles, wait);
+        arguments.transposed, *arguments.counter, arguments.head_groups, known, shared.tiles, wait, clearing);
   };
   // Each block's first tile is known without asking, unless tiles take turns (turns.cuh).
   if constexpr (Config::kSharesKeys) {
-    draw(gridDim.x, [](auto& barrier, uint32_t parity) { barrier.wait(parity); });
+    draw(gridDim.x, [](auto& barrier, uint32_t parity) { barrier.wait(parity); }, NoSumClearing{});
   } else {
     const bool takes_turns = in_turns<Config>(arguments);
     TurnEnds<Config> ends(shared);
@@ -134,7 +190,7 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
       if (!takes_turns) return barrier.wait(parity);
       while (!barrier.test_wait(parity)) ends.count(arguments.params);
       asm volatile("" ::: "memory");
-    });
+    }, SumClearing<Config>(arguments));
     while (threadIdx.x % 32 == 0 && takes_turns && ends.count(arguments.params)) {
     }
   }
@@ -284,8 +340,10 @@ __device__ __forceinline__ void add_query_blocks(const BackwardArguments& argume
     const int first_query = packed ? 0 : sequence.k_base;  // of packed ranges add_panels adds it
     // What comes from one tile alone is not added to zeros (clear.cuh).
     const bool stores = packed && !arguments.params.accumulate && (tile.is_shared || sequence.q_len <= Config::kKeys);
+    const int unit = batch * arguments.transposed.heads + tile.head;
     shared.tiles.empty[tile_ring.stage()].arrive();
     tile_ring.advance();
+    wait_until_clear<Config>(arguments, unit);
     typename Config::TurnCounter last = Config::kNoTurn;  // where additions are to be counted that are on their way
     const auto end_last_turn = [&] {
       if (last == Config::kNoTurn) return;

@@ -334,7 +334,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       // NOTE: it needs nothing of the kernel before, beside whose last blocks it begins, so no tile is given to a block
       // before that runs. But it must not end earlier: what comes next waits for this kernel only.
       draw_row_tiles<Config::kQueries, Config::kKeys, false>(forward, *arguments.counter, arguments.head_groups, 0, shared.tiles,
-                                                             [](auto& barrier, uint32_t parity) { barrier.wait(parity); });
+                                                             [](auto& barrier, uint32_t parity) { barrier.wait(parity); },
+                                                             NoSumClearing{});
       cudaGridDependencySynchronize();
     }
   } else {

@@ -14,10 +14,21 @@ struct HeadGroups {
   int least;
   int most;
   bool slanted;
+  int least_last;  // in the last group, as TileSequence has it
 
-  __device__ __forceinline__ int heads(int tiles_per_head) const {
-    return min(max((tiles + tiles_per_head - 1) / tiles_per_head, least), most);
+  __host__ __device__ __forceinline__ int heads(int tiles_per_head) const {
+    const int wanted = (tiles + tiles_per_head - 1) / tiles_per_head, few = wanted > least ? wanted : least;
+    return few < most ? few : most;
   }
+};
+
+// How a dense launch clears dq_sum (clear.cuh): in chunks of so many rows, of each KV head as many as it has tiles.
+struct ClearedAhead {
+  int first;  // the chunks [first, end) are cleared by who draws a tile, the others from the start; 0: all
+  int end;
+  int ahead;  // the chunk is so many after the tile's own number
+  int chunks_of_head;
+  int rows;
 };
 
 // What the kernel gets: the parameters, and what the host derives from them.
@@ -32,7 +43,13 @@ struct BackwardArguments {
   TileCounter* counter;
   int group;               // query heads of a KV head
   HeadGroups head_groups;  // of KV heads
+  ClearedAhead cleared;
 };
+
+// Whether all lanes of the warp that draws tiles have something to do.
+__device__ __forceinline__ bool draws_together(const BackwardArguments& arguments) {
+  return lists_tiles(arguments.transposed) || arguments.cleared.first > 0;
+}
 
 // A tile on its way from the warp that draws it to those that load it and to the consumers, which keep it until they have
 // written its results. Its rows are keys, and they meet blocks of queries; or, where dQ has a kernel of its own
@@ -107,7 +124,7 @@ struct alignas(1024) BackwardShared {
 };
 
 template <class Config>
-__device__ __forceinline__ void init_shared(BackwardShared<Config>& shared, bool is_listed) {
+__device__ __forceinline__ void init_shared(BackwardShared<Config>& shared, bool draws_together) {
   constexpr int kConsumerWarps = 4 * Config::kConsumers;
   for (int stage = 0; stage < Config::kStagesK; ++stage) {
     shared.k_full[stage].init(1);
@@ -130,7 +147,7 @@ __device__ __forceinline__ void init_shared(BackwardShared<Config>& shared, bool
     shared.added_empty[slot].init(1);
   }
   // All who read a tile: consumers, the thread that loads, the warp that brings lse and delta, and the thread that adds dQ.
-  shared.tiles.init(128 * Config::kConsumers + 1 + 32 + !Config::kSharesKeys, is_listed ? 32 : 1);
+  shared.tiles.init(128 * Config::kConsumers + 1 + 32 + !Config::kSharesKeys, draws_together ? 32 : 1);
   for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
     shared.dq_full[warpgroup].init(4);
     shared.dq_empty[warpgroup].init(1);

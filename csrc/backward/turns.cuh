@@ -34,9 +34,9 @@ namespace fa3 {
 // tiles left one).
 class RowTileOrder {
  public:
-  __device__ __forceinline__ RowTileOrder(int units, int tiles_per_unit, int units_together, bool slanted)
-      : groups_(units, tiles_per_unit, units_together),
-        slant_(slanted ? (tiles_per_unit + units_together - 1) / units_together : 0) {}
+  __device__ __forceinline__ RowTileOrder(int units, int tiles_per_unit, int units_together, const HeadGroups& groups)
+      : groups_(units, tiles_per_unit, units_together, groups.least_last),
+        slant_(groups.slanted ? (tiles_per_unit + units_together - 1) / units_together : 0) {}
 
   __device__ __forceinline__ int size() const {
     return slant_ == 0 ? groups_.size() : (groups_.units + groups_.units_per_group - 1) * slant_ * groups_.units_per_group;

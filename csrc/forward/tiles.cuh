@@ -160,9 +160,15 @@ struct TileSequence {
   int units_per_group;
   int full_groups;  // before the last one
 
+  // The last group takes the units that are left when it has to have so many: fewer than twice as many as others have.
+  static __host__ __device__ __forceinline__ int groups_before_last(int units, int units_per_group, int least_last_units = 0) {
+    const int last = units_per_group > least_last_units ? units_per_group : least_last_units;
+    return units > last ? (units - last) / units_per_group : 0;
+  }
+
   __device__ __forceinline__ TileSequence(int units, int tiles_per_unit, int units_per_group, int least_last_units = 0)
       : units(units), tiles_per_unit(tiles_per_unit), units_per_group(units_per_group),
-        full_groups(max(0, units - max(units_per_group, least_last_units)) / units_per_group) {}
+        full_groups(groups_before_last(units, units_per_group, least_last_units)) {}
 
   __device__ __forceinline__ int size() const { return units * tiles_per_unit; }
 
