@@ -69,7 +69,8 @@ inline ForwardParams transpose(const ForwardParams& params) {
 // backward, 69 to 71). Of few heads the tiles that run at a time share their queries in the L2 cache. Those of a masked batch
 // differ in length, and the longest of a group come first: so a group is two tiles a processor, a long one and a short one, or
 // one a processor if there is another group for each. Of short sequences whose sums are cleared beside the tiles (clear.cuh) it is
-// better that zeros, and what is added to them, stay in the cache, and only the last group is so large.
+// better that zeros, and what is added to them, stay in the cache, and only the last group is so large; where heads share keys,
+// groups of one tile a processor come in pairs before it.
 inline HeadGroups key_head_groups(const ForwardParams& transposed, bool takes_turns, bool clears, int group, int64_t tiles) {
   const int all = transposed.kv_heads * transposed.batch;
   if (lists_tiles(transposed)) return {0, 2, all, false, 0};  // two are faster than one for long documents
@@ -87,16 +88,22 @@ inline HeadGroups key_head_groups(const ForwardParams& transposed, bool takes_tu
     const int least = full ? 2 : !causal ? 8 : group == 1 ? 32 : std::max(2, 16 / group);
     return {kTurnTiles, std::min(all, least), all, false, 0};
   }
-  constexpr int kTwoEach = 256, kShortTiles = 32, kTogether = 16;
+  constexpr int kOneEach = 128, kTwoEach = 256, kShortTiles = 32, kTogether = 16;
+  const auto heads_of = [&](int wanted) { return static_cast<int>((wanted + tiles - 1) / tiles); };
   if (clears && full) return {kTogether / 2, 1, all, false, 0};
   if (clears && group == 1 && tiles <= kShortTiles) {
-    return {kTogether, 1, all, false, static_cast<int>((kTwoEach + tiles - 1) / tiles)};
+    return {kTogether, 1, all, false, heads_of(kTwoEach)};
+  }
+  if (clears && group > 1) {
+    const int together = heads_of(kOneEach);
+    const int pairs = TileSequence::groups_before_last(all, together, heads_of(kTwoEach)) / 2;
+    return {kOneEach, 1, all, false, all - 2 * pairs * together};
   }
   const int in_cache = units_per_group(transposed, 1, int64_t{transposed.seqlen_k} * group, tiles);
   if (full) return {0, in_cache, in_cache, false, 0};
-  const bool in_pairs = !dense && all % (2 * ((128 + tiles - 1) / tiles)) == 0;
+  const bool in_pairs = !dense && all % (2 * heads_of(kOneEach)) == 0;
   const int most = std::max(in_cache, std::min({all, 16, 2048 / transposed.head_dim}));
-  return {in_pairs ? kTwoEach / 2 : kTwoEach, in_cache, most, false, 0};
+  return {in_pairs ? kOneEach : kTwoEach, in_cache, most, false, 0};
 }
 
 // Whether every query of a dense batch, or every key if `params` are transposed, is known to take part in some score:
