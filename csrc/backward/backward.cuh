@@ -66,7 +66,7 @@ inline ForwardParams transpose(const ForwardParams& params) {
 }
 
 // How many KV heads are walked together, each in `tiles` tiles, or, of a packed range, in so many at most (benchmarks/LOG.md,
-// backward, 69 to 71). Of few heads the tiles that run at a time share their queries in the L2 cache. Those of a masked batch
+// backward, 69 to 72). Of few heads the tiles that run at a time share their queries in the L2 cache. Those of a masked batch
 // differ in length, and the longest of a group come first: so a group is two tiles a processor, a long one and a short one, or
 // one a processor if there is another group for each. Of short sequences whose sums are cleared beside the tiles (clear.cuh) it is
 // better that zeros, and what is added to them, stay in the cache, and only the last group is so large; where heads share keys,
@@ -88,13 +88,13 @@ inline HeadGroups key_head_groups(const ForwardParams& transposed, bool takes_tu
     const int least = full ? 2 : !causal ? 8 : group == 1 ? 32 : std::max(2, 16 / group);
     return {kTurnTiles, std::min(all, least), all, false, 0};
   }
-  constexpr int kOneEach = 128, kTwoEach = 256, kShortTiles = 32, kTogether = 16;
+  constexpr int kOneEach = 128, kTwoEach = 256, kShortTiles = 32, kTogether = 16, kPairedTiles = 16;
   const auto heads_of = [&](int wanted) { return static_cast<int>((wanted + tiles - 1) / tiles); };
   if (clears && full) return {kTogether / 2, 1, all, false, 0};
   if (clears && group == 1 && tiles <= kShortTiles) {
     return {kTogether, 1, all, false, heads_of(kTwoEach)};
   }
-  if (clears && group > 1) {
+  if (clears && group > 1 && tiles >= kPairedTiles) {
     const int together = heads_of(kOneEach);
     const int pairs = TileSequence::groups_before_last(all, together, heads_of(kTwoEach)) / 2;
     return {kOneEach, 1, all, false, all - 2 * pairs * together};

@@ -26,7 +26,7 @@ __device__ __forceinline__ void clear_memory(void* to, int64_t elements, DType d
 // What is said of a launch whose tiles are drawn by so many blocks, and whose KV heads are walked so many together. `rows`: of
 // dq_sum, of a KV head.
 inline ClearedAhead clear_ahead(int heads, int64_t rows, int chunks_of_head, int heads_together, int least_last, int64_t blocks) {
-  constexpr int64_t kDrawnMeanwhile = 8;  // until a chunk is clear; 2 and 32 are hardly slower
+  constexpr int64_t kDrawnMeanwhile = 8;  // until a chunk is clear; of more, zeros leave the cache
   const int last = heads - TileSequence::groups_before_last(heads, heads_together, least_last) * heads_together;
   const int64_t ahead = int64_t{heads_together} * chunks_of_head + kDrawnMeanwhile, first = ahead + blocks;
   // Of a last group that is larger than the others, as many chunks as these have.
