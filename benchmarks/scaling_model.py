@@ -44,6 +44,7 @@ PASSES = ("forward", "forward_backward")
 GPUS = tuple(2**i for i in range(1, 10))
 FORWARD = timing.RESULTS / "attention_forward_h200.json"
 BACKWARD = timing.RESULTS / "attention_backward_h200.json"
+LARGEST_DIFFERENCE = 0.05  # of an efficiency from the measured one
 BACKWARD_OVER_FORWARD = 0.75  # FLOP/s, where no result file says
 # Orders of magnitude for what no result file says: NVLink 4 has 450 GB/s a direction, a 400 Gbit/s adapter 50.
 WITHIN, BETWEEN, GPUS_PER_HOST = 400e9, 45e9, 8
@@ -237,6 +238,10 @@ def comparison_table(comparisons: Sequence[Comparison]) -> list[str]:
         times = f"{predicted_ms:.3g} | {'-' if measured_ms is None else f'{measured_ms:.3g}'}"
         figures = f"{predicted:.2f} | {measured:.2f} | {predicted - measured:+.2f}"
         lines.append(f"| {what} | {which} | {figures} | {times} |")
+    if comparisons:
+        farthest = max(abs(each.predicted - each.measured) for each in comparisons)
+        verdict = "pass" if farthest <= LARGEST_DIFFERENCE else "MISSED"
+        lines += ["", f"largest difference {farthest:.3f} (at most {LARGEST_DIFFERENCE:g}): {verdict}"]
     return lines
 
 
@@ -253,7 +258,8 @@ def assumptions(machine: Machine, origins: Sequence[str], links_origin: str) -> 
         f"links, {links_origin}: {bandwidth}, and more of them as the last; a rank sends and receives at full rate, "
         "whoever else does, and its messages slow no kernel down",
         f"latency of a message: {1e6 * latency:g} us; a launch of a further ring step and its last wave: "
-        f"{1e6 * rates.step_seconds:g} us",
+        f"{1e6 * rates.step_seconds:g} us; a part of an all-to-all, beside its bytes and arithmetic: "
+        f"{1e6 * rates.part_seconds:g} us",
         *([copies] if copies else []),
         f"device memory, given: {rates.memory / 1e12:g} TB/s for packing, for sums carried from step to step, for "
         "dK/dV that come back",
@@ -327,6 +333,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--latency", type=float, default=rates.latency, help=f"seconds a message ({rates.latency:g})")
     parser.add_argument("--step-seconds", type=float, default=rates.step_seconds,
                         help=f"of a further ring step, beside its work (default: {rates.step_seconds:g})")
+    parser.add_argument("--part-seconds", type=float, default=rates.part_seconds,
+                        help=f"of a part of an all-to-all, beside its work (default: {rates.part_seconds:g})")
     parser.add_argument("--memory", type=float, default=rates.memory,
                         help=f"bytes/s of device memory, read and written (default: {rates.memory:g})")
     parser.add_argument("--measured", type=Path, metavar="JSON", help="a result with efficiencies to compare with")
@@ -337,7 +345,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
              parsed.tokens_per_gpu or parsed.seqlen]
     if min(sizes) < 1 or parsed.heads % parsed.kv_heads:
         parser.error("expected sizes above 0, and --heads a multiple of --kv-heads")
-    if min(parsed.within, parsed.between, parsed.memory) <= 0 or min(parsed.latency, parsed.step_seconds) < 0:
+    times = parsed.latency, parsed.step_seconds, parsed.part_seconds
+    if min(parsed.within, parsed.between, parsed.memory) <= 0 or min(times) < 0:
         parser.error("expected rates above 0, and times of 0 or more")
     if parsed.full and parsed.window is not None:
         parser.error("--window is causal: expected it without --full")
@@ -361,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     links, links_origin = make_links(parsed, measured)
     rates = RATES["cuda"]._replace(
         forward=forward, backward=backward, memory=parsed.memory, step_seconds=parsed.step_seconds,
-        latency=parsed.latency,
+        part_seconds=parsed.part_seconds, latency=parsed.latency,
     )  # fmt: skip
     machine = Machine(rates, links, parsed.gpus_per_host)
 

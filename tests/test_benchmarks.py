@@ -818,6 +818,12 @@ def test_stale_results_are_listed(
         capsys.readouterr().out
     )
     results = committed(tmp_path, monkeypatch)
+    mean = results["benchmarks/results/attention_backward_h200.json"]["summary"][0]
+    mean["value"] *= 1 + 2**-52  # another Python's sum
+    assert not check_results.stale_results(results)
+    mean["value"] *= 1 + 1e-9
+    assert len(check_results.stale_results(results)) == 1
+    results = committed(tmp_path, monkeypatch)
     bars = attention_report.BARS["backward"]
     monkeypatch.setitem(attention_report.BARS, "backward", [bars[0]._replace(bar=1.5), *bars[1:]])
     assert check_results.stale_results(results) == [

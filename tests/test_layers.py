@@ -231,6 +231,7 @@ class Sharded:
      "positions have shape"),
     (lambda: TransformerConfig(vocab_size=0, dim=32, layers=1, heads=4), "vocab_size is 0"),
     (lambda: TransformerConfig(vocab_size=8, dim=32, layers=1, heads=4, window_size=(1, 2, 3)), "window_size is"),
+    (lambda: TransformerConfig(vocab_size=8, dim=32, layers=1, heads=4, embed_std=0.0), "embed_std is 0.0"),
 ])
 def test_refuses(call, message):
     with pytest.raises(ValueError, match=message):
@@ -390,6 +391,9 @@ def test_initial_scales():
             assert abs(parameter.std().item() / std - 1) < 0.05, name
     loss = nn.functional.cross_entropy(model(torch.randint(0, 256, (1, 64)))[0], torch.randint(0, 256, (64,)))
     assert abs(loss.item() - math.log(256)) < 0.1
+    model = Transformer(TransformerConfig(vocab_size=256, dim=128, layers=1, heads=4, embed_std=0.3))
+    assert model.embed.weight.std().item() == pytest.approx(0.3, rel=0.05)
+    assert model.head is not None and model.head.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_counts():

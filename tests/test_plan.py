@@ -119,7 +119,7 @@ def test_one_rank_costs_its_attention():
     assert each.exposed == 0 and each.moved == 0 and each.seconds == each.compute > 0
 
 
-NOTHING_BUT_ATTENTION = RATES["cuda"]._replace(memory=1e30, step_seconds=0.0, latency=0.0)
+NOTHING_BUT_ATTENTION = RATES["cuda"]._replace(memory=1e30, step_seconds=0.0, part_seconds=0.0, latency=0.0)
 
 
 @pytest.mark.parametrize("window", [(None, 0), (None, None), (100, 0)])
@@ -194,6 +194,7 @@ def test_what_is_slower_is_never_predicted_faster(head_ranks: int):
     slower = [
         (Links.given({8: 400e9, 64: 4e9}), rates), (Links.given({8: 40e9, 64: 40e9}), rates),
         (HOSTS, rates._replace(latency=1e-3)), (HOSTS, rates._replace(step_seconds=1e-3)),
+        (HOSTS, rates._replace(part_seconds=1e-3)),
         (HOSTS, rates._replace(memory=3e11)), (HOSTS, rates._replace(forward=((1, 1e14),))),
     ]  # fmt: skip
     for links, other in slower:

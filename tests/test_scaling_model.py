@@ -17,13 +17,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import scaling_model  # noqa: E402
 from scaling_model import Machine, Problem, predict  # noqa: E402
 
-from fa3_dist.parallel.plan import Call, Copies, Links, Rates  # noqa: E402
+from fa3_dist.parallel.plan import RATES, Call, Copies, Links, Rates  # noqa: E402
 from fa3_dist.parallel.schedule import imbalance, zigzag  # noqa: E402
 
 FLOPS = 5e14
-FREE = Rates(((1, FLOPS),), ((1, FLOPS),), memory=1e30, step_seconds=0.0, latency=0.0, least_half=0, least_opening=0,
-             least_part=1 << 40)
-USUAL = FREE._replace(memory=3e12, step_seconds=20e-6, latency=10e-6)
+FREE = Rates(((1, FLOPS),), ((1, FLOPS),), memory=1e30, step_seconds=0.0, part_seconds=0.0, latency=0.0, least_half=0,
+             least_opening=0, least_part=1 << 40)
+USUAL = FREE._replace(memory=3e12, step_seconds=20e-6, part_seconds=80e-6, latency=10e-6)
 HOSTS = Links.given({8: 400e9, 512: 45e9})
 
 
@@ -191,6 +191,20 @@ def test_committed_results_are_compared_with(name: str):
     assert (links.copies is not None) is bool(result.get("copies"))
     found = scaling_model.compare(result, Machine(USUAL, links), (128, 128))
     assert all(each.predicted > 0 for each in found) and (found or "1m" in name)
+
+
+def test_predictions_are_what_was_measured_within_the_bar():
+    result = json.loads((scaling_model.timing.RESULTS / "context_parallel_2xh200.json").read_text())
+    links, _ = scaling_model.make_links(scaling_model.parse_arguments([]), result)
+    forward, backward, _ = scaling_model.kernel_speeds(str(scaling_model.FORWARD), None, 128, 128)
+    machine = Machine(RATES["cuda"]._replace(forward=forward, backward=backward), links)
+    found = scaling_model.compare(result, machine, (128, 128))
+    assert {each.what.split(", ")[1] for each in found} == {"ring", "all_to_all"} and len(found) >= 24
+    for each in found:
+        assert each.predicted == pytest.approx(each.measured, abs=scaling_model.LARGEST_DIFFERENCE), each
+    assert scaling_model.comparison_table(found)[-1].endswith("(at most 0.05): pass")
+    missed = [found[0]._replace(measured=found[0].predicted + 0.06)]
+    assert scaling_model.comparison_table(missed)[-1] == "largest difference 0.060 (at most 0.05): MISSED"
 
 
 def test_a_run_prints_its_assumptions_and_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -66,17 +66,19 @@ class Rates(NamedTuple):
     backward: Speed
     memory: float  # bytes/s of its memory, read and written
     step_seconds: float  # of one more launch beside its arithmetic: the launch, and the last wave that fills few SMs
+    part_seconds: float  # of a part of an all-to-all: that launch, those that pack and unpack, streams that wait
     latency: float  # seconds a message costs whatever its size, where links were not measured
     least_half: int  # bytes of a message of dK/dV of half the heads from which on a step is two launches
     least_opening: int  # rows times key/value heads from which on the local backward is two launches
     least_part: int  # rows times query heads that a part of an all-to-all has at least
 
 
-# Hopper: attention of a training step in bf16. A core of a CPU.
+# Hopper: attention of a training step in bf16; memory as our passes over it were measured on an H200; of a part of an
+# all-to-all what meets twelve measurements on two best (benchmarks/LOG.md, context parallelism, 35). A core of a CPU.
 RATES = {
-    "cuda": Rates(((1, 5e14),), ((1, 5e14),), 3e12, 20e-6, 10e-6, LEAST_HALF["cuda"], LEAST_OPENING["cuda"],
+    "cuda": Rates(((1, 5e14),), ((1, 5e14),), 3.5e12, 20e-6, 80e-6, 10e-6, LEAST_HALF["cuda"], LEAST_OPENING["cuda"],
                   LEAST_PART["cuda"]),
-    "cpu": Rates(((1, 2e10),), ((1, 2e10),), 1e10, 100e-6, 100e-6, LEAST_HALF["cpu"], LEAST_OPENING["cpu"],
+    "cpu": Rates(((1, 2e10),), ((1, 2e10),), 1e10, 100e-6, 100e-6, 100e-6, LEAST_HALF["cpu"], LEAST_OPENING["cpu"],
                  LEAST_PART["cpu"]),
 }
 
@@ -257,8 +259,8 @@ def _with_swaps(ring: Pass, *, rows: int, row_bytes: int, ranks: int, parts: int
     """
     wire = rows * (ranks - 1) * row_bytes / links.within(ranks) + 2 * parts * (ranks - 1) * _latency(links, rates)
     copied = 2 * copies * rows * ranks * row_bytes / rates.memory
-    launches = (parts - 1) * rates.step_seconds
-    return ring._replace(exposed=ring.exposed + exposed_by_parts(wire, ring.compute, parts) + copied + launches)
+    exposed = exposed_by_parts(wire, ring.compute, parts) + copied + parts * rates.part_seconds
+    return ring._replace(exposed=ring.exposed + exposed)
 
 
 def exposed_by_parts(messages: float, compute: float, parts: int) -> float:
