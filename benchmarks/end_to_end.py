@@ -58,6 +58,7 @@ BACKEND = SDPBackend.CUDNN_ATTENTION
 WARMUPS = 2  # steps of a seed that are not timed
 LARGEST_DIFFERENCE = 0.01  # relative L2 of what the first layers' attention gives for equal weights
 SEEDS, STEPS = 3, 200
+EMBED_STD = 0.02  # of the first embeddings, as of matrices: the usual, not the example's
 LR = 3e-5  # what a warm-up of 2000 steps to 3e-4 has come to by then; with 3e-4 at once the loss is 12 after four steps
 SETTINGS = (  # what seeds must have in common to be averaged
     "model", "parameters", "seqlen", "batch", "steps", "lr", "compile", "checkpoint_activations", "text", "device",
@@ -302,7 +303,7 @@ def run(
     text, _ = read_documents(arguments.data, "*.py" if arguments.data == python_sources() else "*")
     sizes = train.MODELS[arguments.model]
     config = train.transformer_config(
-        argparse.Namespace(**sizes, checkpoint_activations=arguments.checkpoint_activations)
+        argparse.Namespace(**sizes, checkpoint_activations=arguments.checkpoint_activations), EMBED_STD
     )
     with torch.device("meta"):
         shape = Transformer(config)

@@ -214,7 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = {name: getattr(parsed, name) for name in ("model", "seqlen", "steps", "batches", "seed", "lr")}
     is_whole = all(getattr(parsed, name) == parser.get_default(name) for name in (*flags, "data"))
     text, _ = read_documents(parsed.data, "*.py" if parsed.data == python_sources() else "*")
-    config = train.transformer_config(argparse.Namespace(**train.MODELS[parsed.model], checkpoint_activations=False))
+    config = train.transformer_config(
+        argparse.Namespace(**train.MODELS[parsed.model], checkpoint_activations=False), end_to_end.EMBED_STD
+    )
     sequences = Sequences(text, parsed.seqlen, packing=False, size=1, seed=parsed.seed)
     trainee = end_to_end.Trainee(config, fa3_dist.flash_attn_func, parsed.seed, parsed.lr, compile=False)
     for step in range(parsed.steps):

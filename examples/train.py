@@ -46,6 +46,7 @@ from fa3_dist.layers import Transformer, TransformerConfig
 from fa3_dist.parallel import ContextParallel
 from fa3_dist.parallel.context import MODES as CP_MODES
 from fa3_dist.parallel.observe import Timeline, exposed
+from fa3_dist.parallel.plan import Choice
 
 MODELS = {
     "tiny": {"dim": 128, "layers": 2, "heads": 2, "kv_heads": 1, "rope_base": 300.0},
@@ -216,10 +217,11 @@ def over_all_ranks(values: list[float], device: torch.device) -> list[float]:
 # ---- the model and its optimizers ------------------------------------------------------------------------------------
 
 
-def transformer_config(args: argparse.Namespace) -> TransformerConfig:
+def transformer_config(args: argparse.Namespace, embed_std: float = EMBED_STD) -> TransformerConfig:
     return TransformerConfig(
         vocab_size=256, dim=args.dim, layers=args.layers, heads=args.heads, kv_heads=args.kv_heads,
-        rope_base=args.rope_base, qk_norm=True, embed_std=EMBED_STD, checkpoint_activations=args.checkpoint_activations,
+        rope_base=args.rope_base, qk_norm=True, checkpoint_activations=args.checkpoint_activations,
+        embed_std=embed_std,
     )
 
 
@@ -260,6 +262,15 @@ def schedule(step: int, steps: int) -> float:
         return (step + 1) / warm_up
     progress = (step - warm_up) / max(1, steps - warm_up)
     return 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def choice(job: Job) -> Choice:
+    """The mode that attention of the first batch takes, and what it was chosen from."""
+    args, whole = job.args, job.training.step(0)
+    batch = job.cp.shard(whole.tokens, whole.labels, whole.cu_seqlens)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    return job.cp.choose(batch, heads=args.heads, kv_heads=args.kv_heads, head_dim=args.dim // args.heads, dtype=dtype,
+                         causal=True)
 
 
 def no_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
@@ -370,6 +381,7 @@ def train(job: Job, attention: str, metrics_path: Path, checkpoint_dir: Path | N
             loss = compute_loss(job, model, batch, attention)
             loss.backward()
         grad_norm = clip_gradients(model)
+        job.cp.raise_failure()  # the host has waited for all gradients, so it knows of every message that failed
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -477,6 +489,8 @@ def main() -> None:
         training=Sequences(training, *dealt, seed=args.seed), held_out=scored.spread(args.eval_sequences),
         facts={name: getattr(args, name) for name in FACTS} | {"text": training.digest()}, stop=StopOnSigterm(),
     )
+    if args.mode == "auto":
+        say(str(choice(job)))
     bigram = bigram_loss(training, scored.spread(args.eval_sequences, all_groups=True))
     title = describe(args, device)
     say(title, f"text below {args.data}: {training} to train on, {held_out} held out")

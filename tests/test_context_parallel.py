@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import functional as F
 
+import fa3_dist.parallel.context as context
 from fa3_dist.layers import Transformer, TransformerConfig
 from fa3_dist.parallel import ContextParallel, LocalAttention, LocalBatch, contiguous, zigzag
 from fa3_dist.parallel.context import NoPeers
+from fa3_dist.parallel.exchange import RingError
 from fa3_dist.parallel.plan import is_measured
 from tests import oracle
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, run_processes
 
 WORLDS = (1, 2, 4)
 VOCABULARY = 11
@@ -143,6 +146,11 @@ def check_modes(rank: int, world: int) -> None:
                 assert_same(gradients(model), expected)
     product = parallels[0]
     assert (product.mode, product.rank, product.world) == ("product", rank, world)
+    columns = DeviceMesh("cpu", torch.arange(world).view(2, world // 2).mT, mesh_dim_names=("ring", "heads"))
+    if world > 2:
+        order = r"in the order \[0, 2, 1, 3\]: expected \[0, 1, 2, 3\], rising row by row"
+        with pytest.raises(ValueError, match=order):
+            ContextParallel(columns)
     choice = product.choose(batch, heads=4, head_dim=8)
     assert choice.head_ranks == 2 and choice.mode in str(choice) and "mode is 'product'" in str(choice)
 
@@ -444,6 +452,12 @@ def check_disagreements(rank: int, world: int) -> None:
         with pytest.raises(ValueError, match="k and v have 3 heads and q has 4: expected the heads of q"):
             attention(q[:, :, :4], k, k)
         assert cp_of_mode.exchange.stats.messages_sent == sent
+    split = ContextParallel(dist.group.WORLD, layout="zigzag")  # both batches have 4 rows on each rank
+    one, two = split.shard(tokens), split.shard(tokens, cu_seqlens=[0, 6, 12])
+    assert one.tokens.shape == two.tokens.shape
+    with pytest.raises(ValueError, match="attention with different arguments: .*in 1 documents.*in 2 documents"):
+        (two if odd else one).attention(q, k, k)
+    assert split.exchange.stats.messages_sent == 0
     with pytest.raises(ValueError, match="q has 4 heads: expected a multiple of 3, .*take mode='ring'"):
         attention(q[:, :, :4], k[:, :, :1], k[:, :, :1])
     assert cp_of_mode.exchange.stats.messages_sent == sent
@@ -452,13 +466,33 @@ def check_disagreements(rank: int, world: int) -> None:
     late = ContextParallel(dist.group.WORLD, timeout=1.0)
     if not odd:
         start = time.monotonic()
-        with pytest.raises(RuntimeError, match=rf"rank {rank} of {world}: not all ranks came to shard\(\) within 1 s"):
+        late_word = rf": word (from|to) rank {world - 1} did not (arrive within 1 s: rank {world - 1} is dead|get)"
+        with pytest.raises(RuntimeError, match=rf"rank {rank} of {world}: not all ranks came to shard\(\) within 1 s"
+                                               + late_word):
             late.shard(tokens)
         assert time.monotonic() - start < 15
 
 
 def test_ranks_that_disagree_all_raise():
     run_distributed(3, check_disagreements)
+
+
+def shard_until_a_rank_is_lost(rank: int, world: int) -> str:
+    cp, tokens = ContextParallel(dist.group.WORLD, timeout=60.0), make_tokens(1, 12)
+    cp.shard(tokens)
+    if rank == 1:
+        os._exit(1)
+    with pytest.raises(RuntimeError) as error:
+        cp.shard(tokens)
+    return str(error.value)
+
+
+def test_a_rank_that_is_lost_between_steps_is_named_at_once():
+    outcomes = run_processes(3, shard_until_a_rank_is_lost, without=[1], timeout=50.0)
+    for rank in (0, 2):
+        assert outcomes[rank].error is None, outcomes[rank].error
+        assert outcomes[rank].result.startswith(f"rank {rank} of 3: not all ranks came to shard() within 60 s: word ")
+    assert any("rank 1 did not get through: the connection broke" in outcomes[rank].result for rank in (0, 2))
 
 
 # ---- one rank --------------------------------------------------------------------------------------------------------
@@ -495,6 +529,22 @@ def test_one_rank_calls_no_collective(tmp_path, monkeypatch):
         assert torch.equal(cp.unshard(logits, batch), logits) and torch.equal(batch.tokens, tokens)
         cp.check(model, tokens)
         assert_same(loss, plain_loss(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).detach())
+
+
+def test_a_message_that_failed_is_told_before_gradients_are_used(tmp_path):
+    class Failed(NoPeers):
+        def raise_failure(self) -> None:
+            raise RingError(0, 1, "dK/dV", 3, "from rank 3 did not arrive")
+
+    with group_of_one(tmp_path) as group:
+        cp, model = ContextParallel(group), make_model()
+        batch = cp.shard(make_tokens(*DENSE))
+        cp.raise_failure()
+        logits = model(batch.tokens, positions=batch.positions, attention=batch.attention)
+        cp.exchange = Failed()
+        for call in (cp.raise_failure, lambda: cp.loss(logits, batch.labels), lambda: cp.sync_gradients(model)):
+            with pytest.raises(RingError, match="rank 0, ring step 1: dK/dV from rank 3 did not arrive"):
+                call()
 
 
 def test_bad_arguments(tmp_path):
@@ -556,6 +606,16 @@ def test_attention_takes_the_arguments_of_flash_attention(options):
     expected = oracle_attention(q, k, v, **{name: each for name, each in options.items() if name != "deterministic"})
     assert_same(attention_alone()(q, k, v, **options), expected)
     assert attention_alone().needs_positions
+
+
+@pytest.mark.parametrize("asked, by_torch", [(False, False), (True, False), (False, True)])
+def test_attention_is_deterministic_where_torch_is_asked_to_be(asked: bool, by_torch: bool, monkeypatch):
+    called: list[bool] = []
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: by_torch)
+    monkeypatch.setattr(context, "all_to_all_attention", lambda q, k, v, *, deterministic, **_: (
+        called.append(deterministic), (q, q))[1])
+    attention_alone()(*torch.randn(3, 2, 6, 1, 8), deterministic=asked)
+    assert called == [asked or by_torch]
 
 
 def test_attention_refuses_what_it_cannot_do():

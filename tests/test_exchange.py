@@ -290,6 +290,18 @@ def test_watchdog_raises_the_first_overdue_transfer_and_aborts_once(caplog):
     assert "K/V from rank 3 did not arrive within 0.2 s; aborting the process group" in caplog.text
 
 
+@pytest.mark.parametrize("world, expected", [
+    (2, "q/k/v from rank 1 did not arrive within 9 s: rank 1 is dead, stuck"),
+    (3, "q/k/v from rank 2 or to rank 1 did not get through within 9 s: one of them is dead, stuck"),
+    (4, "q/k/v from and to ranks 1, 2 and 3 did not get through within 9 s: one of them is dead, stuck"),
+])
+def test_transfers_that_end_together_name_all_peers(world: int, expected: str):
+    """Of an all-to-all over NCCL, whose messages are one group, nobody can say which one is missing."""
+    transfers = tuple(exchanges._Transfer(0, shift, "q/k/v", shift, world - shift) for shift in range(1, world))
+    error = exchanges._Together(transfers).overdue(9.0)
+    assert str(error) == f"rank 0, ring step 1: {expected}, or in another step" and error.peer in range(1, world)
+
+
 def test_watchdog_lets_go_of_transfers_until_all_are_through():
     called: list[str] = []
     transfers = [Transfer("first"), Transfer("second")]

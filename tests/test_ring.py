@@ -45,6 +45,7 @@ CASES = [
     Case("1 kv head", (512,), heads=8, kv_heads=1),
     Case("2 kv heads", (512,), heads=8, kv_heads=2),
     Case("1 kv head, bf16", (512,), heads=8, kv_heads=1, dtype=BF16, dlse=False),
+    Case("2 kv heads, fp16", (512,), heads=8, kv_heads=2, dtype=torch.float16, dlse=False),
     Case("window 128", (1603,), window_left=128),
     Case("window 128, contiguous", (1603,), layout="contiguous", window_left=128),
     Case("window 128, bf16", (1603,), window_left=128, dtype=BF16, dlse=False),

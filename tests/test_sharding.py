@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fa3_dist.parallel.schedule import Layout, Shard, contiguous, packed, zigzag
-from fa3_dist.parallel.sharding import positions, shard, unshard, upload
+from fa3_dist.parallel.sharding import keep_for_graph, positions, shard, unshard, upload
 from tests.distributed import run_distributed
 
 PACK = (0, 1, 37, 9, 0, 20)
@@ -142,3 +143,15 @@ def test_nothing_is_uploaded_while_a_graph_is_captured(monkeypatch):
     with pytest.raises(RuntimeError, match="a CUDA graph is being captured, .*: expected one step like it before"):
         upload(np.zeros(3), "cuda")
     assert upload(np.zeros(3), "cpu").tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("device, capturing, is_kept", [
+    ("cuda", True, True), ("cuda", False, False), ("cpu", True, False),
+])
+def test_what_a_graph_reads_outlives_the_caches(device: str, capturing: bool, is_kept: bool, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    table = torch.zeros(3)
+    kept = weakref.ref(table)
+    keep_for_graph(table, torch.device(device))
+    del table
+    assert (kept() is not None) is is_kept

@@ -100,10 +100,14 @@ def test_losses_do_not_depend_on_how_ranks_share_the_work(tmp_path: Path, text: 
     assert len(losses) == STEPS + 3, "a held-out loss every third of the steps"
     assert losses[0] == pytest.approx(math.log(256), rel=0.02) and losses[STEPS - 1] < 0.8 * losses[0]
     assert "exposed communication: none" in alone.log.read_text()
-    all_to_all = ["--dp", "2", "--mode", "all_to_all"]
-    for ranks, flags in ((2, ["--cp", "2"]), (4, ["--cp", "4"]), (4, ["--dp", "2", "--cp", "2"]), (4, all_to_all)):
+    all_to_all, auto = ["--dp", "2", "--mode", "all_to_all"], ["--mode", "auto"]
+    for ranks, flags in (
+        (2, ["--cp", "2"]), (4, ["--cp", "4"]), (4, ["--dp", "2", "--cp", "2"]), (4, all_to_all), (2, auto),
+    ):
         shared = run(tmp_path / "-".join(flags), text, ranks, *flags)
-        check_exposure(shared, flags[-1] if flags == all_to_all else "ring")
+        check_exposure(shared, flags[-1] if "--mode" in flags else "ring")
+        said = shared.log.read_text(errors="replace")
+        assert len(re.findall(r"(?m)^  \* (ring|all_to_all) +[\d.]+ ms: [\d.]+ attention", said)) == (flags == auto)
         np.testing.assert_allclose(shared.losses(), losses, rtol=1e-5, err_msg=f"{ranks} ranks, {flags}")
 
 

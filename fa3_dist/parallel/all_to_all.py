@@ -53,7 +53,7 @@ from fa3_dist.parallel.ring import (
     unit_stride,
 )
 from fa3_dist.parallel.schedule import Layout, grouped
-from fa3_dist.parallel.sharding import upload
+from fa3_dist.parallel.sharding import keep_for_graph, upload
 
 
 def all_to_all_attention(
@@ -98,6 +98,8 @@ def all_to_all_attention(
     ring = Subgroup(exchange, range(member, layout.world, head_ranks))
     plan = ring_plan(grouped(layout, head_ranks), group, window_left, window_right, q.device)
     swap = _Swap(layout, rank, exchange, head_ranks, q.device)
+    for tables in (plan, swap.order):
+        keep_for_graph(tables, q.device)
     return _AllToAllAttention.apply(q, k, v, swap, plan, ring, options, deterministic)
 
 
@@ -233,7 +235,7 @@ class _Swap:
         self.sm_margin = exchange.sm_margin
         self._exchange = Subgroup(exchange, members)
         self._rank = own = self._exchange.rank
-        self._runs, self._order = _places(layout, first, head_ranks, device)
+        self._runs, self.order = _places(layout, first, head_ranks, device)
         # The other ranks, and what is theirs in a tensor (A - 1, ...).
         self._others = [(slice(0, own), slice(0, own)), (slice(own + 1, head_ranks), slice(own, head_ranks - 1))]
 
@@ -297,13 +299,13 @@ class _Swap:
         def arrive() -> list[Tensor]:
             come = found[:]
             found.clear()  # what is put in another order is not kept in this one
-            return come if self._order is None else [_select(come.pop(0), self._order) for _ in tensors]
+            return come if self.order is None else [_select(come.pop(0), self.order) for _ in tensors]
 
         return _Way(send, receive, what, copy_own, arrive)
 
     def _to_tokens(self, tensors: Sequence[Tensor], to: Sequence[Tensor], what: str) -> _Way:
         """(N, n, width) each -> (T, A, n, width) each, which it fills: this rank's rows, of all heads."""
-        rows = [x.contiguous() if self._order is None else _put(x, self._order) for x in tensors]
+        rows = [x.contiguous() if self.order is None else _put(x, self.order) for x in tensors]
         found = [self._of_others(x) for x in to]
         receive, send = self._messages(found, rows)
 

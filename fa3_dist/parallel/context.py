@@ -42,7 +42,17 @@ from fa3_dist import ops
 from fa3_dist.interface import apply_sink, cast_for_autocast, window_bounds
 from fa3_dist.parallel import sharding
 from fa3_dist.parallel.all_to_all import all_to_all_attention
-from fa3_dist.parallel.exchange import NO_STAMP, DistributedExchange, Exchange, Move, Parts, Pending, Traffic
+from fa3_dist.parallel.exchange import (
+    NO_STAMP,
+    DistributedExchange,
+    Exchange,
+    Move,
+    Parts,
+    Pending,
+    RingError,
+    Traffic,
+    exchange_with_all,
+)
 from fa3_dist.parallel.observe import Observer
 from fa3_dist.parallel.plan import Call, Choice, Links, choose, is_measured, links_of
 from fa3_dist.parallel.ring import LEAST_HALF
@@ -54,6 +64,7 @@ LAYOUTS = ("auto", "zigzag", "contiguous")
 MODES = ("ring", "all_to_all", "auto")
 PRODUCT = ("ring", "heads")  # names of the dimensions of a mesh for the mode "product"
 _BUCKET = 1 << 25  # elements of gradients averaged in one message
+_WORDS_TAG = 1  # of what ranks tell each other on the host: a ring's messages, which may be of the same group, have 0
 
 
 @dataclass
@@ -134,8 +145,9 @@ class ContextParallel:
         self._checked_contents = False
         if self.world > 1:
             self.exchange = exchange = DistributedExchange(self.group, timeout=timeout, sm_margin=sm_margin)
-            self._timeout = timedelta(seconds=exchange.timeout)
-            self._host_group = _host_group(self.group, self._timeout)
+            self._host_group = _host_group(self.group, timedelta(seconds=exchange.timeout))
+            self._words = DistributedExchange(self._host_group, device=torch.device("cpu"), timeout=exchange.timeout,
+                                              tag=_WORDS_TAG)
             self._device_type = exchange.device.type
             links = self._links or ("measured before" if is_measured(self.group) else None)
             self._compare("ContextParallel()", {
@@ -203,6 +215,15 @@ class ContextParallel:
 
     # ---- loss and gradients ------------------------------------------------------------------------------------------
 
+    def raise_failure(self) -> None:
+        """Raises the RingError of a message of attention that did not come.
+
+        On GPUs the host does not wait for messages. One that fails is told by the next call of attention or of these
+        methods, and what was computed from it is garbage. So before something that lasts, such as `optimizer.step()`
+        or saving, call this once the host has waited for the device (in `loss.item()`, say). It sends nothing.
+        """
+        self.exchange.raise_failure()
+
     def loss(
         self,
         logits: Tensor,
@@ -226,6 +247,7 @@ class ContextParallel:
                 f"logits has shape {tuple(logits.shape)} and labels {tuple(labels.shape)}: expected "
                 "(B, S_local, classes) and (B, S_local)"
             )
+        self.raise_failure()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         flat = labels.flatten()
         total = F.cross_entropy(logits.flatten(0, -2), flat, ignore_index=ignore_index, reduction="sum")
@@ -237,6 +259,7 @@ class ContextParallel:
         A parameter without a gradient counts as 0 where another rank has one. With `data_mesh` the average goes over
         the replicas too. Raises TypeError for a sharded (FSDP2) gradient: FSDP2 averages by itself, over its own mesh.
         """
+        self.raise_failure()
         groups = self._averaging_groups(data_mesh)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if any(hasattr(parameter, "device_mesh") for parameter in parameters):
@@ -301,7 +324,8 @@ class ContextParallel:
     def _head_ranks(self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> int:
         """How many ranks swap tokens for heads in a call of attention, once all ranks agree about the call."""
         sizes = tuple((tuple(x.shape[2:]), x.dtype) for x in (q, k, v))
-        self._compare_once("attention", ("(heads, head_dim) and dtype of q, k, v", *sizes, *options.items()))
+        self._compare_once("attention", ("(heads, head_dim) and dtype of q, k, v", *sizes, *options.items(),
+                                         _name_of(layout)))
         ops.check_qkv(q, k, v)
         call = Call(q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype, options["window_left"],
                     options["window_right"])
@@ -394,11 +418,12 @@ class ContextParallel:
         digest = hashlib.blake2b(repr((where, value)).encode(), digest_size=16).digest()
         ours = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         theirs = [torch.empty_like(ours) for _ in range(self.world)]
+        self.raise_failure()
         try:
-            dist.all_gather(theirs, ours, group=self._host_group, async_op=True).wait(self._timeout)
-        except RuntimeError as cause:
-            late = f"not all ranks came to {where} within {self._timeout.total_seconds():g} s; is one dead or stuck?"
-            raise RuntimeError(f"rank {self.rank} of {self.world}: {late}") from cause
+            exchange_with_all(self._words, [ours] * self.world, theirs, "word")
+        except RingError as cause:
+            raise RuntimeError(f"rank {self.rank} of {self.world}: not all ranks came to {where} within "
+                               f"{self._words.timeout:g} s: word {cause.reason}") from cause
         return all(torch.equal(each, ours) for each in theirs)
 
     def _gather_objects(self, value: Any) -> list[Any]:
@@ -471,7 +496,8 @@ class LocalAttention:
 
         Raises:
             TypeError: an argument that is not supported. ValueError: shapes other than the batch's, heads that the mode
-                cannot share, or ranks that call it differently (compared when a call is new): then on every rank.
+                cannot share, or ranks that call it differently, or on batches of different layouts (compared when a
+                call is new for a layout): then on every rank.
         """
         _refuse(others)
         for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -492,7 +518,7 @@ class LocalAttention:
             rank=self.rank,
             exchange=self.exchange,
             head_ranks=head_ranks,
-            deterministic=deterministic,
+            deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
             **options,
         )
         out = out if sink is None else apply_sink(out, lse, sink)
@@ -512,6 +538,9 @@ class NoPeers:
         pass
 
     def confirm(self) -> None:
+        pass
+
+    def raise_failure(self) -> None:
         pass
 
     def side_stream(self) -> None:
@@ -624,6 +653,13 @@ def _next_tokens(tokens: Tensor, layout: Layout) -> Tensor:
     return torch.cat(parts).view(tokens.shape) if parts else flat.view(tokens.shape)
 
 
+@lru_cache(maxsize=64)
+def _name_of(layout: Layout) -> str:
+    """Short, and another one for another layout."""
+    digest = hashlib.blake2b(repr(layout).encode(), digest_size=8).hexdigest()
+    return f"{sum(layout.documents)} tokens in {len(layout.documents)} documents, layout {digest}"
+
+
 def _describe(tensors: dict[str, Tensor | None], lengths: tuple[int, ...]) -> str:
     given = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in sorted(tensors.items()) if t is not None]
     documents = str(lengths) if len(lengths) <= 8 else f"{len(lengths)} of {sum(lengths)} tokens in all"
@@ -719,7 +755,12 @@ def _mode(group: Any, mode: str | None) -> tuple[str, Any, int | None]:
         if mode not in (None, "product"):
             raise ValueError(f"mode is {mode!r} with a mesh of the dimensions {PRODUCT}: expected None or 'product', "
                              "which such a mesh stands for; for others give a 1-D mesh of the same ranks")
-        return "product", group._flatten(), group.size(1)
+        flat = group._flatten()
+        ranks, in_group = group.mesh.flatten().tolist(), dist.get_process_group_ranks(flat.get_group())
+        if ranks != in_group:
+            raise ValueError(f"the mesh with the dimensions {PRODUCT} has its ranks in the order {ranks}: expected "
+                             f"{in_group}, rising row by row, since rows swap tokens for heads")
+        return "product", flat, group.size(1)
     if mode == "product":
         raise ValueError(f"mode is 'product': expected a 2-D mesh with the dimensions {PRODUCT}, which says how many "
                          "ranks each has; mode='auto' takes a product where it is faster")

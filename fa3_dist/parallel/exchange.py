@@ -56,7 +56,7 @@ class RingError(RuntimeError):
     """A message of the ring did not get through. The back end's own error, if it gave one, is chained as the cause.
 
     Attributes: `rank` (this rank), `step` (the shift of the ring step), `what` (e.g. "K/V" or "dK/dV"), `peer` (the
-    rank that was waited for), `reason`.
+    rank that was waited for; the first of them where it may have been another one, which `reason` says), `reason`.
     """
 
     def __init__(self, rank: int, step: int, what: str, peer: int, reason: str):
@@ -169,6 +169,10 @@ class Exchange(Protocol):
         """To be called once all that was received is read, or queued to be: work queued after it begins only if none of
         that can have been overwritten meanwhile, by a rank that has given up."""
 
+    def raise_failure(self) -> None:
+        """Raises the RingError of a message that did not come. On CUDA the host goes on while messages travel: it knows
+        of one that failed no later than when it has waited for work that the message was to feed."""
+
     def side_stream(self) -> Any:
         """A CUDA stream for work beside that of the current one that may take every SM: None where messages would then
         wait for SMs, and on the CPU."""
@@ -206,6 +210,10 @@ class Subgroup:
     def confirm(self) -> None:
         """See `Exchange.confirm`."""
         self._exchange.confirm()
+
+    def raise_failure(self) -> None:
+        """See `Exchange.raise_failure`."""
+        self._exchange.raise_failure()
 
     def side_stream(self) -> Any:
         """See `Exchange.side_stream`: messages don't go into places here, so not by copy engines."""
@@ -286,6 +294,24 @@ class _Transfer:
                                   "them is dead, stuck, or in another step")
 
 
+@dataclass(frozen=True)
+class _Together:
+    """Transfers that are through when all of them are."""
+
+    transfers: tuple[_Transfer, ...]
+
+    def overdue(self, seconds: float) -> RingError:
+        """An error that names all peers."""
+        first = self.transfers[0]
+        peers = {peer for each in self.transfers for peer in (each.source, each.destination) if peer is not None}
+        if len(peers) <= 2:  # those of a ring, or one
+            return first.overdue(seconds)
+        *others, last = map(str, sorted(peers))
+        return RingError(first.rank, first.step, first.what, min(peers),
+                         f"from and to ranks {', '.join(others)} and {last} did not get through within {seconds:g} s: "
+                         "one of them is dead, stuck, or in another step")
+
+
 class _Started(NamedTuple):
     """An exchange that is to start, of parts with elements."""
 
@@ -357,6 +383,7 @@ class DistributedExchange:
             this error, which names the peer, comes before the group's own).
         sm_margin: SMs that attention kernels leave to the transfers (CUDA); None: FA3_DIST_SM_MARGIN of the
             environment, or 0. `FA3_DIST_PEER_COPIES=0 make context` times some margins.
+        tag: of the messages on the CPU; those of exchanges with different tags don't get mixed up.
         head_start: microseconds by which a transfer is ahead of the attention that hides it (CUDA; see `let_begin`);
             None: FA3_DIST_HEAD_START of the environment, or HEAD_START.
         peer_copies: False: no message goes by copy engines, on any rank if one says so; True: they do where they can,
@@ -370,7 +397,7 @@ class DistributedExchange:
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, device: torch.device | None = None,
                  timeout: float | timedelta | None = None, sm_margin: int | None = None,
-                 head_start: float | None = None, peer_copies: bool | None = None):
+                 head_start: float | None = None, peer_copies: bool | None = None, tag: int = 0):
         self.group: dist.ProcessGroup = _world_group() if group is None else group
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
@@ -386,6 +413,7 @@ class DistributedExchange:
         if not 0 <= self.head_start < float("inf"):
             raise ValueError(f"head_start is {self.head_start}: expected microseconds, 0 or more")
         peer_copies = _default_peer_copies() if peer_copies is None else peer_copies
+        self.tag = tag
         self.stats = Traffic()
         self.observer: Observer | None = None
         self._peers: PeerCopies | None = None
@@ -534,6 +562,11 @@ class DistributedExchange:
                 done.record(self._stream)
             self._look_after(transfer, (), done).wait()
 
+    def raise_failure(self) -> None:
+        """See `Exchange.raise_failure`."""
+        if self._watchdog is not None:
+            self._watchdog.raise_failure()
+
     def side_stream(self) -> Any:
         """See `Exchange.side_stream`."""
         return self._side if self._has_places() else None
@@ -561,13 +594,14 @@ class DistributedExchange:
                     observer.end(mark)
             done = torch.cuda.Event()
             done.record(self._stream)
-        pending = [self._look_after(transfer, (*send, *receive), done) for transfer, send, receive in together]
+        told = _Together(tuple(transfer for transfer, _, _ in together))  # `done` does not tell one from another
+        pending = [self._look_after(told, (*send, *receive), done) for _, send, receive in together]
         self._posted = pending[-1] if place is None else None
         if place is not None:
             self._unconfirmed = together[0].transfer
         return pending
 
-    def _look_after(self, transfer: _Transfer, buffers: Parts, done: Any) -> _StreamPending:
+    def _look_after(self, transfer: _Transfer | _Together, buffers: Parts, done: Any) -> _StreamPending:
         assert self._watchdog is not None
         pending = _StreamPending(self._watchdog, transfer, buffers, done, self.device, self._peers)
         # NOTE: an event that is part of a CUDA graph being captured must not be queried.
@@ -604,9 +638,11 @@ class _HostPending:
         self.buffers = (*send, *receive)  # alive until the works are through
         self.observer, self.begun = _begin(owner.observer, transfer, send)
         with self._named(transfer.receive_error, "cannot be received: the connection failed"):
-            self.receiving = [dist.irecv(part, group=owner.group, group_src=transfer.source) for part in receive]
+            self.receiving = [dist.irecv(part, group=owner.group, group_src=transfer.source, tag=owner.tag)
+                              for part in receive]
         with self._named(transfer.send_error, "cannot be sent: the connection failed"):
-            self.sending = [dist.isend(part, group=owner.group, group_dst=transfer.destination) for part in send]
+            self.sending = [dist.isend(part, group=owner.group, group_dst=transfer.destination, tag=owner.tag)
+                            for part in send]
 
     def wait(self) -> None:
         deadline = time.monotonic() + self.timeout
@@ -646,8 +682,8 @@ class _StreamPending:
     is never waited for is held by the watchdog until it is through.
     """
 
-    def __init__(self, watchdog: Watchdog, transfer: _Transfer, buffers: Parts, event: Any, device: torch.device,
-                 peers: PeerCopies | None):
+    def __init__(self, watchdog: Watchdog, transfer: _Transfer | _Together, buffers: Parts, event: Any,
+                 device: torch.device, peers: PeerCopies | None):
         self.watchdog, self.transfer, self.buffers = watchdog, transfer, buffers
         self.event, self.device = event, device  # the event: the transfer is through
         self.peers = peers  # alive until then, as long as the watchdog is
@@ -1002,6 +1038,9 @@ class InProcessExchange:
     def exchange_together(self, moves: Sequence[Move]) -> list[Pending]:
         """See `Exchange.exchange_together`."""
         return [self.exchange(**move._asdict()) for move in moves]
+
+    def raise_failure(self) -> None:
+        """See `Exchange.raise_failure`: who waits here is told."""
 
     def let_begin(self) -> None:
         """See `Exchange.let_begin`: there is nothing to be done."""

@@ -54,7 +54,7 @@ from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.exchange import NO_STAMP, Exchange, Pending, Place
 from fa3_dist.parallel.observe import computing
 from fa3_dist.parallel.schedule import Layout, Span, Step, Visit, ring_schedule, step_sizes
-from fa3_dist.parallel.sharding import upload
+from fa3_dist.parallel.sharding import keep_for_graph, upload
 
 
 def ring_attention(
@@ -96,6 +96,7 @@ def ring_attention(
                "softcap": softcap}
     check_call(q, k, v, layout, rank, exchange, options)
     plan = ring_plan(layout, rank, window_left, window_right, q.device)
+    keep_for_graph(plan, q.device)
     return _RingAttention.apply(q, k, v, plan, exchange, options, deterministic)
 
 

@@ -99,6 +99,16 @@ def upload(numbers: np.ndarray, device: torch.device | str | None) -> Tensor:
     return host.to(device)
 
 
+_read_by_graphs: dict[int, object] = {}  # by id
+
+
+def keep_for_graph(read: object, device: torch.device) -> None:
+    """If a CUDA graph is being captured, keeps what it reads of a layout's tables for as long as the process lives:
+    nobody tells when a graph is dropped, and caches forget layouts that are not used for long."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _read_by_graphs[id(read)] = read
+
+
 class _GatherRows(torch.autograd.Function):
     """(n, ...) of each rank -> (world * longest, ...): rank r's rows start at r * longest, the rest is not set."""
 
