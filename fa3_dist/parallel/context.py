@@ -102,7 +102,8 @@ class ContextParallel:
             are rings. `cp.group` then has all its ranks, row by row.
         layout: "auto": zigzag for a dense batch; packed documents are split zigzag if they are long and stay whole on
             one rank if they are short (`schedule.packed`). "zigzag" or "contiguous": every document is split so.
-        timeout: seconds (or timedelta) until a message that does not arrive is an error; None: the group's timeout.
+        timeout: seconds (or timedelta) until a message that does not arrive is an error, on GPUs from when the host
+            queues it, which may be a whole step ahead of the device; None: the group's timeout.
         mode: "ring": keys and values go round; any number of heads. "all_to_all": ranks swap tokens for heads; query
             heads a multiple of the ranks. "auto": each call takes the one, the other or a product of both, whichever
             `plan.choose` expects to be fastest; links are measured here, once a group, so another run may choose

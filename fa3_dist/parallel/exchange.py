@@ -380,7 +380,8 @@ class DistributedExchange:
         group: the ring, every rank of which runs the same steps; None: the default group.
         device: where messages live; None: the current CUDA device if the group has NCCL, else the CPU.
         timeout: seconds until a message is overdue; None: the group's own timeout (under NCCL a tenth less, so that
-            this error, which names the peer, comes before the group's own).
+            this error, which names the peer, comes before the group's own; a longer one would come after it). On CUDA
+            they count from when the host queues the message, so the host must not be as far ahead of the device.
         sm_margin: SMs that attention kernels leave to the transfers (CUDA); None: FA3_DIST_SM_MARGIN of the
             environment, or 0. `FA3_DIST_PEER_COPIES=0 make context` times some margins.
         tag: of the messages on the CPU; those of exchanges with different tags don't get mixed up.
@@ -727,7 +728,8 @@ class Watchdog:
     transfers are through, and by `abort`.
 
     Args:
-        timeout: seconds from the start of a transfer until it is overdue.
+        timeout: seconds from when a transfer is queued (`watch`) until it is overdue. NOTE: not from when the device
+            begins it: what it waits for may be a peer that is lost, in a collective of somebody else's.
         abort: called once, on the watchdog's thread.
         interval: seconds between two looks while transfers are under way; the thread sleeps while there are none.
         prepare: what the thread does first.
