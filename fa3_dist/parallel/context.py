@@ -654,11 +654,10 @@ def _next_tokens(tokens: Tensor, layout: Layout) -> Tensor:
     return torch.cat(parts).view(tokens.shape) if parts else flat.view(tokens.shape)
 
 
-@lru_cache(maxsize=64)
 def _name_of(layout: Layout) -> str:
     """Short, and another one for another layout."""
-    digest = hashlib.blake2b(repr(layout).encode(), digest_size=8).hexdigest()
-    return f"{sum(layout.documents)} tokens in {len(layout.documents)} documents, layout {digest}"
+    # NOTE: a hash of nothing but integers, which is the same in every process.
+    return f"{sum(layout.documents)} tokens in {len(layout.documents)} documents, layout {hash(layout):x}"
 
 
 def _describe(tensors: dict[str, Tensor | None], lengths: tuple[int, ...]) -> str:

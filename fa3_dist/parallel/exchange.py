@@ -384,12 +384,12 @@ class DistributedExchange:
             they count from when the host queues the message, so the host must not be as far ahead of the device.
         sm_margin: SMs that attention kernels leave to the transfers (CUDA); None: FA3_DIST_SM_MARGIN of the
             environment, or 0. `FA3_DIST_PEER_COPIES=0 make context` times some margins.
-        tag: of the messages on the CPU; those of exchanges with different tags don't get mixed up.
         head_start: microseconds by which a transfer is ahead of the attention that hides it (CUDA; see `let_begin`);
             None: FA3_DIST_HEAD_START of the environment, or HEAD_START.
         peer_copies: False: no message goes by copy engines, on any rank if one says so; True: they do where they can,
             with a warning that says why where they cannot; None: FA3_DIST_PEER_COPIES of the environment (1 or 0), or
             where they can, without a word. Nothing to CPU tensors.
+        tag: of the messages on the CPU; those of exchanges with different tags don't get mixed up.
     Raises:
         ValueError: this process is not in the group, the timeout is not positive, the margin is no number of SMs, the
             head start no time, or the environment says something else than these.
@@ -469,8 +469,8 @@ class DistributedExchange:
         """See `Exchange.room`."""
         if not self._has_places():
             return new_room(like, rows)
-        assert self._peers is not None and self._watchdog is not None
-        self._watchdog.raise_failure()
+        assert self._peers is not None
+        self.raise_failure()
         self._stamps[place.number] += 1
         if self._peers.must_grow(place.number, like, place.most_rows):
             # All ranks make the memory together, and nobody watches that: so first hear from each of them.
@@ -574,8 +574,7 @@ class DistributedExchange:
 
     def _post_on_stream(self, together: Sequence[_Started], place: Place | None = None) -> list[_StreamPending]:
         """place: that of a single exchange."""
-        assert self._watchdog is not None
-        self._watchdog.raise_failure()
+        self.raise_failure()
         # The side stream starts where the current one stands: `send` is then written, and `receive` no longer in use.
         if place is None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
