@@ -51,7 +51,7 @@ from torch import Tensor
 
 from fa3_dist import ops
 from fa3_dist.algebra import accumulator_dtype
-from fa3_dist.parallel.exchange import NO_STAMP, Exchange, Pending, Place
+from fa3_dist.parallel.exchange import HEAD_START, NO_STAMP, SM_CLOCK, Exchange, Pending, Place
 from fa3_dist.parallel.observe import computing
 from fa3_dist.parallel.schedule import Layout, Span, Step, Visit, ring_schedule, step_sizes
 from fa3_dist.parallel.sharding import keep_for_graph, upload
@@ -207,8 +207,6 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
     returning: list[_Returning] = []
     # NOTE: with more steps, sums that come back would be added beside the closing launch, which adds to the same rows.
     may_overlap = len(plan.remote) == 1 and not (options["deterministic"] or in_halves) and ops.adds_atomically(q, v)
-    # NOTE: of launches that may both begin, either may be first; dK/dV are to travel under the local one.
-    may_overlap = may_overlap and (bool(opening) or not is_there)
     with _Beside(exchange.side_stream() if may_overlap else None) as local:
         if opening:
             with local.stream():
@@ -233,6 +231,8 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
         if plan.remote:
             del arriving  # the memory of the last K/V, too, is wanted at the end
         with local.stream():
+            if is_there and not opening:
+                local.let_the_other_begin()
             add_gradients(0, closing, _KeyRows(k, v), own, writes_own, exchange.sm_margin if plan.remote else 0)
     dk, dv = _total_of(own, returning, kv_dtype, finished, total)
     exchange.confirm()
@@ -264,6 +264,13 @@ class _Beside:
         """What is queued here from now on begins no earlier than what is queued next on the current stream."""
         if self._current is not None:
             self._stream.wait_stream(self._current)
+
+    def let_the_other_begin(self) -> None:
+        """Of a launch that both streams come to at the same time, that on the other one begins first, and this one takes
+        the SMs that it leaves."""
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                torch.cuda._sleep(round(HEAD_START * 1e-6 * SM_CLOCK))
 
     def stream(self) -> AbstractContextManager[Any]:
         """Inside, the current stream is this one."""
