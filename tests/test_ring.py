@@ -5,6 +5,7 @@ All cases of a world run in one set of processes (`results_of`), and each is jud
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import threading
 import weakref
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fa3_dist.parallel import ring
+from fa3_dist.parallel.context import NoPeers
 from fa3_dist.parallel.exchange import DistributedExchange, Exchange, InProcessExchange, run_in_process
 from fa3_dist.parallel.ring import ring_attention
 from fa3_dist.parallel.schedule import Layout, Visit, contiguous, packed, ring_schedule, zigzag
@@ -208,6 +210,29 @@ def test_a_step_over_nccl_can_be_captured():
     world = torch.cuda.device_count()
     for found in run_distributed(world, captured_worker, backend="nccl", timeout=120.0):
         assert len(found) == 5 and max(found) < 1e-3, found
+
+
+@pytest.mark.gpu
+def test_a_graph_outlives_the_caches_of_its_tables():
+    """A ring of one, so that what the graph reads is tables of visits and nothing of an exchange's."""
+    layout = packed((300, 17, 5, 190), 1)
+    q, k, v = (torch.randn(512, heads, 64, device="cuda", dtype=BF16) for heads in (4, 2, 2))
+
+    def run() -> Tensor:
+        return ring_attention(q, k, v, layout=layout, rank=0, exchange=NoPeers(), window_right=0)[0]
+
+    expected = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    ring.ring_plan.cache_clear()
+    gc.collect()
+    torch.cuda.synchronize()
+    garbage = [torch.full((n,), 3, dtype=torch.int32, device="cuda") for n in range(1, 300) for _ in range(3)]
+    captured.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected) and garbage
 
 
 # ------------------------------------------------------------------------------------------------- messages
