@@ -16,8 +16,8 @@ tells of; those of copies are a ring's within a host. What is read of it:
          "window_left": null, "passes": {"forward": {"entries": {
              "ring": {"efficiency": 0.93, "ms": {"median": 12.3}}}}}}]}
 
-The passes are forward and forward_backward, the entries ring, all_to_all and product; what else there is, packed
-documents and other head dims among it, is passed over. Without "copies", a ring's messages travel as all others.
+The passes are forward and forward_backward, the entries ring, ring_again, all_to_all and product; what else there is,
+packed documents and other head dims among it, is passed over. Without "copies", a ring's messages travel as all others.
 """
 
 from __future__ import annotations
@@ -54,21 +54,23 @@ WITHIN, BETWEEN, GPUS_PER_HOST = 400e9, 45e9, 8
 
 
 def read_speed(path: Path, head_dim: int, head_dim_v: int) -> Speed:
-    """Our kernel's median FLOP/s over the keys that a query sees, from the dense bf16 cells of a result file.
+    """Our kernel's median FLOP/s over the length of its tiles (`Speed`), from the dense bf16 cells of a result file.
 
-    Cells with as many keys a query (a causal one and a full one of half the length, say) count by their mean. Raises
-    ValueError where there is no such cell.
+    Cells with as long ones (a causal one and a full one of half the length, say) count by their mean. Raises ValueError
+    where there is no such cell.
     """
     found: dict[int, list[float]] = defaultdict(list)
-    for cell in json.loads(path.read_text())["cells"]:
+    result = json.loads(path.read_text())
+    for cell in result["cells"]:
         speed = cell["peers"].get("ours", {}).get("tflops")
         sizes = cell.get("head_dim"), cell.get("head_dim_v")
         whole = cell.get("seqlen") and cell.get("window_left") is None and cell.get("dtype") == "bfloat16"
         if speed and whole and sizes == (head_dim, head_dim_v) and not cell["errors"]:
-            found[cell["seqlen"] // (2 if cell["causal"] else 1)].append(speed["median"] * 1e12)
+            sharing = cell["heads"] // cell["kv_heads"] if result.get("suite") == "backward" else 1
+            found[sharing * cell["seqlen"] // (2 if cell["causal"] else 1)].append(speed["median"] * 1e12)
     if not found:
         raise ValueError(f"{path} has no dense bf16 cell of head_dim {head_dim} and {head_dim_v} with a speed of ours")
-    return tuple((float(keys), statistics.fmean(speeds)) for keys, speeds in sorted(found.items()))
+    return tuple((float(length), statistics.fmean(speeds)) for length, speeds in sorted(found.items()))
 
 
 def kernel_speeds(forward: str, backward: str | None, head_dim: int, head_dim_v: int) -> tuple[Speed, Speed, list[str]]:
@@ -77,9 +79,10 @@ def kernel_speeds(forward: str, backward: str | None, head_dim: int, head_dim_v:
         backward = str(BACKWARD)
     speeds: list[Speed] = []
     origins = []
+    lengths = {"forward": "a query sees {:.0f} keys", "backward": "{:.0f} queries of all heads see a key"}
     for name, source in (("forward", forward), ("backward", backward)):
         if source is None:
-            speeds.append(tuple((keys, BACKWARD_OVER_FORWARD * rate) for keys, rate in speeds[0]))
+            speeds.append(tuple((length, BACKWARD_OVER_FORWARD * rate) for length, rate in speeds[0]))
             origins.append(f"{name} kernel, assumed: {BACKWARD_OVER_FORWARD:g} times the forward's FLOP/s")
         elif is_number(source):
             speeds.append(((1.0, float(source) * 1e12),))
@@ -89,7 +92,7 @@ def kernel_speeds(forward: str, backward: str | None, head_dim: int, head_dim_v:
             (least, slow), (most, fast) = speeds[-1][0], speeds[-1][-1]
             result = json.loads(Path(source).read_text())
             origins.append(f"{name} kernel, measured on one {result['device']} at commit {result.get('commit')}: "
-                           f"{slow / 1e12:.0f} TFLOP/s where a query sees {least:.0f} keys to {fast / 1e12:.0f} at "
+                           f"{slow / 1e12:.0f} TFLOP/s where {lengths[name].format(least)} to {fast / 1e12:.0f} at "
                            f"{most:.0f} and beyond ({Path(source).name})")
     return speeds[0], speeds[1], origins
 
@@ -174,6 +177,16 @@ def predict(problem: Problem, machine: Machine, gpus: int) -> dict[str, Predicti
     return {mode: best[mode] for mode in MODES if mode in best}
 
 
+def predict_entries(problem: Problem, machine: Machine, gpus: int) -> dict[str, Prediction]:
+    """By the names of a result file, whose ring finds the last K/V in its backward, and whose ring_again does not."""
+    found = predict(problem, machine, gpus)
+    ring = found["ring"]
+    links = machine.links if gpus <= machine.gpus_per_host else replace(machine.links, copies=None)
+    layout = zigzag((problem.seqlen,) * problem.batch, gpus)
+    finding = estimate(layout, problem.call, 1, links, machine.rates, finds_kv=True)
+    return found | {"ring": replace(ring, estimate=finding), "ring_again": ring}
+
+
 # ---- measurements beside them ----------------------------------------------------------------------------------------
 
 
@@ -195,13 +208,14 @@ def compare(result: dict[str, Any], machine: Machine, head_dims: tuple[int, int]
         call = Call(cell["heads"], cell["kv_heads"], cell["head_dim"], cell["head_dim_v"], torch.bfloat16,
                     cell["window_left"], 0 if cell["causal"] else None)
         problem = Problem(call, cell["seqlen"], cell["batch"])
-        predictions = predict(problem, machine, result["ranks"])
-        for which, mode in itertools.product(PASSES, predictions):
-            entry = cell["passes"].get(which, {}).get("entries", {}).get(mode, {})
+        predictions = predict_entries(problem, machine, result["ranks"])
+        for which, name in itertools.product(PASSES, predictions):
+            entry = cell["passes"].get(which, {}).get("entries", {}).get(name, {})
             if entry.get("efficiency") is None:
                 continue
-            each = predictions[mode]
-            what = f"{each.gpus} GPUs, {each.name}, {problem.seqlen} tokens, {call.heads}:{call.kv_heads} heads"
+            each = predictions[name]
+            mode = each.name if name in MODES else name
+            what = f"{each.gpus} GPUs, {mode}, {problem.seqlen} tokens, {call.heads}:{call.kv_heads} heads"
             found.append(Comparison(what, which, each.efficiency(which), entry["efficiency"],
                                     1e3 * each.seconds(which), (entry.get("ms") or {}).get("median")))
     return found

@@ -92,15 +92,25 @@ def belongs(folder: Path, run: dict[str, Any]) -> bool:
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether the process ended by itself in that time; else torchrun is asked to end its ranks, and waited for."""
+    """Whether the process ended by itself in that time; else its ranks are asked to end, and waited for."""
     try:
         process.wait(seconds)
         return True
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
+        ask_to_end(process)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
     return False
+
+
+def ask_to_end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to what the process has started, or to itself if that is nothing. NOTE: torchrun passes it on, but kills
+    its ranks 30 seconds later: a step at 128 k tokens and the saving of a large model take longer."""
+    of_threads = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/children")]
+    children = [int(pid) for text in of_threads for pid in text.split()]
+    for pid in children or [process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
 
 def tokens_per_second(steps: Sequence[dict[str, Any]]) -> dict[str, float] | None:

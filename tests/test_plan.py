@@ -158,6 +158,10 @@ def test_copy_engines_carry_the_messages_of_the_ring_alone():
     ring = estimate(layout, full, 1, copied, NOTHING_BUT_ATTENTION)
     assert ring.forward.seconds == pytest.approx(10 + 1024 * row / 2e6 + 2 * step)
     assert ring.backward.seconds == pytest.approx(20 + 1024 * 3 * row / 2e6 + 5 * step)
+    found = estimate(layout, full, 1, copied, NOTHING_BUT_ATTENTION, finds_kv=True)
+    assert found.forward == ring.forward and found.moved == ring.moved - 1024 * row
+    assert found.backward.seconds == pytest.approx(10 + 1024 * 2 * row / 2e6 + 5 * step)
+    assert estimate(layout, full, 1, links, NOTHING_BUT_ATTENTION, finds_kv=True).moved == ring.moved
     for world, head_ranks in ((2, 2), (4, 2), (4, 4)):
         layout = contiguous((2048,), world)
         estimates = {estimate(layout, full, head_ranks, each, NOTHING_BUT_ATTENTION) for each in (links, copied)}
@@ -178,13 +182,24 @@ def test_parts_hide_the_messages_of_an_all_to_all():
         assert parts.moved == whole.moved
 
 
-def test_rates_follow_the_keys_of_a_query():
+def test_of_more_steps_the_last_two_find_their_keys():
+    layout, full, links = contiguous((4096,), 4), call(4, 2, window_right=None), Links((), 0.0, Copies(1e6, 10.0))
+    again, found = (estimate(layout, full, 1, links, NOTHING_BUT_ATTENTION, finds_kv=each) for each in (False, True))
+    assert again.moved - found.moved == 2 * 1024 * 2 * 256 * 2
+    assert again.backward.seconds - found.backward.seconds == pytest.approx(2 * (10 + 1024 * 2 * 256 * 2 / 1e6))
+
+
+def test_rates_follow_the_length_of_tiles():
     speed = ((100, 1e14), (10000, 3e14))
     assert speed_at(speed, np.array([1, 100, 1000, 10000, 1e6])) == pytest.approx([1e14, 1e14, 2e14, 3e14, 3e14])
     rates = NOTHING_BUT_ATTENTION._replace(forward=speed)
     each = estimate(zigzag((20001,), 1), call(8, 8), 1, HOST, rates)  # 10001 keys on average
     assert each.forward.seconds == pytest.approx(4 * 20001 * 10001 * 8 * 128 / 3e14)
     assert each.backward.seconds == pytest.approx(10 * 20001 * 10001 * 8 * 128 / 5e14)
+    shared = rates._replace(backward=((2 * 10001, 3e14), (4 * 10001, 4e14)))
+    for kv_heads, rate in ((8, 3e14), (4, 3e14), (2, 4e14), (1, 4e14)):  # 10001 queries of each head on average
+        each = estimate(zigzag((20001,), 1), call(8, kv_heads), 1, HOST, shared)
+        assert each.backward.seconds == pytest.approx(10 * 20001 * 10001 * 8 * 128 / rate, rel=1e-6)
 
 
 @pytest.mark.parametrize("head_ranks", [1, 4])

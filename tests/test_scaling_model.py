@@ -95,7 +95,8 @@ def test_modes_that_heads_do_not_allow_are_left_out():
 
 
 def cell(seqlen: int, causal: bool, tflops: float | None, **changes: Any) -> dict[str, Any]:
-    fields = {"seqlen": seqlen, "causal": causal, "head_dim": 128, "head_dim_v": 128, "window_left": None, "errors": []}
+    fields = {"seqlen": seqlen, "causal": causal, "heads": 16, "kv_heads": 16, "head_dim": 128, "head_dim_v": 128,
+              "window_left": None, "errors": []}  # fmt: skip
     ours = {"tflops": {"median": tflops}} if tflops else {"reason": "none"}
     return {**fields, "dtype": "bfloat16", "peers": {"ours": ours, "cudnn": {"tflops": {"median": 1.0}}}, **changes}
 
@@ -115,6 +116,13 @@ def test_speeds_are_read_by_the_keys_of_a_query(tmp_path: Path):
     assert origins[1] == "backward kernel, given: 480.5 TFLOP/s"
     with pytest.raises(ValueError, match="no dense bf16 cell of head_dim 96"):
         scaling_model.read_speed(path, 96, 96)
+    # A tile of the backward goes over the queries of all heads that share its keys.
+    shared = [cell(2048, True, 500), {**cell(2048, True, 600), "heads": 32, "kv_heads": 8}]
+    for suite, expected in (("forward", ((1024.0, 550e12),)), ("backward", ((1024.0, 500e12), (4096.0, 600e12)))):
+        path.write_text(json.dumps({"device": "GPU 7", "suite": suite, "cells": shared}))
+        assert scaling_model.read_speed(path, 128, 128) == expected
+    *_, origins = scaling_model.kernel_speeds("500", str(path), 128, 128)
+    assert "500 TFLOP/s where 1024 queries of all heads see a key to 600 at 4096" in origins[1]
 
 
 def test_the_committed_result_is_read():
@@ -199,7 +207,7 @@ def test_predictions_are_what_was_measured_within_the_bar():
     forward, backward, _ = scaling_model.kernel_speeds(str(scaling_model.FORWARD), None, 128, 128)
     machine = Machine(RATES["cuda"]._replace(forward=forward, backward=backward), links)
     found = scaling_model.compare(result, machine, (128, 128))
-    assert {each.what.split(", ")[1] for each in found} == {"ring", "all_to_all"} and len(found) >= 24
+    assert {each.what.split(", ")[1] for each in found} == {"ring", "ring_again", "all_to_all"} and len(found) >= 30
     for each in found:
         assert each.predicted == pytest.approx(each.measured, abs=scaling_model.LARGEST_DIFFERENCE), each
     assert scaling_model.comparison_table(found)[-1].endswith("(at most 0.05): pass")

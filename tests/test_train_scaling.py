@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -55,7 +54,7 @@ def test_a_pair_goes_on_where_it_was(tiny: list[str], tmp_path: Path, monkeypatc
         ranks = 1 + len(ended)
         while not benchmark.steps_in(tmp_path / "kept" / str(ranks)) and process.poll() is None:
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        benchmark.ask_to_end(process)
         process.wait(60)
         ended.append(ranks)
         return False
@@ -81,6 +80,33 @@ def test_a_run_that_takes_too_long_is_ended() -> None:
     started = time.monotonic()
     assert benchmark._wait(process, 0.5) is False
     assert time.monotonic() - started < 30 and process.returncode is not None
+
+
+RANK = """
+import pathlib, signal, sys, time
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+pathlib.Path(sys.argv[1]).touch()
+while not asked:
+    time.sleep(0.01)
+time.sleep(1)
+pathlib.Path(sys.argv[2]).touch()
+"""
+LAUNCHER = """
+import signal, subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]])
+signal.signal(signal.SIGTERM, lambda *_: rank.kill())
+sys.exit(rank.wait())
+"""
+
+
+def test_ranks_have_time_to_save_that_their_launcher_would_not_give_them(tmp_path: Path) -> None:
+    started, saved = tmp_path / "started", tmp_path / "saved"
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, RANK, str(started), str(saved)])
+    while not started.exists() and process.poll() is None:
+        time.sleep(0.01)
+    assert benchmark._wait(process, 0.1) is False
+    assert process.returncode == 0 and saved.exists()
 
 
 def steps(*losses: float, speed: float = 100.0) -> list[dict[str, Any]]:

@@ -33,9 +33,9 @@ from torch import Tensor
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.all_to_all import LEAST_PART, arrive_in_order, head_parts, kv_copies
 from fa3_dist.parallel.exchange import SM_CLOCK, DistributedExchange, Exchange, Place, Subgroup, exchange_with_all
-from fa3_dist.parallel.ring import LEAST_HALF, LEAST_OPENING, backward_parts
+from fa3_dist.parallel.ring import KV_PLACES, LEAST_HALF, LEAST_OPENING, backward_parts
 from fa3_dist.parallel.ring_clock import Wires, backward_end, forward_end
-from fa3_dist.parallel.schedule import Layout, StepSizes, grouped, step_sizes
+from fa3_dist.parallel.schedule import Layout, grouped, step_sizes
 
 
 class Call(NamedTuple):
@@ -56,7 +56,9 @@ class Call(NamedTuple):
         return f"{self.heads}:{self.kv_heads} heads of {dims}, {str(self.dtype).removeprefix('torch.')}, {mask}"
 
 
-Speed = tuple[tuple[float, float], ...]  # (keys that a query sees on average, FLOP/s), in rising order of keys
+# (length, FLOP/s) in rising order: how far a tile of a kernel goes on average. In a forward, keys that a query sees; in
+# a backward, queries that see a key, of all heads that share it.
+Speed = tuple[tuple[float, float], ...]
 
 
 class Rates(NamedTuple):
@@ -219,8 +221,12 @@ def choose(layout: Layout, call: Call, links: Links, device_type: str) -> Choice
     return Choice(call, layout, best.head_ranks, reason, estimates)
 
 
-def estimate(layout: Layout, call: Call, head_ranks: int, links: Links, rates: Rates) -> Estimate:
+def estimate(layout: Layout, call: Call, head_ranks: int, links: Links, rates: Rates,
+             finds_kv: bool = False) -> Estimate:
     """Seconds of forward and backward, and bytes.
+
+    finds_kv: a ring's backward finds the last K/V where its forward got them, as in a layer whose activations are
+    checkpointed; else all travel again, as they do where other layers' forwards came in between.
 
     Attention: 2 products of 2 * pairs * heads * head_dim FLOP in the forward, 5 in the backward. The ring is played
     through by `ring_clock`, with the pairs and rows of every rank and step. The all-to-all before and after it hides
@@ -232,8 +238,10 @@ def estimate(layout: Layout, call: Call, head_ranks: int, links: Links, rates: R
     D, E, size, sum_size = call.head_dim, call.head_dim_v, call.dtype.itemsize, accumulator_dtype(call.dtype).itemsize
     part = call._replace(heads=heads, kv_heads=kv_heads)
     ring_links = links.in_ring if head_ranks == 1 else links
-    forward, backward, ring_rows = _ring_passes(grouped(layout, head_ranks), part, head_ranks, ring_links, rates)
-    moved = ring_rows * kv_heads * (D + E) * (2 * size + sum_size)
+    finds_kv = finds_kv and head_ranks == 1 and links.copies is not None  # other rings have no places
+    forward, backward, rows_of_passes = _ring_passes(grouped(layout, head_ranks), part, head_ranks, ring_links, rates,
+                                                     finds_kv)
+    moved = sum(rows_of_passes) * kv_heads * (D + E) * size + rows_of_passes[0] * kv_heads * (D + E) * sum_size
     if head_ranks > 1:
         rows = max(layout.tokens(rank) for rank in range(layout.world))
         out_bytes = heads * (E * size + sum_size)  # with lse, or delta
@@ -276,15 +284,18 @@ def exposed_by_parts(messages: float, compute: float, parts: int) -> float:
 OPENING, OPENING_CAUSAL = 1 / 2, 1 / 4
 
 
-def _ring_passes(layout: Layout, call: Call, distance: int, links: Links, rates: Rates) -> tuple[Pass, Pass, int]:
-    """Forward and backward of a ring whose ranks are `distance` apart, and the most rows of K/V that come to one."""
+def _ring_passes(layout: Layout, call: Call, distance: int, links: Links, rates: Rates,
+                 finds_kv: bool) -> tuple[Pass, Pass, tuple[int, int]]:
+    """Forward and backward of a ring whose ranks are `distance` apart, and the most rows of K/V that come to one in
+    either."""
     sizes = step_sizes(layout, window_left=call.window_left, window_right=call.window_right)
     D, E, size, sum_size = call.head_dim, call.head_dim_v, call.dtype.itemsize, accumulator_dtype(call.dtype).itemsize
-    forward = attention_seconds(sizes, 2 * call.heads * (D + E), rates.forward)
-    backward = attention_seconds(sizes, 2 * call.heads * (3 * D + 2 * E), rates.backward)
+    pairs = sizes.pairs * call.heads
+    forward = attention_seconds(pairs, 2 * (D + E), sizes.queries * call.heads, rates.forward)
+    backward = attention_seconds(pairs, 2 * (3 * D + 2 * E), sizes.keys * call.kv_heads, rates.backward)
     busiest = forward.sum(1).max(), backward.sum(1).max()
     if len(sizes.shifts) == 1:
-        return Pass(float(busiest[0]), 0.0), Pass(float(busiest[1]), 0.0), 0
+        return Pass(float(busiest[0]), 0.0), Pass(float(busiest[1]), 0.0), (0, 0)
 
     def copying(elements: np.ndarray, bytes_each: int) -> np.ndarray:
         return elements * (bytes_each / rates.memory)
@@ -303,28 +314,33 @@ def _ring_passes(layout: Layout, call: Call, distance: int, links: Links, rates:
     continuing = copying(sizes.queries * call.heads * E, 2 * sum_size) + rates.step_seconds
     summing = copying(come, sum_size) + rates.step_seconds * np.array(parts)
     begun_with_zeros = sum_size if len(sizes.shifts) > 2 else 0
+    adding = copying(home, 3 * sum_size)
+    adding[:, 1] /= 3  # the last that come are added as own dK/dV are rounded: only they are read besides
     finishing = copying(owned, begun_with_zeros + sum_size + size)  # own dK/dV, rounded at last
     opening = backward[:, 0] * (OPENING_CAUSAL if (call.window_left, call.window_right) == (None, 0) else OPENING)
-    opening = np.where(kv_rows < rates.least_opening, 0.0, opening)
+    opening = np.where(finds_kv | (kv_rows < rates.least_opening), 0.0, opening)
+    again = come.copy()
+    if finds_kv:
+        again[:, max(1, again.shape[1] - len(KV_PLACES)) :] = 0
     ends = (
         forward_end(wires(), np.column_stack((forward[:, 0], (forward + continuing)[:, 1:])), come * size),
-        backward_end(wires(), opening, backward + summing, backward[:, 0] - opening, come * size,
-                     come * sum_size, copying(home, 3 * sum_size), parts) + finishing,
+        backward_end(wires(), opening, backward + summing, backward[:, 0] - opening, again * size,
+                     come * sum_size, adding, parts) + finishing,
     )
     passes = [Pass(float(most), float(end.max() - most)) for most, end in zip(busiest, ends)]
-    return passes[0], passes[1], int(sizes.keys[:, 1:].sum(1).max())
+    rows = [int(elements[:, 1:].sum(1).max()) // (call.kv_heads * (D + E)) for elements in (come, again)]
+    return passes[0], passes[1], (rows[0], rows[1])
 
 
-def attention_seconds(sizes: StepSizes, flop_a_pair: int, speed: Speed) -> np.ndarray:
-    """(world, steps): of the attention of each step."""
-    keys = sizes.pairs / np.maximum(sizes.queries, 1)
-    return sizes.pairs * flop_a_pair / speed_at(speed, keys)
+def attention_seconds(pairs: np.ndarray, flop_a_pair: int, rows: np.ndarray, speed: Speed) -> np.ndarray:
+    """(world, steps): of the attention of each step, with so many rows of tiles."""
+    return pairs * flop_a_pair / speed_at(speed, pairs / np.maximum(rows, 1))
 
 
-def speed_at(speed: Speed, keys: np.ndarray) -> np.ndarray:
-    """FLOP/s where a query sees so many keys: between the known ones on a logarithmic axis, beyond them as they are."""
+def speed_at(speed: Speed, lengths: np.ndarray) -> np.ndarray:
+    """FLOP/s of tiles so long: between the known lengths on a logarithmic axis, beyond them as they are."""
     known, rates = zip(*speed)
-    return np.interp(np.log(np.maximum(keys, 1)), np.log(known), rates)
+    return np.interp(np.log(np.maximum(lengths, 1)), np.log(known), rates)
 
 
 def _latency(links: Links, rates: Rates) -> float:

@@ -266,7 +266,7 @@ class _Beside:
             self._stream.wait_stream(self._current)
 
     def let_the_other_begin(self) -> None:
-        """Of a launch that both streams come to at the same time, that on the other one begins first, and this one takes
+        """Of launches that both streams come to at the same time, that on the other one begins first; this one takes
         the SMs that it leaves."""
         if self._stream is not None:
             with torch.cuda.stream(self._stream):

@@ -68,10 +68,10 @@ def forward_end(wires: Wires, work: np.ndarray, message: np.ndarray) -> np.ndarr
 
 def backward_end(wires: Wires, opening: np.ndarray, work: np.ndarray, closing: np.ndarray,
                  message: np.ndarray, gradient: np.ndarray, add: np.ndarray, parts: Sequence[int]) -> np.ndarray:
-    """Seconds after which each rank is through with the backward, in which all K/V come again.
+    """Seconds after which each rank is through with the backward.
 
     Args:
-        work, message: as in `forward_end`; what they say of step 0 is not looked at.
+        work, message: as in `forward_end`, but no bytes of K/V that are there; step 0 is not looked at.
         opening, closing: (world,) seconds of the two parts of the local step.
         gradient: (world, steps) bytes of dK/dV that go home. add: (world, steps) seconds to add up those that come.
         parts: (steps,) launches of a step, each of as many heads; the dK/dV of one travel while the next computes.
