@@ -340,7 +340,7 @@ def rounds_of_blocks(order: list[str]) -> list[tuple[str, ...]]:
     """The names in the order of their blocks, each of which is timed behind one as long that is not."""
 
     def block(name: str, runs: int) -> list[str]:
-        return ["align", *[name] * runs, "mark", *[name] * runs, "mark"]
+        return ["align", *[name, "mark"] * runs, "mark", name, *[name, "mark"] * (runs - 1), "mark"]
 
     rounds = []
     for _ in range(context_parallel.BLOCKS):
@@ -352,6 +352,21 @@ def rounds_of_blocks(order: list[str]) -> list[tuple[str, ...]]:
         rounds.append(names)
     assert not order
     return rounds
+
+
+def test_the_host_is_not_far_ahead_of_calls_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def mark(device: torch.device) -> str:
+        order.append("mark")
+        return f"end {order.count('mark')}"
+
+    monkeypatch.setattr(context_parallel, "mark", mark)
+    monkeypatch.setattr(context_parallel, "wait_until", order.append)
+    monkeypatch.setattr(context_parallel, "MOST_AHEAD", 2)
+    call = context_parallel.Call(lambda: order.append("run") or ())
+    context_parallel.run_in_a_row(call, 4, torch.device("cuda"))
+    assert order == ["run", "mark", "run", "mark", "end 1", "run", "mark", "end 2", "run", "mark"]
 
 
 def test_long_cases_are_seen_to_be_long_before_they_are_timed() -> None:
