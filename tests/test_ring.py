@@ -481,10 +481,11 @@ def meets_each_once(launches: ring.Launches, keys: int, window_left: int | None,
 
 
 def test_launches_overlap_only_where_they_add_atomically(monkeypatch):
-    """Not PyTorch's kernels, not in halves, whose sums are copies of views, and not where the order counts; nor where
-    nothing comes before the remote launch, which would then begin beside the local one."""
-    asked = []
+    """Not PyTorch's kernels, not in halves, whose sums are copies of views, and not where the order counts. Where
+    nothing comes before the remote launch, the local one lets it begin."""
+    asked, let = [], []
     monkeypatch.setattr(InProcessExchange, "side_stream", lambda exchange: asked.append(exchange.rank))
+    monkeypatch.setattr(ring._Beside, "let_the_other_begin", lambda beside: let.append(beside))
     whole, halves = Case("", (300,), kv_heads=1), Case("", (300,), heads=4, kv_heads=2)
     run_in_process(2, run_case, whole)
     assert asked == []
@@ -495,10 +496,9 @@ def test_launches_overlap_only_where_they_add_atomically(monkeypatch):
     run_in_process(3, run_case, whole)
     assert asked == []
     run_in_process(2, run_case, whole)
-    assert sorted(asked) == [0, 1]
-    asked.clear()
+    assert sorted(asked) == [0, 1] and let == []
     run_in_process(2, run_case, whole, has_places=True)  # rank 0 begins with keys that are its own
-    assert asked == [0]
+    assert sorted(asked) == [0, 0, 1, 1] and len(let) == 1
 
 
 # ----------------------------------------------------------------------------------- the parts of the local step
