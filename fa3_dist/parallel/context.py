@@ -493,7 +493,8 @@ class LocalAttention:
         """q (B, S_local, Hq, D), k (B, S_local, Hkv, D), v (B, S_local, Hkv, Dv) -> out (B, S_local, Hq, Dv).
 
         Arguments as in `flash_attn_func`; query and key positions are those in the documents, wherever the tokens live.
-        All ranks call it together. Under torch.compile it runs between compiled regions.
+        All ranks call it together, in the same layers: one that is left out at random (LayerDrop) must be so on all of
+        them, or keys of one layer would meet queries of another. Under torch.compile it runs between compiled regions.
 
         Raises:
             TypeError: an argument that is not supported. ValueError: shapes other than the batch's, heads that the mode
