@@ -161,8 +161,8 @@ def _seconds(each: Estimate, which: str) -> float:
     return each.forward.seconds if which == "forward" else each.seconds
 
 
-def predict(problem: Problem, machine: Machine, gpus: int) -> dict[str, Prediction]:
-    """By mode, those that the heads allow; the product is the fastest of its splits."""
+def predict(problem: Problem, machine: Machine, gpus: int, finds_kv: bool = False) -> dict[str, Prediction]:
+    """By mode, those that the heads allow; the product is the fastest of its splits. finds_kv: as in `estimate`."""
     layouts = {world: zigzag((problem.seqlen,) * problem.batch, world) for world in (1, gpus)}
     links = machine.links if gpus <= machine.gpus_per_host else replace(machine.links, copies=None)
     alone = estimate(layouts[1], problem.call, 1, links, machine.rates)
@@ -171,7 +171,7 @@ def predict(problem: Problem, machine: Machine, gpus: int) -> dict[str, Predicti
         if gpus % head_ranks or problem.call.heads % head_ranks:
             continue
         mode = "ring" if head_ranks == 1 else "all_to_all" if head_ranks == gpus else "product"
-        each = estimate(layouts[gpus], problem.call, head_ranks, links, machine.rates)
+        each = estimate(layouts[gpus], problem.call, head_ranks, links, machine.rates, finds_kv)
         if mode not in best or each.seconds < best[mode].estimate.seconds:
             best[mode] = Prediction(gpus, mode, each, alone)
     return {mode: best[mode] for mode in MODES if mode in best}
@@ -179,12 +179,7 @@ def predict(problem: Problem, machine: Machine, gpus: int) -> dict[str, Predicti
 
 def predict_entries(problem: Problem, machine: Machine, gpus: int) -> dict[str, Prediction]:
     """By the names of a result file, whose ring finds the last K/V in its backward, and whose ring_again does not."""
-    found = predict(problem, machine, gpus)
-    ring = found["ring"]
-    links = machine.links if gpus <= machine.gpus_per_host else replace(machine.links, copies=None)
-    layout = zigzag((problem.seqlen,) * problem.batch, gpus)
-    finding = estimate(layout, problem.call, 1, links, machine.rates, finds_kv=True)
-    return found | {"ring": replace(ring, estimate=finding), "ring_again": ring}
+    return predict(problem, machine, gpus, finds_kv=True) | {"ring_again": predict(problem, machine, gpus)["ring"]}
 
 
 # ---- measurements beside them ----------------------------------------------------------------------------------------

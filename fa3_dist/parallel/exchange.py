@@ -359,6 +359,11 @@ PATIENCE = 5.0
 SM_CLOCK = 2e9  # Hz; no Hopper GPU runs faster, so a pause is no shorter than it says
 
 
+def pause(seconds: float) -> None:
+    """Work that is queued on the current CUDA stream from here on begins no earlier than so long after it could."""
+    torch.cuda._sleep(round(seconds * SM_CLOCK))
+
+
 class DistributedExchange:
     """Messages over a `torch.distributed` process group.
 
@@ -546,7 +551,7 @@ class DistributedExchange:
         """
         if self._posted is not None and self._posted.buffers and self.head_start > 0:
             with torch.cuda.device(self.device):
-                torch.cuda._sleep(round(self.head_start * 1e-6 * SM_CLOCK))
+                pause(self.head_start * 1e-6)
         self._posted = None
 
     def confirm(self) -> None:

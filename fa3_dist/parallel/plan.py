@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.all_to_all import LEAST_PART, arrive_in_order, head_parts, kv_copies
-from fa3_dist.parallel.exchange import SM_CLOCK, DistributedExchange, Exchange, Place, Subgroup, exchange_with_all
+from fa3_dist.parallel.exchange import DistributedExchange, Exchange, Place, Subgroup, exchange_with_all, pause
 from fa3_dist.parallel.ring import KV_PLACES, LEAST_HALF, LEAST_OPENING, backward_parts
 from fa3_dist.parallel.ring_clock import Wires, backward_end, forward_end
 from fa3_dist.parallel.schedule import Layout, grouped, step_sizes
@@ -239,9 +239,9 @@ def estimate(layout: Layout, call: Call, head_ranks: int, links: Links, rates: R
     part = call._replace(heads=heads, kv_heads=kv_heads)
     ring_links = links.in_ring if head_ranks == 1 else links
     finds_kv = finds_kv and head_ranks == 1 and links.copies is not None  # other rings have no places
-    forward, backward, rows_of_passes = _ring_passes(grouped(layout, head_ranks), part, head_ranks, ring_links, rates,
-                                                     finds_kv)
-    moved = sum(rows_of_passes) * kv_heads * (D + E) * size + rows_of_passes[0] * kv_heads * (D + E) * sum_size
+    forward, backward, come, again = _ring_passes(grouped(layout, head_ranks), part, head_ranks, ring_links, rates,
+                                                  finds_kv)
+    moved = (come + again) * size + come * sum_size
     if head_ranks > 1:
         rows = max(layout.tokens(rank) for rank in range(layout.world))
         out_bytes = heads * (E * size + sum_size)  # with lse, or delta
@@ -285,8 +285,8 @@ OPENING, OPENING_CAUSAL = 1 / 2, 1 / 4
 
 
 def _ring_passes(layout: Layout, call: Call, distance: int, links: Links, rates: Rates,
-                 finds_kv: bool) -> tuple[Pass, Pass, tuple[int, int]]:
-    """Forward and backward of a ring whose ranks are `distance` apart, and the most rows of K/V that come to one in
+                 finds_kv: bool) -> tuple[Pass, Pass, int, int]:
+    """Forward and backward of a ring whose ranks are `distance` apart, and the most elements of K/V that come to one in
     either."""
     sizes = step_sizes(layout, window_left=call.window_left, window_right=call.window_right)
     D, E, size, sum_size = call.head_dim, call.head_dim_v, call.dtype.itemsize, accumulator_dtype(call.dtype).itemsize
@@ -295,7 +295,7 @@ def _ring_passes(layout: Layout, call: Call, distance: int, links: Links, rates:
     backward = attention_seconds(pairs, 2 * (3 * D + 2 * E), sizes.keys * call.kv_heads, rates.backward)
     busiest = forward.sum(1).max(), backward.sum(1).max()
     if len(sizes.shifts) == 1:
-        return Pass(float(busiest[0]), 0.0), Pass(float(busiest[1]), 0.0), (0, 0)
+        return Pass(float(busiest[0]), 0.0), Pass(float(busiest[1]), 0.0), 0, 0
 
     def copying(elements: np.ndarray, bytes_each: int) -> np.ndarray:
         return elements * (bytes_each / rates.memory)
@@ -328,8 +328,8 @@ def _ring_passes(layout: Layout, call: Call, distance: int, links: Links, rates:
                      come * sum_size, adding, parts) + finishing,
     )
     passes = [Pass(float(most), float(end.max() - most)) for most, end in zip(busiest, ends)]
-    rows = [int(elements[:, 1:].sum(1).max()) // (call.kv_heads * (D + E)) for elements in (come, again)]
-    return passes[0], passes[1], (rows[0], rows[1])
+    elements = [int(each[:, 1:].sum(1).max()) for each in (come, again)]
+    return passes[0], passes[1], elements[0], elements[1]
 
 
 def attention_seconds(pairs: np.ndarray, flop_a_pair: int, rows: np.ndarray, speed: Speed) -> np.ndarray:
@@ -446,7 +446,7 @@ def _seconds_on_gpu(ranks: int, device: torch.device, swap: Callable[[], None]) 
     """Of messages in a queue of work, as those of a ring are: not of the host, nor of ranks that come to it later."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.device(device):
-        torch.cuda._sleep(round(ranks * HEAD_START * SM_CLOCK))
+        pause(ranks * HEAD_START)
         swap()  # here they meet
         start.record()
         swap()

@@ -51,7 +51,7 @@ from torch import Tensor
 
 from fa3_dist import ops
 from fa3_dist.algebra import accumulator_dtype
-from fa3_dist.parallel.exchange import HEAD_START, NO_STAMP, SM_CLOCK, Exchange, Pending, Place
+from fa3_dist.parallel.exchange import HEAD_START, NO_STAMP, Exchange, Pending, Place, pause
 from fa3_dist.parallel.observe import computing
 from fa3_dist.parallel.schedule import Layout, Span, Step, Visit, ring_schedule, step_sizes
 from fa3_dist.parallel.sharding import keep_for_graph, upload
@@ -230,9 +230,9 @@ def ring_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, ma
             del come
         if plan.remote:
             del arriving  # the memory of the last K/V, too, is wanted at the end
+        if is_there and not opening:
+            local.let_the_other_begin()
         with local.stream():
-            if is_there and not opening:
-                local.let_the_other_begin()
             add_gradients(0, closing, _KeyRows(k, v), own, writes_own, exchange.sm_margin if plan.remote else 0)
     dk, dv = _total_of(own, returning, kv_dtype, finished, total)
     exchange.confirm()
@@ -270,7 +270,7 @@ class _Beside:
         the SMs that it leaves."""
         if self._stream is not None:
             with torch.cuda.stream(self._stream):
-                torch.cuda._sleep(round(HEAD_START * 1e-6 * SM_CLOCK))
+                pause(HEAD_START * 1e-6)
 
     def stream(self) -> AbstractContextManager[Any]:
         """Inside, the current stream is this one."""
