@@ -62,7 +62,7 @@ bench: $$(call environment,train) ## measure the kernels on a GPU against a devi
 	$(RUN) benchmarks/delta.py $(ARGS)
 
 .PHONY: attention
-attention: $$(call environment,train) ## measure attention on a GPU beside its peers (SUITE=forward, backward, host, continuation, ablation)
+attention: $$(call environment,train) ## measure attention on a GPU beside its peers (SUITE=forward, backward, few_kv_heads, host, continuation, ablation)
 	$(RUN) benchmarks/attention.py --suite $(or $(SUITE),forward) $(ARGS)
 
 .PHONY: context

@@ -38,6 +38,7 @@ from attention_cases import (
     Case,
     backward_cases,
     deterministic_cases,
+    few_kv_heads_cases,
     forward_cases,
     make_inputs,
 )
@@ -311,6 +312,7 @@ SUITES: dict[str, Callable[[], dict[str, Measure]]] = {
         **{case.name: functools.partial(measure_backward, case) for case in backward_cases()},
         **{case.name: functools.partial(measure_deterministic, case) for case in deterministic_cases()},
     },
+    "few_kv_heads": lambda: {case.name: functools.partial(measure_backward, case) for case in few_kv_heads_cases()},
     "host": lambda: {
         "no_grad": functools.partial(measure_host, False),
         "grad": functools.partial(measure_host, True),
@@ -414,7 +416,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = parsed.output
     if output is None and not parsed.cells and not parsed.peers:
         output = timing.default_output(f"attention_{parsed.suite}", header["device"])
-    spin_cycles = timing.BACKWARD_SPIN_CYCLES if parsed.suite == "backward" else timing.SPIN_CYCLES
+    has_backwards = parsed.suite in ("backward", "few_kv_heads")
+    spin_cycles = timing.BACKWARD_SPIN_CYCLES if has_backwards else timing.SPIN_CYCLES
     flush = timing.Flush().overwrite
     setup = Setup(
         peers, functools.partial(timing.time_in_turn, flush=flush, repeats=parsed.repeats, spin_cycles=spin_cycles)

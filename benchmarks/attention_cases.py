@@ -132,6 +132,24 @@ def backward_cases() -> list[Case]:
     return [*dense_cases(), GQA_16K, *packed_cases(), window_1024, WINDOW_4096]
 
 
+def few_kv_heads_cases() -> list[Case]:
+    """All cases of the suite `few_kv_heads`: single sequences with few blocks of keys, as under tensor parallelism."""
+    shapes = [
+        (8, 1, 4 * k), (8, 1, 8 * k), (8, 1, 16 * k), (8, 1, 32 * k), (8, 2, 4 * k), (8, 2, 8 * k), (32, 1, 8 * k),
+        (32, 4, 4 * k), (32, 8, k), (32, 8, 2 * k), (64, 8, 2 * k), (64, 8, 4 * k),
+    ]  # fmt: skip
+    causal = [
+        Case(f"gqa_{heads}_{kv_heads}_{label(seqlen)}", (seqlen,), heads, kv_heads, 128, 128, causal=True)
+        for heads, kv_heads, seqlen in shapes
+    ]
+    (gqa_8_1_8k,) = (case for case in causal if case.name == "gqa_8_1_8k")
+    return [
+        *causal,
+        replace(gqa_8_1_8k, name="gqa_8_1_8k_full", causal=False),
+        *(replace(gqa_8_1_8k, name=f"gqa_8_1_8k_d{d}", head_dim=d, head_dim_v=d) for d in (64, 256)),
+    ]
+
+
 def deterministic_cases() -> list[Case]:
     """Where the suite `backward` holds a deterministic backward against an ordinary one."""
     wanted = [dense_name(128, causal, 8 * k) for causal in (True, False)]

@@ -670,11 +670,17 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   params.dout = dout_view.data;
   params.dout_stride = mapped_strides(kOp, "dout", dout_view);
   params.deterministic = deterministic;
-  std::optional<Tensor> dq_sum, turns, query_workspace;
+  params.key_parts = accumulate ? 1 : fa3::key_parts_of(call.params, kernel.head_dim);
+  std::optional<Tensor> dq_sum, dkv_parts, turns, query_workspace;
   Scratch scratch;
+  if (params.key_parts > 1) {
+    dkv_parts = empty(call.device, {fa3::elements_of_parts(call.params, params.key_parts)}, ScalarType::Float);
+    params.dkv_parts = static_cast<float*>(dkv_parts->mutable_data_ptr());
+  }
   if (!accumulate && !separate) {
     const int64_t elements = fa3::elements_of_sum(call.params, kernel.head_dim);
-    dq_sum = empty(call.device, {elements + int64_t{call.params.batch} * call.params.kv_heads}, ScalarType::Float);
+    const int64_t counts = int64_t{call.params.batch} * call.params.kv_heads * params.key_parts;
+    dq_sum = empty(call.device, {elements + counts}, ScalarType::Float);
     params.dq_sum = static_cast<float*>(dq_sum->mutable_data_ptr());
     params.cleared = reinterpret_cast<int32_t*>(params.dq_sum + elements);
   }

@@ -349,27 +349,35 @@ def test_ranges_that_share_their_queries(head_dims, heads, parts):
 
 # Lengths of queries and of keys, heads, KV heads and the mask: what csrc/backward/backward.h takes long blocks for.
 LONG = {
-    "full": (1025, 300, 2, 1, {}),
+    "full": (2049, 300, 2, 1, {}),
     "full, no whole block": (2081, 129, 3, 3, {}),
     "causal": (4097, 4097, 1, 1, {"window_right": 0}),
-    "causal, GQA": (2300, 2200, 6, 2, {"window_right": 0}),
-    "causal, first queries see nothing": (2200, 900, 4, 2, {"window_right": 0}),
-    "causal, offset": (2050, 2500, 4, 2, {"window_right": 0, "offset": 77}),
-    "window": (2300, 2400, 4, 2, {"window_left": 1100, "window_right": 0}),
-    "local": (2299, 1500, 4, 2, {"window_left": 900, "window_right": 300, "offset": -301}),
-    "what comes later": (2100, 2100, 2, 1, {"window_left": 55}),
-    "softcap": (1100, 700, 4, 2, {"softcap": 5.0}),
+    "causal, GQA": (4500, 2200, 6, 2, {"window_right": 0}),
+    "causal, two heads a tile": (2300, 8192, 8, 1, {"window_right": 0}),
+    "causal, first queries see nothing": (4300, 900, 4, 2, {"window_right": 0}),
+    "causal, offset": (4150, 2500, 4, 2, {"window_right": 0, "offset": 77}),
+    "window": (2300, 2400, 4, 2, {"window_left": 2060, "window_right": 0}),
+    "local": (2299, 1500, 4, 2, {"window_left": 1800, "window_right": 300, "offset": -301}),
+    "what comes later": (4100, 2100, 2, 1, {"window_left": 55}),
+    "softcap": (2100, 700, 4, 2, {"softcap": 5.0}),
 }
 
 
-def query_blocks(seqlen_q, seqlen_k, heads, kv_heads, mask, dtype=torch.bfloat16, deterministic=False) -> str:
-    """QueryBlocks of the kernel that runs, by its name."""
-    q, k, v, dout = problem_tensors(40, seqlen_q, seqlen_k, heads, kv_heads, 128, dtype=dtype, batch=1)
-    rows = torch.zeros(2, 1, heads, seqlen_q, device="cuda")
+def kernels_of(
+    seqlen_q, seqlen_k, heads, kv_heads, mask, dtype=torch.bfloat16, head_dim=128, batch=1, **options
+) -> list[str]:  # fmt: skip
+    """Names of the kernels that a backward runs."""
+    q, k, v, dout = problem_tensors(40, seqlen_q, seqlen_k, heads, kv_heads, head_dim, dtype=dtype, batch=batch)
+    rows = torch.zeros(2, batch, heads, seqlen_q, device="cuda")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        ops.backward(dout, q, k, v, *rows, *map(torch.empty_like, (q, k, v)), **mask, deterministic=deterministic)
+        ops.backward(dout, q, k, v, *rows, *map(torch.empty_like, (q, k, v)), **mask, **options)
         torch.cuda.synchronize()
-    (kernel,) = (event.name for event in profile.events() if "backward_kernel" in event.name)
+    return [event.name for event in profile.events()]
+
+
+def query_blocks(*problem, **options) -> str:
+    """QueryBlocks of the kernel that runs, by its name."""
+    (kernel,) = (name for name in kernels_of(*problem, **options) if "backward_kernel" in name)
     number = re.search(r"QueryBlocks\D+(\d)", kernel)
     assert number, kernel
     return ["usual", "long", "long in turns"][int(number[1])]
@@ -381,7 +389,7 @@ def test_long_blocks_are_taken(case):
     seqlen_q, *others = LONG[case]
     assert query_blocks(seqlen_q, *others) == "long"
     assert query_blocks(seqlen_q, *others, deterministic=True) == "long in turns"
-    assert query_blocks(1000, *others) == query_blocks(seqlen_q, *others, torch.float16) == "usual"
+    assert query_blocks(1000, *others) == query_blocks(seqlen_q, *others, dtype=torch.float16) == "usual"
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
@@ -526,6 +534,82 @@ def test_many_tiles_in_a_cuda_graph():
             x.fill_(torch.nan)
         graph.replay()
         assert_close_by_heads(grads, expected)
+
+
+# ---- query heads of a KV head in parts (csrc/backward/backward.h) ----------------------------------------------------
+
+# Lengths of queries and of keys, heads, KV heads, batch and the mask: of few tiles.
+PARTS = {
+    "causal, two parts": (2000, 2048, 8, 4, 1, {"window_right": 0}),
+    "causal, a head each": (1500, 1500, 8, 1, 2, {"window_right": 0}),
+    "causal, parts of two heads": (2300, 8192, 8, 1, 1, {"window_right": 0}),
+    "causal, three heads": (1100, 1300, 6, 2, 2, {"window_right": 0}),
+    "full": (700, 2000, 8, 2, 1, {}),
+    "window": (3000, 3100, 4, 1, 1, {"window_left": 400, "window_right": 0}),
+    "keys that no query sees": (600, 1900, 4, 1, 1, {"window_right": 0, "offset": 0}),
+    "queries that see no key": (1900, 600, 4, 1, 1, {"window_right": 0}),
+    "softcap": (900, 700, 4, 2, 1, {"softcap": 5.0}),
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("case", PARTS)
+def test_heads_are_taken_in_parts(case, head_dim):
+    """So that what the next test finds is said of them; and many tiles are not, or what is accumulated."""
+    seqlen_q, seqlen_k, heads, kv_heads, batch, mask = PARTS[case]
+
+    def has_parts(batch: int) -> bool:
+        names = kernels_of(seqlen_q, seqlen_k, heads, kv_heads, mask, head_dim=head_dim, batch=batch)
+        return any("sum_parts_kernel" in name for name in names)
+
+    assert has_parts(batch) and not has_parts(64)
+
+
+@pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (128, 128), (104, 40), (192, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("case", PARTS)
+def test_parts(case, head_dims):
+    seqlen_q, seqlen_k, heads, kv_heads, batch, mask = PARTS[case]
+    q, *others = problem_tensors(44, seqlen_q, seqlen_k, heads, kv_heads, *head_dims, batch=batch)
+    tensors = (q * (8 if "softcap" in mask else 1), *others)
+    judge_many_tiles(*tensors, runs=({}, {"deterministic": True}, {"sm_margin": 120}), **mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dims", [(128, 128), (192, 128)], ids=str)
+def test_parts_of_other_dtypes(head_dims, dtype):
+    """Gradients in fp32, and of fp16 inputs."""
+    inputs = torch.bfloat16 if dtype == torch.float32 else dtype
+    tensors = problem_tensors(45, 1100, 1300, 8, 2, *head_dims, dtype=inputs, batch=1)
+    judge(gradients(*tensors, dtype=dtype, window_right=0), *tensors, window_right=0)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("ranges", [
+    ([0], [2000], [0], [2000]), ([37], [1700], [11], [1500]), ([0, 1000], [1000, 1000], [0, 1000], [1000, 1000]),
+    ([3, 700, 1900], [600, 1150, 90], [5, 640, 1880], [600, 1240, 100]),
+], ids=["one", "one, rows left over", "two", "three, rows left over"])  # fmt: skip
+def test_parts_of_packed_ranges(ranges, head_dim, deterministic):
+    """Range by range beside fp64; rows in no range get 0."""
+    q, k, v, dout = (x[0] for x in problem_tensors(46, 2000, 2000, 8, 1, head_dim, batch=1))
+    lse, delta = torch.full((8, 2000), torch.nan, device="cuda"), torch.full((8, 2000), torch.nan, device="cuda")
+    expected = [torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v)]
+    for q_start, q_len, k_start, k_len in zip(*ranges, strict=True):
+        queries, keys = slice(q_start, q_start + q_len), slice(k_start, k_start + k_len)
+        rows, grads = solve_by_heads(*(x[None] for x in (q[queries], k[keys], v[keys], dout[queries])), window_right=0)
+        lse[:, queries], delta[:, queries] = (x[0] for x in rows)
+        for total, at, grad in zip(expected, (queries, keys, keys), grads, strict=True):
+            total[at] = grad[0]
+    grads = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+    torch.cuda.empty_cache()
+    poison_memory()
+    ops.backward(
+        dout, q, k, v, lse, delta, *grads, **dict(zip(ops.RANGES, map(column, ranges))), window_right=0,
+        deterministic=deterministic,
+    )  # fmt: skip
+    assert_close_by_heads([x[None] for x in grads], [x[None] for x in expected])
+    for got, want in zip(grads, expected, strict=True):
+        assert not got[want.abs().amax(dim=(1, 2)) == 0].any()
 
 
 # ---- where and how it runs -------------------------------------------------------------------------------------------

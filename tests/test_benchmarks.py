@@ -618,7 +618,7 @@ def test_bars_of_the_other_suites() -> None:
     assert attention_report.summarise("continuation", cells, 800)[0]["passed"] is True
 
 
-@pytest.mark.parametrize("suite", ["forward", "backward"])
+@pytest.mark.parametrize("suite", ["forward", "backward", "few_kv_heads"])
 def test_every_bar_is_about_cells_of_its_suite(suite: str) -> None:
     peers = {name: {unit: {"median": 1.0} for unit in ("ms", "tflops")} for name in ("ours", "cudnn", "deterministic")}
     cells = {name: {"peers": peers, "errors": []} for name in attention.SUITES[suite]()}
@@ -740,7 +740,7 @@ def test_a_slow_gpu_makes_the_run_invalid(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.usefixtures("no_gpu_needed")
-@pytest.mark.parametrize("suite", ["host", "continuation", "ablation"])
+@pytest.mark.parametrize("suite", ["few_kv_heads", "host", "continuation", "ablation"])
 def test_pictures_of_the_small_suites(suite: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     unit = "us" if suite == "host" else "tflops"

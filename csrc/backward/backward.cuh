@@ -1,8 +1,8 @@
 // Attention backward for Hopper, after FlashAttention-2 and -3 (arXiv:2307.08691, arXiv:2407.08608), on persistent
-// blocks: a tile is a block of keys of one KV head, and meets all blocks of queries, of all query heads of the KV head,
-// that see it. One producer warpgroup draws tiles and brings what they need (producer.cuh), consumer warpgroups compute
-// (consumer.cuh, paired_consumers.cuh). dq is summed up in fp32 in global memory and then converted (convert.cuh), or has a
-// kernel of its own, whose tiles are blocks of queries (query_gradient.cuh).
+// blocks: a tile is a block of keys of one KV head, and meets all blocks of queries, of all query heads of the KV head or
+// of a part of them (key_parts_of), that see it. One producer warpgroup draws tiles and brings what they need
+// (producer.cuh), consumer warpgroups compute (consumer.cuh, paired_consumers.cuh). dq is summed up in fp32 in global memory
+// and then converted (convert.cuh), or has a kernel of its own, whose tiles are blocks of queries (query_gradient.cuh).
 #pragma once
 
 #include "backward/clear.cuh"
@@ -164,19 +164,39 @@ inline int64_t count_tiles(const ForwardParams& params, int rows) {
   return ((int64_t{params.seqlen_q} + rows - 1) / rows + params.ranges) * params.heads * params.batch;
 }
 
+// The same launch, with the query heads of a KV head in parts: each a KV head of its own, whose keys are those of others, too,
+// and whose dk and dv, in fp32, are summed up afterwards.
+inline BackwardParams in_parts(const BackwardParams& params) {
+  BackwardParams parts = params;
+  const ForwardParams& forward = params.forward;
+  parts.forward.kv_heads *= params.key_parts;
+  parts.dk = params.dkv_parts;
+  parts.dv = params.dkv_parts + int64_t{forward.batch} * forward.seqlen_k * parts.forward.kv_heads * forward.head_dim;
+  parts.dk_dtype = parts.dv_dtype = DType::fp32;
+  return parts;
+}
+
+// The KV heads that there are.
+inline ForwardParams with_whole_heads(const BackwardParams& params) {
+  ForwardParams forward = params.forward;
+  forward.kv_heads /= params.key_parts;
+  return forward;
+}
+
 // Describes Q, dO, K and V, of whose rows a kernel loads so many at a time.
 template <class Config, class Arguments>
 bool make_operand_maps(Arguments& arguments, const BackwardParams& params) {
   const ForwardParams& forward = params.forward;
+  const ForwardParams whole = with_whole_heads(params);
   const bool packed = forward.q_start != nullptr;
   constexpr DType kDType = Config::kDType;
   return make_query_map(arguments.q, kDType, forward.q, forward.q_stride, packed, forward, forward.head_dim,
                         Config::kQueries, Config::kPanel) &&
          make_query_map(arguments.dout, kDType, params.dout, params.dout_stride, packed, forward, forward.head_dim_v,
                         Config::kQueries, Config::kPanelV) &&
-         make_key_map(arguments.k, kDType, forward.k, forward.k_stride, packed, forward, forward.head_dim, Config::kKeys,
+         make_key_map(arguments.k, kDType, forward.k, forward.k_stride, packed, whole, forward.head_dim, Config::kKeys,
                       Config::kPanel) &&
-         make_key_map(arguments.v, kDType, forward.v, forward.v_stride, packed, forward, forward.head_dim_v,
+         make_key_map(arguments.v, kDType, forward.v, forward.v_stride, packed, whole, forward.head_dim_v,
                       Config::kKeys, Config::kPanelV);
 }
 
@@ -186,6 +206,7 @@ cudaError_t launch_query_tiles(const BackwardParams& params, cudaStream_t stream
   QueryGradientArguments arguments{};
   arguments.params = params;
   ForwardParams& forward = arguments.params.forward;
+  forward = with_whole_heads(params);
   forward.workspace = params.query_workspace;
   const int heads = units_per_group(forward, 1, forward.seqlen_k, (forward.seqlen_q + Config::kQueries - 1) / Config::kQueries);
   arguments.head_groups = {0, lists_tiles(forward) ? 1 : heads, heads, false, 0};
@@ -264,7 +285,7 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
     error = launch_schedule(arguments.transposed, {Config::kKeys, Config::kQueries}, 1,
                             most_records(arguments.transposed), stream);
     if (error == cudaSuccess && Config::kSharesKeys) {
-      ForwardParams queries = forward;
+      ForwardParams queries = with_whole_heads(params);
       queries.workspace = params.query_workspace;
       error = launch_schedule(queries, QueryConfig::kTile, 1, query_records(forward, params.accumulate, forward.ranges),
                               stream, true);
@@ -287,7 +308,7 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
 
 // As many ranges at a time as may be.
 template <class Config, class QueryConfig>
-cudaError_t launch_parts(const BackwardParams& params, cudaStream_t stream) {
+cudaError_t launch_by_ranges(const BackwardParams& params, cudaStream_t stream) {
   const ForwardParams& forward = params.forward;
   const int together = ranges_at_a_time(forward, params.accumulate, params.deterministic, Config::kHeadDim);
   if (together == forward.ranges) return launch_ranges<Config, QueryConfig>(params, stream);
@@ -304,19 +325,29 @@ cudaError_t launch_parts(const BackwardParams& params, cudaStream_t stream) {
   return cudaSuccess;
 }
 
+// Of whole KV heads, or of what in_parts() gives.
 template <DType kDType, int kHeadDim, int kHeadDimV>
-cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
+cudaError_t launch_heads(const BackwardParams& params, cudaStream_t stream) {
   using Config = BackwardConfig<kDType, kHeadDim, kHeadDimV>;
   using QueryConfig = QueryGradientConfig<kDType, kHeadDim, kHeadDimV>;
   if constexpr (has_long_blocks(kDType, kHeadDim)) {
     using Long = BackwardConfig<kDType, kHeadDim, kHeadDimV, QueryBlocks::kLong>;
     using LongInTurns = BackwardConfig<kDType, kHeadDim, kHeadDimV, QueryBlocks::kLongInTurns>;
     if (takes_long_blocks(params.forward)) {
-      return params.turns != nullptr ? launch_parts<LongInTurns, QueryConfig>(params, stream)
-                                     : launch_parts<Long, QueryConfig>(params, stream);
+      return params.turns != nullptr ? launch_by_ranges<LongInTurns, QueryConfig>(params, stream)
+                                     : launch_by_ranges<Long, QueryConfig>(params, stream);
     }
   }
-  return launch_parts<Config, QueryConfig>(params, stream);
+  return launch_by_ranges<Config, QueryConfig>(params, stream);
+}
+
+template <DType kDType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
+  if (params.key_parts == 1) return launch_heads<kDType, kHeadDim, kHeadDimV>(params, stream);
+  const BackwardParams parts = in_parts(params);
+  const cudaError_t error = launch_heads<kDType, kHeadDim, kHeadDimV>(parts, stream);
+  if (error != cudaSuccess) return error;
+  return sum_parts<typename MatrixElement<kDType>::type>(params, parts, stream);
 }
 
 template <DType kDType, int kHeadDim, int kHeadDimV>

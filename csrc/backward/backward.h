@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "forward/schedule.h"
 #include "params.h"
@@ -31,6 +32,44 @@ inline bool takes_long_blocks(const ForwardParams& forward) {
     queries /= 2;
   }
   return queries >= kLeastOfHead && queries * (forward.heads / forward.kv_heads) >= kLeast;
+}
+
+// In how many parts the query heads of a KV head are taken, each by tiles of its own, whose dk and dv are summed up
+// afterwards: where few tiles, each over all queries of its heads, would occupy few processors, or long ones be waited for
+// at the end (unless dQ's own kernel begins there). Times are in rows of queries that a tile meets; what they are made of is
+// measured: benchmarks/LOG.md, backward, 74.
+inline int key_parts_of(const ForwardParams& forward, int64_t head_dim) {
+  constexpr double kProcessors = 132, kSum = 150, kSumOfTile = 3.7, kWorthwhile = 1.08;
+  const double end_of_head = separates_dq(head_dim) ? 0 : 0.04;  // of the longest tile
+  const bool left = forward.window_left != kNoBound, right = forward.window_right != kNoBound;
+  const int keys = separates_dq(head_dim) ? 64 : 128, group = forward.heads / forward.kv_heads;
+  const int ranges = forward.q_start == nullptr ? 1 : forward.ranges;
+  int64_t queries = forward.seqlen_q;
+  if (ranges > 1) queries = std::min(queries, 2 * queries / ranges);  // as takes_long_blocks has it
+  if (left && right) queries = std::min<int64_t>(queries, int64_t{forward.window_left} + forward.window_right + keys);
+  const double longest = static_cast<double>(queries) * group;
+  const int64_t tiles_of_head = (int64_t{forward.seqlen_k} + keys - 1) / keys;
+  const double tiles = static_cast<double>(tiles_of_head) * forward.kv_heads * forward.batch;
+  const bool alike = ranges == 1 && left == right;
+  const auto time = [&](int parts) {
+    const double of_tile = longest / parts, sums = parts > 1 ? kSum + kSumOfTile * tiles * parts : 0;
+    if (alike) return of_tile * std::ceil(tiles * parts / kProcessors) + sums;
+    const double end = end_of_head * group / parts * of_tile;
+    return std::max(of_tile, longest * tiles / (2 * kProcessors) + end) + sums;
+  };
+  double least = time(1);
+  for (int parts = 2; parts <= group; ++parts) {
+    if (group % parts == 0) least = std::min(least, time(parts));
+  }
+  for (int parts = 1; parts < group; ++parts) {
+    if (group % parts == 0 && time(parts) <= kWorthwhile * least) return parts;
+  }
+  return group;
+}
+
+// Elements of BackwardParams::dkv_parts.
+inline int64_t elements_of_parts(const ForwardParams& forward, int64_t parts) {
+  return parts * forward.batch * forward.seqlen_k * forward.kv_heads * (int64_t{forward.head_dim} + forward.head_dim_v);
 }
 
 // How many ranges are computed at a time, by the row's head_dim. Those that accumulate may share queries, each of them all:

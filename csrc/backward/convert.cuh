@@ -1,4 +1,5 @@
-// dq = softmax_scale * dq_sum, in dq's dtype: the last pass where dq is not summed up in dq itself. Memory-bound.
+// The last passes, memory-bound: dq = softmax_scale * dq_sum, in dq's dtype, where dq is not summed up in dq itself; and the
+// sums of dk's and dv's parts.
 #pragma once
 
 #include "backward/epilogue.cuh"
@@ -57,6 +58,57 @@ template <class Element, int kHeadDim>
 cudaError_t convert_dq(const BackwardParams& params, cudaStream_t stream) {
   return params.dq_dtype == DType::fp32 ? launch_convert_dq<float, kHeadDim>(params, stream)
                                         : launch_convert_dq<Element, kHeadDim>(params, stream);
+}
+
+// Gradients of a row of keys and a KV head, one behind the other for each of its parts.
+struct Parts {
+  const float* parts;
+  void* sum;
+  DType dtype;
+  int head_dim;
+};
+
+// A thread takes 8 columns of a row; blocks with y 0 take dk's, those with y 1 dv's.
+template <class Element>
+__global__ void __launch_bounds__(kConvertThreads) sum_parts_kernel(const Parts dk, const Parts dv, int64_t rows, int count) {
+  const bool is_dv = blockIdx.y == 1;
+  const Parts of{is_dv ? dv.parts : dk.parts, is_dv ? dv.sum : dk.sum, is_dv ? dv.dtype : dk.dtype,
+                 is_dv ? dv.head_dim : dk.head_dim};
+  const int64_t at = int64_t{blockIdx.x} * kConvertThreads + threadIdx.x;
+  const int pieces = of.head_dim / 8;
+  const int64_t row = at / pieces;
+  if (row >= rows) return;
+  const float* part = of.parts + row * count * of.head_dim + at % pieces * 8;
+  auto sum = load_global<8>(part);
+  for (int i = 1; i < count; ++i) {
+    part += of.head_dim;
+    const auto next = load_global<8>(part);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum.value[j] += next.value[j];
+  }
+  const auto value = [&](int i) { return sum.value[i]; };
+  if (of.dtype == DType::fp32) {
+    store_scaled(value, 1.f, static_cast<float*>(of.sum) + 8 * at);
+  } else {
+    store_scaled(value, 1.f, static_cast<Element*>(of.sum) + 8 * at);
+  }
+}
+
+// dk and dv of `params` from those of `parts`, its in_parts().
+template <class Element>
+cudaError_t sum_parts(const BackwardParams& params, const BackwardParams& parts, cudaStream_t stream) {
+  const ForwardParams& forward = params.forward;
+  const int64_t rows = int64_t{forward.batch} * forward.seqlen_k * forward.kv_heads;
+  const int64_t threads = rows * std::max(forward.head_dim, forward.head_dim_v) / 8;
+  const int64_t blocks = (threads + kConvertThreads - 1) / kConvertThreads;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const auto of = [](const void* from, void* to, DType dtype, int head_dim) {
+    return Parts{static_cast<const float*>(from), to, dtype, head_dim};
+  };
+  sum_parts_kernel<Element><<<dim3(static_cast<unsigned>(blocks), 2), kConvertThreads, 0, stream>>>(
+      of(parts.dk, params.dk, params.dk_dtype, forward.head_dim), of(parts.dv, params.dv, params.dv_dtype, forward.head_dim_v),
+      rows, params.key_parts);
+  return cudaGetLastError();
 }
 
 // A thread takes 8 elements.

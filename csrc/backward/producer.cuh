@@ -10,7 +10,7 @@
 
 namespace fa3 {
 
-// Calls visit(query head of the KV head, block of queries) for the steps of a tile that sees the blocks [first, end), in
+// Calls visit(query head of the tile, block of queries) for the steps of a tile that sees the blocks [first, end), in
 // their order: head after head, or, where tiles take turns, as turns.cuh says.
 template <class Config, class Visit>
 __device__ __forceinline__ void for_each_step(const BackwardArguments& arguments, int first, int end, Visit visit) {
@@ -62,7 +62,7 @@ class SumClearing {
   const BackwardArguments& arguments_;
 };
 
-// By the thread that adds: until all that the tiles of a KV head of the batch add to is clear.
+// By the thread that adds: until all that the tiles of a KV head of the batch, or of a part of one, add to is clear.
 // NOTE: not by the warp that draws, since what follows would wait for the answer; the first dQ takes longer.
 template <class Config>
 __device__ __forceinline__ void wait_until_clear(const BackwardArguments& arguments, int head) {
@@ -214,7 +214,8 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
     const RowTile& tile = shared.tiles.tile[tile_ring.stage()];
     if (tile.end) break;
     const Sequence sequence = tile.sequence;
-    const int batch = tile.batch, kv_head = tile.head, first_key = tile.first_row;
+    const int batch = tile.batch, first_key = tile.first_row;
+    const int first_head = tile.head * arguments.group, kv_head = tile.head / arguments.params.key_parts;
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
     const int first_query = packed ? 0 : sequence.k_base;  // of packed ranges load_rows adds it
     shared.tiles.empty[tile_ring.stage()].arrive();
@@ -235,7 +236,7 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
       q_full.arrive_and_expect_tx(Config::kBytesQ + (Config::kLoads == 1 ? Config::kBytesDO : 0));
       load_rows<Config::kQueries, Config::kHeadDim, Config::kPanel>(
           arguments.q, q_full, shared.q[ring.stage()], sequence.k_base, sequence.k_len,
-          first_query + block * Config::kQueries, kv_head * arguments.group + head, batch, packed, forward.head_dim);
+          first_query + block * Config::kQueries, first_head + head, batch, packed, forward.head_dim);
       if (values_wait) {
         shared.v_empty[v_ring.stage()].wait(v_ring.parity() ^ 1);
         shared.v_full[v_ring.stage()].arrive_and_expect_tx(Config::kBytesV);
@@ -251,7 +252,7 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
       }
       load_rows<Config::kQueries, Config::kHeadDimV, Config::kPanelV>(
           arguments.dout, dout_full, shared.dout[ring.stage()], sequence.k_base, sequence.k_len,
-          first_query + block * Config::kQueries, kv_head * arguments.group + head, batch, packed, forward.head_dim_v);
+          first_query + block * Config::kQueries, first_head + head, batch, packed, forward.head_dim_v);
       ring.advance();
     });
   }
@@ -271,8 +272,7 @@ __device__ __forceinline__ void load_row_values(const BackwardArguments& argumen
     const RowTile& tile = shared.tiles.tile[tile_ring.stage()];
     if (tile.end) break;
     const int rows = tile.sequence.k_len;
-    const int kv_head = tile.head;
-    const int64_t first_head = int64_t{tile.batch} * params.heads + kv_head * arguments.group;
+    const int64_t first_head = int64_t{tile.batch} * params.heads + tile.head * arguments.group;
     const int64_t base = first_head * params.seqlen_q + tile.sequence.k_base;
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
     shared.tiles.empty[tile_ring.stage()].arrive();

@@ -41,8 +41,8 @@ struct BackwardArguments {
   BackwardParams params;
   ForwardParams transposed;  // params.forward with queries and keys in each other's place: what tiles are drawn from
   TileCounter* counter;
-  int group;               // query heads of a KV head
-  HeadGroups head_groups;  // of KV heads
+  int group;               // query heads of a tile
+  HeadGroups head_groups;  // of KV heads, or of their parts
   ClearedAhead cleared;
 };
 
@@ -58,7 +58,7 @@ constexpr int kMostRows = 128;  // of any tile
 struct RowTile {
   bool end;  // no more tiles; nothing else is said
   int batch;
-  int head;  // of KV heads, or of query heads
+  int head;  // of KV heads, or of their parts, or of query heads
   int first_row;
   Sequence sequence;  // NOTE: with keys for rows, transposed: its "queries" are the keys
   KeyBlocks blocks;   // in [first_plain, end_open) no score is hidden
