@@ -164,7 +164,7 @@ BARS: dict[str, list[Bar]] = {
             for case in deterministic_cases()
         ),
     ],
-    "few_kv_heads": [against_cudnn(case.name, 1.15) for case in few_kv_heads_cases()],
+    "few_kv_heads": [against_cudnn(case.name, 1.10) for case in few_kv_heads_cases()],
     "host": [host_time("no_grad", 12), host_time("grad", 25)],
     "continuation": [
         time_ratio("time of continue / plain", CONTINUATION_CASE.name, "continue", "plain", 1.05),
