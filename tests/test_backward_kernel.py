@@ -152,7 +152,7 @@ def test_gradients_with_strides_of_their_own():
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize(
     "heads, head_dim, longest",
-    [*itertools.product([(2, 2), (4, 1)], [64, 128, 192, 256], [700]), ((4, 1), 128, 5000)],  # the last: long blocks
+    [*itertools.product([(2, 2), (4, 1)], [64, 128, 192, 256], [700]), ((4, 1), 128, 9700)],  # the last: long blocks
 )
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("gap", [0, 5])
@@ -352,8 +352,8 @@ LONG = {
     "full": (2049, 300, 2, 1, {}),
     "full, no whole block": (2081, 129, 3, 3, {}),
     "causal": (4097, 4097, 1, 1, {"window_right": 0}),
-    "causal, GQA": (4500, 2200, 6, 2, {"window_right": 0}),
-    "causal, two heads a tile": (2300, 8192, 8, 1, {"window_right": 0}),
+    "full, two heads a tile": (1100, 8700, 2, 1, {}),
+    "causal, GQA": (4200, 1500, 6, 2, {"window_right": 0}),
     "causal, first queries see nothing": (4300, 900, 4, 2, {"window_right": 0}),
     "causal, offset": (4150, 2500, 4, 2, {"window_right": 0, "offset": 77}),
     "window": (2300, 2400, 4, 2, {"window_left": 2060, "window_right": 0}),
@@ -595,12 +595,13 @@ def test_parts_of_packed_ranges(ranges, head_dim, deterministic):
     q, k, v, dout = (x[0] for x in problem_tensors(46, 2000, 2000, 8, 1, head_dim, batch=1))
     lse, delta = torch.full((8, 2000), torch.nan, device="cuda"), torch.full((8, 2000), torch.nan, device="cuda")
     expected = [torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v)]
+    outside = torch.ones(3, 2000, dtype=torch.bool, device="cuda")
     for q_start, q_len, k_start, k_len in zip(*ranges, strict=True):
         queries, keys = slice(q_start, q_start + q_len), slice(k_start, k_start + k_len)
         rows, grads = solve_by_heads(*(x[None] for x in (q[queries], k[keys], v[keys], dout[queries])), window_right=0)
         lse[:, queries], delta[:, queries] = (x[0] for x in rows)
-        for total, at, grad in zip(expected, (queries, keys, keys), grads, strict=True):
-            total[at] = grad[0]
+        for total, left, at, grad in zip(expected, outside, (queries, keys, keys), grads, strict=True):
+            total[at], left[at] = grad[0], False
     grads = [torch.full_like(x, torch.nan) for x in (q, k, v)]
     torch.cuda.empty_cache()
     poison_memory()
@@ -609,8 +610,7 @@ def test_parts_of_packed_ranges(ranges, head_dim, deterministic):
         deterministic=deterministic,
     )  # fmt: skip
     assert_close_by_heads([x[None] for x in grads], [x[None] for x in expected])
-    for got, want in zip(grads, expected, strict=True):
-        assert not got[want.abs().amax(dim=(1, 2)) == 0].any()
+    assert not any(x[left].any() for x, left in zip(grads, outside, strict=True))
 
 
 # ---- where and how it runs -------------------------------------------------------------------------------------------
