@@ -62,7 +62,7 @@ RULES = {
     "control": Rule(),
     "matrix": Rule(opcodes=("HGMMA", "UTMALDG"), loops="HGMMA", hidden="MUFU.EX2"),
     "halves": Rule(opcodes=("HGMMA", "UTMALDG"), loops="HGMMA", hidden="MUFU.EX2", hidden_share=0.45),
-    "gradient": Rule(opcodes=("HGMMA", "UTMALDG"), exempt=("clear", "convert", "round"), loops="HGMMA"),
+    "gradient": Rule(opcodes=("HGMMA", "UTMALDG"), exempt=("clear", "convert", "round", "sum_parts"), loops="HGMMA"),
     "matrix8": Rule(opcodes=("QGMMA", "UTMALDG"), loops="QGMMA", hidden="MUFU.EX2"),
 }
 _WAIT = "WARPGROUP.DEPBAR"
