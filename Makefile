@@ -19,6 +19,9 @@ RUN = $(if $(GPUS),$(PYTHON),OMP_NUM_THREADS=1 $(VENV)/bin/python)
 RANKS ?= $(or $(GPUS),2)
 WORKERS ?= $(if $(GPUS),8,2)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+# NOTE: packages are installed without bytecode (PIP below). Where the environment forbids to keep it, every process of a run
+# would compile a thousand modules anew, 8 s each; empty allows it.
+export PYTHONDONTWRITEBYTECODE :=
 
 # $(call environment,NAME): the stamp of .venv holding NAME's packages, or nothing where python3 is used as it is.
 environment = $(if $(GPUS),,$(VENV)/.$(1))
