@@ -106,8 +106,13 @@ def packed_cases() -> list[Case]:
     ]
 
 
+def grouped_case(heads: int, kv_heads: int, seqlen: int) -> Case:
+    """One causal sequence whose query heads share keys."""
+    return Case(f"gqa_{heads}_{kv_heads}_{label(seqlen)}", (seqlen,), heads, kv_heads, 128, 128, causal=True)
+
+
 k = 1024
-GQA_16K = Case("gqa_32_8_16k", (16 * k,), 32, 8, 128, 128, causal=True)
+GQA_16K = grouped_case(32, 8, 16 * k)
 WINDOW_4096 = Case("window_4096_128k", (128 * k,), 16, 16, 128, 128, causal=True, left=4096)
 
 
@@ -116,7 +121,7 @@ def forward_cases() -> list[Case]:
     return [
         *dense_cases(),
         GQA_16K,
-        Case("gqa_64_8_32k", (32 * k,), 64, 8, 128, 128, causal=True),
+        grouped_case(64, 8, 32 * k),
         Case("d192_128_causal_8k", (8 * k,) * 2, 16, 16, 192, 128, causal=True),
         Case("fp16_d128_causal_8k", (8 * k,) * 2, 16, 16, 128, 128, causal=True, dtype=torch.float16),
         *packed_cases(),
@@ -138,15 +143,11 @@ def few_kv_heads_cases() -> list[Case]:
         (8, 1, 4 * k), (8, 1, 8 * k), (8, 1, 16 * k), (8, 1, 32 * k), (8, 2, 4 * k), (8, 2, 8 * k), (32, 1, 8 * k),
         (32, 4, 4 * k), (32, 8, k), (32, 8, 2 * k), (64, 8, 2 * k), (64, 8, 4 * k),
     ]  # fmt: skip
-    causal = [
-        Case(f"gqa_{heads}_{kv_heads}_{label(seqlen)}", (seqlen,), heads, kv_heads, 128, 128, causal=True)
-        for heads, kv_heads, seqlen in shapes
-    ]
-    (gqa_8_1_8k,) = (case for case in causal if case.name == "gqa_8_1_8k")
+    base = grouped_case(8, 1, 8 * k)
     return [
-        *causal,
-        replace(gqa_8_1_8k, name="gqa_8_1_8k_full", causal=False),
-        *(replace(gqa_8_1_8k, name=f"gqa_8_1_8k_d{d}", head_dim=d, head_dim_v=d) for d in (64, 256)),
+        *(grouped_case(*shape) for shape in shapes),
+        replace(base, name=f"{base.name}_full", causal=False),
+        *(replace(base, name=f"{base.name}_d{d}", head_dim=d, head_dim_v=d) for d in (64, 256)),
     ]
 
 
