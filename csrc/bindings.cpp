@@ -604,7 +604,8 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
                    const std::optional<Tensor>& k_len, const std::optional<Tensor>& offsets,
                    std::optional<int64_t> offset, double softmax_scale, std::optional<int64_t> window_left,
                    std::optional<int64_t> window_right, double softcap, bool accumulate, bool accumulate_kv,
-                   bool deterministic, int64_t sm_margin) {
+                   bool deterministic, std::optional<int64_t> most_queries, std::optional<int64_t> mean_queries,
+                   int64_t sm_margin) {
   constexpr const char* kOp = "backward";
   const View view = view_of(q);
   Call call = check_call(kOp, {view, view_of(k), view_of(v), view_of(q_start), view_of(q_len), view_of(k_start),
@@ -670,10 +671,14 @@ void backward_sm90(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   params.dout = dout_view.data;
   params.dout_stride = mapped_strides(kOp, "dout", dout_view);
   params.deterministic = deterministic;
-  params.key_parts = accumulate ? 1 : fa3::key_parts_of(call.params, kernel.head_dim);
+  fa3::QueriesOfKey queries = fa3::queries_of_key(call.params, kernel.head_dim);
+  if (most_queries && mean_queries) queries = {static_cast<double>(*most_queries), static_cast<double>(*mean_queries)};
+  // Parts that accumulate add in any order, and to fp32.
+  const bool adds = !deterministic && params.dk_dtype == fa3::DType::fp32 && params.dv_dtype == fa3::DType::fp32;
+  params.key_parts = accumulate && !adds ? 1 : fa3::key_parts_of(call.params, kernel.head_dim, queries, accumulate);
   std::optional<Tensor> dq_sum, dkv_parts, turns, query_workspace;
   Scratch scratch;
-  if (params.key_parts > 1) {
+  if (params.key_parts > 1 && !accumulate) {
     dkv_parts = empty(call.device, {fa3::elements_of_parts(call.params, params.key_parts)}, ScalarType::Float);
     params.dkv_parts = static_cast<float*>(dkv_parts->mutable_data_ptr());
   }

@@ -111,7 +111,7 @@ struct BackwardParams {
   bool accumulate_kv;  // only with accumulate: so are dk and dv; else their rows that a query sees are written
   bool deterministic;  // gradients are bitwise equal from run to run
   int32_t key_parts;   // 1, or: the query heads of a KV head are taken in so many parts (key_parts_of)
-  float* dkv_parts;    // then: scratch memory, elements_of_parts()
+  float* dkv_parts;    // then, unless they accumulate: scratch memory, elements_of_parts()
   int32_t* cleared;    // where dq_sum is scratch memory: so is this, an element for each part of a KV head of the batch
   int32_t* turns;      // deterministic, unless separates_dq: scratch memory, two elements for each of lse
   int32_t* query_workspace;  // of several ranges, and separates_dq: as forward.workspace, for query_records() tiles of queries

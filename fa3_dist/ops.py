@@ -54,7 +54,7 @@ SCHEMAS = {
     "delta": "(Tensor dout, Tensor out, Tensor? dlse) -> Tensor",
     "backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor(a!) dq, Tensor(b!) dk, "
     f"Tensor(c!) dv, {_RANGES}, {_SCORES}, bool accumulate, bool accumulate_kv, bool deterministic, "
-    "int sm_margin) -> ()",
+    "int? most_queries, int? mean_queries, int sm_margin) -> ()",
     "round_dq": "(Tensor dq_sum, Tensor q, Tensor v, float softmax_scale) -> Tensor",
 }
 # names of dtypes in csrc/instances.def
@@ -177,7 +177,7 @@ def backward(
     k_len: Tensor | None = None, offsets: Tensor | None = None, offset: int | None = None,
     softmax_scale: float | None = None, window_left: int | None = None, window_right: int | None = None,
     softcap: float = 0.0, accumulate: bool = False, accumulate_kv: bool | None = None, deterministic: bool = False,
-    sm_margin: int = 0,
+    most_queries: int | None = None, mean_queries: int | None = None, sm_margin: int = 0,
 ) -> None:
     """Gradients of attention, written to dq, dk and dv or added to them.
 
@@ -192,6 +192,8 @@ def backward(
             what they hold, those in no range keep it.
         deterministic: bitwise equal gradients from run to run. Ranges that accumulate may share queries: the compiled
             kernel then takes them one after the other, a launch each.
+        most_queries, mean_queries: how many queries of a head see a key, at most and on the mean over the ranges' keys,
+            from whoever knows: by them the compiled kernel divides its work. None: as far as shapes and windows tell.
         others: as in `forward`.
 
     Raises:
@@ -203,7 +205,7 @@ def backward(
     torch.ops.fa3_dist.backward.default(
         dout, q, k, v, lse, delta, dq, dk, dv, q_start, q_len, k_start, k_len, offsets, offset, softmax_scale,
         window_left, window_right, softcap, accumulate, accumulate if accumulate_kv is None else accumulate_kv,
-        deterministic, sm_margin,
+        deterministic, most_queries, mean_queries, sm_margin,
     )
 
 
@@ -402,12 +404,18 @@ def _check_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     q_start: Tensor | None, q_len: Tensor | None, k_start: Tensor | None, k_len: Tensor | None, offsets: Tensor | None,
     offset: int | None, softmax_scale: float, window_left: int | None, window_right: int | None, softcap: float,
-    accumulate: bool, accumulate_kv: bool, deterministic: bool, sm_margin: int,
+    accumulate: bool, accumulate_kv: bool, deterministic: bool, most_queries: int | None, mean_queries: int | None,
+    sm_margin: int,
 ) -> None:
     check_qkv(q, k, v)
     _check_ranges(q, (q_start, q_len, k_start, k_len), offsets, offset)
     check_scores(softmax_scale, window_left, window_right, softcap)
     _check_sm_margin(sm_margin)
+    if (most_queries is None) != (mean_queries is None) or not 0 <= (mean_queries or 0) <= (most_queries or 0):
+        raise ValueError(
+            f"most_queries is {most_queries} and mean_queries {mean_queries}: expected both or neither, and a mean "
+            "from 0 to the most"
+        )
     _check_tensor("dout", dout, (*_shape(q)[:-1], v.shape[-1]), q, DTYPES)
     sums = accumulator_dtype(q.dtype)
     for name, x in (("lse", lse), ("delta", delta)):

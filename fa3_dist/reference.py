@@ -243,9 +243,10 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     q_start: Tensor | None, q_len: Tensor | None, k_start: Tensor | None, k_len: Tensor | None, offsets: Tensor | None,
     offset: int | None, softmax_scale: float, window_left: int | None, window_right: int | None, softcap: float,
-    accumulate: bool, accumulate_kv: bool, deterministic: bool, sm_margin: int,
+    accumulate: bool, accumulate_kv: bool, deterministic: bool, most_queries: int | None, mean_queries: int | None,
+    sm_margin: int,
 ) -> None:
-    del deterministic, sm_margin
+    del deterministic, most_queries, mean_queries, sm_margin
     dtype = accumulator_dtype(q.dtype)
     dq = dq.view(q.shape) if dq.dim() == 1 else dq
     whole = [slice(None)]

@@ -230,9 +230,11 @@ def test_one_range(head_dim, mask, spans, accumulate, accumulate_kv, determinist
         assert not grad.any(), f"rows of {name} that are in no range, or that meet none"
 
 
-def seen_keys(queries: int, keys: int, window_left: int | None = None, window_right: int | None = None) -> slice:
-    """Keys that some query sees, the last query at the last key."""
-    offset = keys - queries
+def seen_keys(
+    queries: int, keys: int, window_left: int | None = None, window_right: int | None = None, offset: int | None = None
+) -> slice:  # fmt: skip
+    """Keys that some query sees, the last query at the last key unless there is an offset."""
+    offset = keys - queries if offset is None else offset
     first = 0 if window_left is None else max(0, offset - window_left)
     end = keys if window_right is None else min(keys, queries + offset + window_right)
     return slice(first, end if queries else first)
@@ -336,13 +338,14 @@ def test_ranges_that_share_their_queries(head_dims, heads, parts):
     starts = [1280 * i // parts for i in range(parts + 1)]
     lengths = [end - start for start, end in zip(starts, starts[1:])]
     ranges = ([0] * parts, [1024] * parts, starts[:-1], lengths)
-    dq = torch.zeros_like(q, dtype=torch.float32)
-    dk, dv = (torch.full_like(x, torch.nan) for x in (k, v))
-    ops.backward(
-        dout, q, k, v, lse, delta, dq, dk, dv, **dict(zip(ops.RANGES, map(column, ranges))), window_right=0,
-        offsets=column([256 - start for start in starts[:-1]]), accumulate=True, accumulate_kv=False,
-    )  # fmt: skip
-    judge([x[None].to(q.dtype) for x in (dq, dk, dv)], *(x[None] for x in (q, k, v, dout)), **shift)
+    for dtype in (q.dtype, torch.float32):  # in fp32, heads that share keys are taken in parts
+        dq = torch.zeros_like(q, dtype=torch.float32)
+        dk, dv = (torch.full_like(x, torch.nan, dtype=dtype) for x in (k, v))
+        ops.backward(
+            dout, q, k, v, lse, delta, dq, dk, dv, **dict(zip(ops.RANGES, map(column, ranges))), window_right=0,
+            offsets=column([256 - start for start in starts[:-1]]), accumulate=True, accumulate_kv=False,
+        )  # fmt: skip
+        judge([x[None].to(q.dtype) for x in (dq, dk, dv)], *(x[None] for x in (q, k, v, dout)), **shift)
 
 
 # ---- long blocks of queries ------------------------------------------------------------------------------------------
@@ -585,13 +588,14 @@ def test_parts_of_other_dtypes(head_dims, dtype):
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("accumulate, accumulate_kv", [(False, False), (True, True), (True, False)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("ranges", [
     ([0], [2000], [0], [2000]), ([37], [1700], [11], [1500]), ([0, 1000], [1000, 1000], [0, 1000], [1000, 1000]),
     ([3, 700, 1900], [600, 1150, 90], [5, 640, 1880], [600, 1240, 100]),
 ], ids=["one", "one, rows left over", "two", "three, rows left over"])  # fmt: skip
-def test_parts_of_packed_ranges(ranges, head_dim, deterministic):
-    """Range by range beside fp64; rows in no range get 0."""
+def test_parts_of_packed_ranges(ranges, head_dim, accumulate, accumulate_kv, deterministic):
+    """Range by range beside fp64; rows in no range get 0, or keep what they hold where dq is added to."""
     q, k, v, dout = (x[0] for x in problem_tensors(46, 2000, 2000, 8, 1, head_dim, batch=1))
     lse, delta = torch.full((8, 2000), torch.nan, device="cuda"), torch.full((8, 2000), torch.nan, device="cuda")
     expected = [torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v)]
@@ -602,15 +606,57 @@ def test_parts_of_packed_ranges(ranges, head_dim, deterministic):
         lse[:, queries], delta[:, queries] = (x[0] for x in rows)
         for total, left, at, grad in zip(expected, outside, (queries, keys, keys), grads, strict=True):
             total[at], left[at] = grad[0], False
-    grads = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+    grads, before = [], []
+    for x, left, adds in zip((q, k, v), outside, (accumulate, accumulate_kv, accumulate_kv), strict=True):
+        held = torch.randn_like(x, dtype=torch.float32 if accumulate else x.dtype)
+        kept = (left & accumulate)[:, None, None]
+        grads.append(held.clone() if adds else held.masked_fill(~kept, torch.nan))
+        before.append(held if adds else held * kept)
     torch.cuda.empty_cache()
     poison_memory()
     ops.backward(
         dout, q, k, v, lse, delta, *grads, **dict(zip(ops.RANGES, map(column, ranges))), window_right=0,
-        deterministic=deterministic,
+        accumulate=accumulate, accumulate_kv=accumulate_kv, deterministic=deterministic,
     )  # fmt: skip
-    assert_close_by_heads([x[None] for x in grads], [x[None] for x in expected])
-    assert not any(x[left].any() for x, left in zip(grads, outside, strict=True))
+    assert all(torch.equal(x[left], held[left]) for x, held, left in zip(grads, before, outside, strict=True))
+    added = [x.double() - held for x, held in zip(grads, before, strict=True)]
+    assert_close_by_heads([x[None].to(q.dtype) for x in added], [x[None] for x in expected])
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_that_accumulate_add_to_the_same_rows(case):
+    """A dense batch: of what is written, only rows that some query sees need be."""
+    seqlen_q, seqlen_k, heads, kv_heads, batch, mask = PARTS[case]
+    q, k, v, dout = tensors = problem_tensors(47, seqlen_q, seqlen_k, heads, kv_heads, 128, batch=batch)
+    rows = rows_of(*tensors, **mask)
+    seen = seen_keys(seqlen_q, seqlen_k, **{name: value for name, value in mask.items() if name != "softcap"})
+    for accumulate_kv in (True, False):
+        grads = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
+        for x in grads[1:]:
+            x[:, seen] = 1.0 if accumulate_kv else torch.nan
+        poison_memory()
+        ops.backward(dout, q, k, v, *rows, *grads, accumulate=True, accumulate_kv=accumulate_kv, **mask)
+        for x in grads[1:]:
+            x[:, seen] -= accumulate_kv
+        judge([x.to(q.dtype) for x in grads], *tensors, **mask)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_work_that_is_told_decides_about_parts(head_dim):
+    """Where dk and dv are written, parts that accumulate find them cleared."""
+    q, k, v, dout = (x[0] for x in problem_tensors(48, 2000, 2000, 8, 1, head_dim, batch=1))
+    rows, ranges = torch.zeros(2, 8, 2000, device="cuda"), dict(zip(ops.RANGES, map(column, ([0], [2000]) * 2)))
+
+    def has_parts(dtype=torch.float32, **options) -> bool:
+        grads = [torch.zeros_like(x, dtype=x_dtype) for x, x_dtype in ((q, torch.float32), (k, dtype), (v, dtype))]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            ops.backward(dout, q, k, v, *rows, *grads, **ranges, accumulate=True, accumulate_kv=False, **options)
+            torch.cuda.synchronize()
+        return any("clear_keys_kernel" in event.name for event in profile.events())
+
+    assert has_parts() and has_parts(most_queries=2000, mean_queries=2000)
+    assert not has_parts(most_queries=10, mean_queries=10)
+    assert not has_parts(deterministic=True) and not has_parts(torch.bfloat16)
 
 
 # ---- where and how it runs -------------------------------------------------------------------------------------------

@@ -213,6 +213,11 @@ OPERATORS = [
         "backward delta dtype", lambda d: backward(d, delta=empty(d, 2, 4, 5, dtype=BF16)),
         "delta", "bfloat16", "float32",
     ),
+    Wrong(
+        "backward mean above the most", lambda d: backward(d, most_queries=3, mean_queries=4),
+        "most_queries", r"\b3\b.*\b4\b", "from 0 to the most",
+    ),
+    Wrong("backward mean alone", lambda d: backward(d, mean_queries=4), "most_queries", "None.*4", "both or neither"),
     Wrong("dq shape", lambda d: backward(d, dq=empty(d, 2, 6, 4, 8)), r"\bdq\b", r"\(2, 6, 4, 8\)", r"\(2, 5, 4, 8\)"),
     Wrong("dk shape", lambda d: backward(d, dk=empty(d, 2, 6, 4, 8)), r"\bdk\b", r"\(2, 6, 4, 8\)", r"\(2, 6, 2, 8\)"),
     Wrong("dv dtype", lambda d: backward(d, dv=empty(d, 2, 6, 2, 8, dtype=INT)), r"\bdv\b", "int64", "float32"),

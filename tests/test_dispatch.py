@@ -257,7 +257,7 @@ def test_deterministic_gradients_come_from_the_library(how, deterministic, libra
     """From an argument of the interface, or from torch's setting, down to the compiled kernel."""
     seen = []
     monkeypatch.setattr(ops, "_backward_sm90", lambda *args: seen.append(dict(zip(ops.SCHEMA_ARGS["backward"], args))))
-    defaults = {"accumulate": False, "accumulate_kv": False, "offset": None}
+    defaults = {"accumulate": False, "accumulate_kv": False, "offset": None, "most_queries": None, "mean_queries": None}
     monkeypatch.setattr(ops, "backward", lambda *args, **call: ops._run_on_cuda(
         "backward", *args, *((defaults | call)[name]
                              for name in ops.SCHEMA_ARGS["backward"][len(args):])))  # fmt: skip

@@ -467,6 +467,26 @@ def test_rows_are_written_where_one_launch_alone_meets_them(world, make, window_
         assert False in found
 
 
+@pytest.mark.parametrize("window_left, window_right", [(None, None), (None, 0), (40, 0), (3, 5)], ids=str)
+@pytest.mark.parametrize("make", [zigzag, packed, striped])
+def test_launches_tell_how_many_queries_see_their_keys(make, window_left, window_right):
+    """Counted pair by pair, launch by launch: the kernel divides its work by it."""
+    layout, told = make((61, 7, 200, 90), 3), set()
+    for rank in range(3):
+        plan = ring.ring_plan(layout, rank, window_left, window_right, torch.device("cpu"))
+        backward = [*plan.local_backward, *plan.opening, *plan.closing]
+        for launch in (*backward, *(launch for step in plan.remote for launch in step.backward)):
+            columns = zip(*(launch[name].tolist() for name in ("q_len", "k_len", "offsets")), strict=True)
+            seen = [
+                sum((window_left is None or i + offset - window_left <= j) and
+                    (window_right is None or j <= i + offset + window_right) for i in range(q_len))
+                for q_len, k_len, offset in columns for j in range(k_len)
+            ]
+            told.add((launch["most_queries"], launch["mean_queries"]))
+            assert (max(seen), -(-sum(seen) // len(seen))) == (launch["most_queries"], launch["mean_queries"])
+    assert len(told) > 2
+
+
 def meets_each_once(launches: ring.Launches, keys: int, window_left: int | None, window_right: int | None) -> bool:
     met, seen = [0] * keys, [False] * keys
     for visit in (visit for launch in launches for visit in launch):

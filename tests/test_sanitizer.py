@@ -48,7 +48,8 @@ def call(q, k, v, dout, accumulate=False, deterministic=False, **form):
 
 def sum_up(q, k, v, dout, deterministic, **form):
     rows = torch.zeros(2, q.shape[1], q.shape[0], device="cuda")
-    dq_sum, dk, dv = ops.new_dq_sum(q, v), torch.empty_like(k), torch.empty_like(v)
+    dq_sum = ops.new_dq_sum(q, v)
+    dk, dv = (torch.empty_like(x, dtype=None if deterministic else torch.float32) for x in (k, v))
     ops.backward(
         dout, q, k, v, *rows, dq_sum, dk, dv, accumulate=True, accumulate_kv=False, deterministic=deterministic, **form
     )

@@ -26,6 +26,7 @@ from fa3_dist.parallel.schedule import (
     grouped,
     imbalance,
     packed,
+    queries_of_keys,
     ring_schedule,
     step_sizes,
     work,
@@ -578,6 +579,21 @@ def test_step_sizes_are_those_of_the_schedule(seed):
                 assert queries == len(set().union(*seeing))
                 if step.shift:
                     assert keys == sum(span.length for span in step.receive)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_queries_of_keys_are_those_of_the_mask(seed):
+    random_ = random.Random(seed)
+    for _ in range(100):
+        left, right = (random_.choice([None, 0, random_.randint(1, 12)]) for _ in range(2))
+        launch = [
+            Visit(0, random_.randint(1, 20), 0, random_.randint(0, 20), random_.randint(-25, 25), False, False)
+            for _ in range(random_.randint(0, 3))
+        ]
+        seen = [count for visit in launch for count in visit_mask(visit, left, right).sum(0).tolist()]
+        most, mean = queries_of_keys(launch, window_left=left, window_right=right)
+        assert most == max(seen, default=0)
+        assert mean == (-(-sum(seen) // len(seen)) if seen else 0)
 
 
 # ---- bad input and cost ----------------------------------------------------------------------------------------------

@@ -165,11 +165,15 @@ inline int64_t count_tiles(const ForwardParams& params, int rows) {
 }
 
 // The same launch, with the query heads of a KV head in parts: each a KV head of its own, whose keys are those of others, too,
-// and whose dk and dv, in fp32, are summed up afterwards.
+// and whose dk and dv, in fp32, are summed up afterwards, or by the parts themselves, who accumulate them.
 inline BackwardParams in_parts(const BackwardParams& params) {
   BackwardParams parts = params;
   const ForwardParams& forward = params.forward;
   parts.forward.kv_heads *= params.key_parts;
+  if (params.accumulate) {
+    parts.accumulate_kv = true;
+    return parts;
+  }
   parts.dk = params.dkv_parts;
   parts.dv = params.dkv_parts + int64_t{forward.batch} * forward.seqlen_k * parts.forward.kv_heads * forward.head_dim;
   parts.dk_dtype = parts.dv_dtype = DType::fp32;
@@ -233,6 +237,7 @@ cudaError_t launch_ranges(const BackwardParams& params, cudaStream_t stream) {
   BackwardArguments arguments{};
   arguments.params = params;
   arguments.group = forward.heads / forward.kv_heads;
+  arguments.written_heads = params.accumulate ? with_whole_heads(params).kv_heads : forward.kv_heads;
   arguments.transposed = transpose(forward);
   arguments.transposed.ascending = params.turns != nullptr;
   const int tiles_of_head = (forward.seqlen_k + Config::kKeys - 1) / Config::kKeys;
@@ -345,8 +350,16 @@ template <DType kDType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   if (params.key_parts == 1) return launch_heads<kDType, kHeadDim, kHeadDimV>(params, stream);
   const BackwardParams parts = in_parts(params);
-  const cudaError_t error = launch_heads<kDType, kHeadDim, kHeadDimV>(parts, stream);
-  if (error != cudaSuccess) return error;
+  cudaError_t error = cudaSuccess;
+  if (params.accumulate && !params.accumulate_kv) {
+    int processors = 0;
+    error = prepare_device<clear_keys_kernel>(0, processors);
+    if (error == cudaSuccess) {
+      error = launch(clear_keys_kernel, processors, kScanThreads, 0, stream, false, params, transpose(params.forward));
+    }
+  }
+  if (error == cudaSuccess) error = launch_heads<kDType, kHeadDim, kHeadDimV>(parts, stream);
+  if (error != cudaSuccess || params.accumulate) return error;
   return sum_parts<typename MatrixElement<kDType>::type>(params, parts, stream);
 }
 

@@ -15,6 +15,12 @@ namespace fa3 {
 // additions to memory. Gradients are then bitwise equal from run to run; else they are if tiles take turns (turns.cuh).
 constexpr bool separates_dq(int64_t head_dim) { return head_dim > 128; }
 
+// Of a range, whose length, where there are several, only the device knows: most of the work is in those longer than the mean.
+inline int64_t usual_queries(const ForwardParams& forward) {
+  const bool are_several = forward.q_start != nullptr && forward.ranges > 1;
+  return are_several ? 2 * int64_t{forward.seqlen_q} / forward.ranges : forward.seqlen_q;
+}
+
 // Whether tiles of keys meet blocks of 80 queries instead of 64 (QueryBlocks::kLong): where they meet so many that it
 // makes up for what a tile begins and ends with, which takes longer, and for the ends of sequences, which fill no block.
 // Measured: benchmarks/LOG.md, backward, 58. Not for fp16, of whose small weights dS would lose what they lose when they are
@@ -24,8 +30,7 @@ inline bool takes_long_blocks(const ForwardParams& forward) {
   constexpr int64_t kLeastOfHead = 1024, kLeast = 2048;
   const bool packed = forward.q_start != nullptr;
   const bool left = forward.window_left != kNoBound, right = forward.window_right != kNoBound;
-  // Of a head. NOTE: how long each of several ranges is, only the device knows; most of the work is in those longer than the mean.
-  int64_t queries = packed && forward.ranges > 1 ? 2 * int64_t{forward.seqlen_q} / forward.ranges : forward.seqlen_q;
+  int64_t queries = usual_queries(forward);
   if (left && right) {
     queries = std::min<int64_t>(queries, int64_t{forward.window_left} + forward.window_right);
   } else if ((left || right) && !packed) {
@@ -34,28 +39,42 @@ inline bool takes_long_blocks(const ForwardParams& forward) {
   return queries >= kLeastOfHead && queries * (forward.heads / forward.kv_heads) >= kLeast;
 }
 
+constexpr int keys_of_tile(int64_t head_dim) { return separates_dq(head_dim) ? 64 : 128; }
+inline int64_t key_tiles_of_head(const ForwardParams& forward, int64_t head_dim) {
+  const int keys = keys_of_tile(head_dim);
+  return (int64_t{forward.seqlen_k} + keys - 1) / keys;
+}
+
+// How many queries, of a head, see a key: at most, and on the mean.
+struct QueriesOfKey {
+  double most;
+  double mean;
+};
+
+// As far as extents and windows tell.
+inline QueriesOfKey queries_of_key(const ForwardParams& forward, int64_t head_dim) {
+  const bool left = forward.window_left != kNoBound, right = forward.window_right != kNoBound;
+  const int64_t in_window = int64_t{forward.window_left} + forward.window_right + keys_of_tile(head_dim);
+  const auto queries = static_cast<double>(left && right ? std::min(usual_queries(forward), in_window) : usual_queries(forward));
+  const bool are_alike = (forward.q_start == nullptr || forward.ranges == 1) && left == right;
+  return {queries, are_alike ? queries : queries / 2};
+}
+
 // In how many parts the query heads of a KV head are taken, each by tiles of its own, whose dk and dv are summed up
 // afterwards: where few tiles, each over all queries of its heads, would occupy few processors, or long ones be waited for
 // at the end (unless dQ's own kernel begins there). Times are in rows of queries that a tile meets; what they are made of is
-// measured: benchmarks/LOG.md, backward, 74.
-inline int key_parts_of(const ForwardParams& forward, int64_t head_dim) {
-  constexpr double kProcessors = 132, kSum = 150, kSumOfTile = 3.7, kWorthwhile = 1.08;
+// measured: benchmarks/LOG.md, backward, 74 and 75.
+inline int key_parts_of(const ForwardParams& forward, int64_t head_dim, const QueriesOfKey& queries, bool accumulate) {
+  constexpr double kProcessors = 132, kWorthwhile = 1.08;
+  const double first_sum = accumulate ? 40 : 150, sum_of_tile = accumulate ? 1.9 : 3.7;
   const double end_of_head = separates_dq(head_dim) ? 0 : 0.04;  // of the longest tile
-  const bool left = forward.window_left != kNoBound, right = forward.window_right != kNoBound;
-  const int keys = separates_dq(head_dim) ? 64 : 128, group = forward.heads / forward.kv_heads;
-  const int ranges = forward.q_start == nullptr ? 1 : forward.ranges;
-  int64_t queries = forward.seqlen_q;
-  if (ranges > 1) queries = std::min(queries, 2 * queries / ranges);  // as takes_long_blocks has it
-  if (left && right) queries = std::min<int64_t>(queries, int64_t{forward.window_left} + forward.window_right + keys);
-  const double longest = static_cast<double>(queries) * group;
-  const int64_t tiles_of_head = (int64_t{forward.seqlen_k} + keys - 1) / keys;
-  const double tiles = static_cast<double>(tiles_of_head) * forward.kv_heads * forward.batch;
-  const bool alike = ranges == 1 && left == right;
+  const int group = forward.heads / forward.kv_heads;
+  const double tiles = static_cast<double>(key_tiles_of_head(forward, head_dim)) * forward.kv_heads * forward.batch;
   const auto time = [&](int parts) {
-    const double of_tile = longest / parts, sums = parts > 1 ? kSum + kSumOfTile * tiles * parts : 0;
-    if (alike) return of_tile * std::ceil(tiles * parts / kProcessors) + sums;
-    const double end = end_of_head * group / parts * of_tile;
-    return std::max(of_tile, longest * tiles / (2 * kProcessors) + end) + sums;
+    const double longest = queries.most * group / parts, sums = parts > 1 ? first_sum + sum_of_tile * tiles * parts : 0;
+    if (queries.most == queries.mean) return longest * std::ceil(tiles * parts / kProcessors) + sums;
+    const double end = end_of_head * group / parts * longest;
+    return std::max(longest, queries.mean * group * tiles / kProcessors + end) + sums;
   };
   double least = time(1);
   for (int parts = 2; parts <= group; ++parts) {

@@ -52,6 +52,21 @@ __global__ void __launch_bounds__(kScanThreads) inline clear_start_kernel(const 
   }
 }
 
+// The rows of dk and dv, in fp32, of all keys of a dense batch or in ranges.
+__global__ void __launch_bounds__(kScanThreads) inline clear_keys_kernel(const BackwardParams params, const ForwardParams transposed) {
+  const ForwardParams& forward = params.forward;
+  const auto clear = [&](int64_t first, int64_t count) {
+    const int64_t row = int64_t{forward.kv_heads} * forward.head_dim, row_v = int64_t{forward.kv_heads} * forward.head_dim_v;
+    clear_memory(static_cast<float*>(params.dk) + first * row, count * row, DType::fp32);
+    clear_memory(static_cast<float*>(params.dv) + first * row_v, count * row_v, DType::fp32);
+  };
+  if (forward.q_start == nullptr) return clear(0, int64_t{forward.batch} * forward.seqlen_k);
+  for (int i = 0; i < transposed.ranges; ++i) {
+    const Sequence range = sequence_at(transposed, i);
+    clear(range.q_base, range.q_len);
+  }
+}
+
 // Runs beside the schedule, if there is one, and has ended no earlier than that. `transposed`: with the keys for queries.
 template <class Config>
 __global__ void __launch_bounds__(kScanThreads) clear_kernel(const BackwardParams params, const ForwardParams transposed) {

@@ -7,9 +7,8 @@
 namespace fa3 {
 
 constexpr TileShape backward_tile(int head_dim, bool long_blocks) {
-  if (head_dim <= 64) return {128, 128};
-  if (head_dim <= 128) return {long_blocks ? 80 : 64, 128};
-  return {64, 64};
+  const int queries = head_dim <= 64 ? 128 : long_blocks ? 80 : 64;
+  return {queries, keys_of_tile(head_dim)};
 }
 
 // Whether two warpgroups, which share the columns of dQ, have 64 each, and so compute dQ^T, of any number of queries.

@@ -348,14 +348,14 @@ __device__ __forceinline__ void consume_queries(const BackwardArguments& argumen
     token_before = first_token;
 
     if (steps == 0) {
-      write_rows<Element>(rdV, 1.f, params.dv, params.dv_dtype, forward.head_dim_v, forward.seqlen_k, forward.kv_heads,
-                          params.accumulate_kv, tile, rows.row);
+      write_rows<Element>(rdV, 1.f, params.dv, params.dv_dtype, forward.head_dim_v, forward.seqlen_k,
+                          arguments.written_heads, written_head(params, tile), params.accumulate_kv, tile, rows.row);
       if constexpr (!kKeepsKeys) {
         if (is_stored) hand_over_dq();
         finish_dq(stage, parity);
       }
       write_rows<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, forward.head_dim, forward.seqlen_k,
-                          forward.kv_heads, params.accumulate_kv, tile, rows.row);
+                          arguments.written_heads, written_head(params, tile), params.accumulate_kv, tile, rows.row);
       shared.tiles.empty[tile_ring.stage()].arrive();
       tile_ring.advance();
       k_ring.advance();

@@ -189,13 +189,14 @@ __device__ __forceinline__ void store_columns(const Gradient& rG, float scale, E
 // launch's ranges are disjoint; by the L2 cache, since a thread would have to wait for what is there.
 template <class Element, class Gradient>
 __device__ __forceinline__ void write_rows(const Gradient& rG, float scale, void* to, DType dtype, int head_dim,
-                                           int seqlen, int heads, bool accumulate, const RowTile& tile, int first_row) {
+                                           int seqlen, int heads, const int& head, bool accumulate, const RowTile& tile,
+                                           int first_row) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     // NOTE: worked out anew each time: registers are short where a tile ends.
     const int row = tile.first_row + first_row + 8 * r;
     const int columns = row < tile.sequence.q_len ? head_dim : 0;
-    const int64_t at = ((int64_t{tile.batch} * seqlen + tile.sequence.q_base + row) * heads + tile.head) * head_dim;
+    const int64_t at = ((int64_t{tile.batch} * seqlen + tile.sequence.q_base + row) * heads + head) * head_dim;
     if (dtype != DType::fp32) {
       store_columns(rG, scale, static_cast<Element*>(to) + at, r, columns);
       continue;

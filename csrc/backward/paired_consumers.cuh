@@ -163,8 +163,8 @@ __device__ __forceinline__ void consume_weights(const BackwardArguments& argumen
     at.next_step();
 
     if (--at.steps == 0) {
-      write_rows<Element>(rdV, 1.f, params.dv, params.dv_dtype, forward.head_dim_v, forward.seqlen_k, forward.kv_heads,
-                          params.accumulate_kv, tile, rows.row);
+      write_rows<Element>(rdV, 1.f, params.dv, params.dv_dtype, forward.head_dim_v, forward.seqlen_k,
+                          arguments.written_heads, written_head(params, tile), params.accumulate_kv, tile, rows.row);
       at.end_tile();
     }
   }
@@ -241,7 +241,7 @@ __device__ __forceinline__ void consume_weight_gradients(const BackwardArguments
 
     if (at.steps == 0) {
       write_rows<Element>(rdK, forward.softmax_scale, params.dk, params.dk_dtype, forward.head_dim, forward.seqlen_k,
-                          forward.kv_heads, params.accumulate_kv, tile, rows.row);
+                          arguments.written_heads, written_head(params, tile), params.accumulate_kv, tile, rows.row);
       at.end_tile();
     }
   }

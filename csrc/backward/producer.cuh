@@ -85,14 +85,15 @@ struct NoSumClearing {
 // ---- tiles -----------------------------------------------------------------------------------------------------------
 
 // The tiles of a launch, in the order in which they are drawn; of a head those that see most first. Of each kRows rows,
-// which meet blocks of kColumns. `params`: transposed if the rows are keys. `known`: so many tiles go to the blocks by their
-// numbers, without asking.
+// which meet blocks of kColumns. `params`: transposed if the rows are keys; so many of its heads have the same KV head.
+// `known`: so many tiles go to the blocks by their numbers, without asking.
 // kMoves: blocks begin at the first column that a tile sees, not at a multiple of kColumns: the sequence that it gets is cut
 // there. wait(barrier, parity), by one lane, waits for a barrier. clearing: of dq_sum (SumClearing). Called by all lanes of a
 // warp, of which one draws; the others help to clear and, if ranges may share tiles, to describe these.
 template <int kRows, int kColumns, bool kMoves, class Wait, class Clearing>
-__device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, TileCounter& counter, const HeadGroups& groups,
-                                               int known, RowTiles& tiles, Wait wait, const Clearing& clearing) {
+__device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, int heads_of_kv_head, TileCounter& counter,
+                                               const HeadGroups& groups, int known, RowTiles& tiles, Wait wait,
+                                               const Clearing& clearing) {
   const bool is_listed = lists_tiles(params);
   const bool first_lane = threadIdx.x % 32 == 0;
   const bool together = is_listed || clearing.is_needed();
@@ -153,6 +154,7 @@ __device__ __forceinline__ void draw_row_tiles(const ForwardParams& params, Tile
       tile.end = false;
       tile.batch = batch;
       tile.head = unit - batch * params.heads;
+      tile.kv_head = tile.head / heads_of_kv_head;
       tile.first_row = first_row;
       tile.sequence = sequence;
       tile.blocks = blocks;
@@ -178,7 +180,8 @@ __device__ __forceinline__ void draw_key_tiles(const BackwardArguments& argument
   cudaTriggerProgrammaticLaunchCompletion();  // dQ's kernel, if it has one, may begin where this one has ended
   const auto draw = [&](int known, auto wait, const auto& clearing) __attribute__((always_inline)) {
     draw_row_tiles<Config::kKeys, Config::kQueries, Config::kLongBlocks>(
-        arguments.transposed, *arguments.counter, arguments.head_groups, known, shared.tiles, wait, clearing);
+        arguments.transposed, arguments.params.key_parts, *arguments.counter, arguments.head_groups, known, shared.tiles, wait,
+        clearing);
   };
   // Each block's first tile is known without asking, unless tiles take turns (turns.cuh).
   if constexpr (Config::kSharesKeys) {
@@ -215,7 +218,7 @@ __device__ __forceinline__ void load_key_tiles(const BackwardArguments& argument
     if (tile.end) break;
     const Sequence sequence = tile.sequence;
     const int batch = tile.batch, first_key = tile.first_row;
-    const int first_head = tile.head * arguments.group, kv_head = tile.head / arguments.params.key_parts;
+    const int first_head = tile.head * arguments.group, kv_head = tile.kv_head;
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
     const int first_query = packed ? 0 : sequence.k_base;  // of packed ranges load_rows adds it
     shared.tiles.empty[tile_ring.stage()].arrive();

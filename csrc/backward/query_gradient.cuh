@@ -114,7 +114,6 @@ __device__ __forceinline__ void load_query_tiles(const QueryGradientArguments& a
                                                  QueryGradientShared<Config>& shared) {
   const ForwardParams& forward = arguments.params.forward;
   const bool packed = forward.q_start != nullptr;
-  const int group = forward.heads / forward.kv_heads;
   Ring<Config::kStagesQ> q_ring;
   Ring<Config::kStages> k_ring;
   Ring<Config::kStagesV> v_ring;
@@ -124,7 +123,7 @@ __device__ __forceinline__ void load_query_tiles(const QueryGradientArguments& a
     const RowTile& tile = shared.tiles.tile[tile_ring.stage()];
     if (tile.end) break;
     const Sequence sequence = tile.sequence;
-    const int batch = tile.batch, head = tile.head, first_row = tile.first_row;
+    const int batch = tile.batch, head = tile.head, kv_head = tile.kv_head, first_row = tile.first_row;
     const int first_block = tile.blocks.first, end_block = tile.blocks.end;
     shared.tiles.empty[tile_ring.stage()].arrive();
     tile_ring.advance();
@@ -142,7 +141,7 @@ __device__ __forceinline__ void load_query_tiles(const QueryGradientArguments& a
       shared.k_full[k_ring.stage()].arrive_and_expect_tx(Config::kBytesK);
       load_rows<Config::kKeys, Config::kHeadDim, Config::kPanel>(
           arguments.k, shared.k_full[k_ring.stage()], shared.k[k_ring.stage()], sequence.k_base, sequence.k_len,
-          block * Config::kKeys, head / group, batch, packed, forward.head_dim);
+          block * Config::kKeys, kv_head, batch, packed, forward.head_dim);
       k_ring.advance();
       if (block == end_block - 1) {
         shared.dout_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
@@ -155,7 +154,7 @@ __device__ __forceinline__ void load_query_tiles(const QueryGradientArguments& a
       shared.v_full[v_ring.stage()].arrive_and_expect_tx(Config::kBytesV);
       load_rows<Config::kKeys, Config::kHeadDimV, Config::kPanelV>(
           arguments.v, shared.v_full[v_ring.stage()], shared.v[v_ring.stage()], sequence.k_base, sequence.k_len,
-          block * Config::kKeys, head / group, batch, packed, forward.head_dim_v);
+          block * Config::kKeys, kv_head, batch, packed, forward.head_dim_v);
       v_ring.advance();
     }
     q_ring.advance();
@@ -303,7 +302,7 @@ __device__ __forceinline__ void consume_keys(const QueryGradientArguments& argum
     }
     q_ring.advance();
     write_rows<Element>(rdQ, forward.softmax_scale, params.dq, params.dq_dtype, forward.head_dim, forward.seqlen_q,
-                        forward.heads, params.accumulate, tile, rows.row);
+                        forward.heads, tile.head, params.accumulate, tile, rows.row);
     shared.tiles.empty[tile_ring.stage()].arrive();
     tile_ring.advance();
   }
@@ -333,7 +332,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x >= 32 && threadIdx.x < 64) {
       // NOTE: it needs nothing of the kernel before, beside whose last blocks it begins, so no tile is given to a block
       // before that runs. But it must not end earlier: what comes next waits for this kernel only.
-      draw_row_tiles<Config::kQueries, Config::kKeys, false>(forward, *arguments.counter, arguments.head_groups, 0, shared.tiles,
+      draw_row_tiles<Config::kQueries, Config::kKeys, false>(forward, forward.heads / forward.kv_heads, *arguments.counter,
+                                                             arguments.head_groups, 0, shared.tiles,
                                                              [](auto& barrier, uint32_t parity) { barrier.wait(parity); },
                                                              NoSumClearing{});
       cudaGridDependencySynchronize();

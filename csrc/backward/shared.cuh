@@ -42,6 +42,7 @@ struct BackwardArguments {
   ForwardParams transposed;  // params.forward with queries and keys in each other's place: what tiles are drawn from
   TileCounter* counter;
   int group;               // query heads of a tile
+  int written_heads;       // of dk and dv: as written_head() counts them
   HeadGroups head_groups;  // of KV heads, or of their parts
   ClearedAhead cleared;
 };
@@ -59,12 +60,18 @@ struct RowTile {
   bool end;  // no more tiles; nothing else is said
   int batch;
   int head;  // of KV heads, or of their parts, or of query heads
+  int kv_head;
   int first_row;
   Sequence sequence;  // NOTE: with keys for rows, transposed: its "queries" are the keys
   KeyBlocks blocks;   // in [first_plain, end_open) no score is hidden
   bool is_shared;     // by ranges; `bounds` says which columns of scores a row has
   KeyBounds8 bounds[kMostRows];
 };
+
+// Of dk and dv: parts that accumulate add to the rows of their KV head, others have rows of their own.
+__device__ __forceinline__ const int& written_head(const BackwardParams& params, const RowTile& tile) {
+  return params.accumulate ? tile.kv_head : tile.head;
+}
 
 constexpr int kRowTileSlots = 2;
 constexpr int kAddedSlots = 4;  // additions to dQ that have been made and not been counted

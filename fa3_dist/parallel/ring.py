@@ -53,7 +53,7 @@ from fa3_dist import ops
 from fa3_dist.algebra import accumulator_dtype
 from fa3_dist.parallel.exchange import HEAD_START, NO_STAMP, Exchange, Pending, Place, pause
 from fa3_dist.parallel.observe import computing
-from fa3_dist.parallel.schedule import Layout, Span, Step, Visit, ring_schedule, step_sizes
+from fa3_dist.parallel.schedule import Layout, Span, Step, Visit, queries_of_keys, ring_schedule, step_sizes
 from fa3_dist.parallel.sharding import keep_for_graph, upload
 
 
@@ -516,8 +516,10 @@ def ring_plan(layout: Layout, rank: int, window_left: int | None, window_right: 
     assert steps[0].shift == 0 and all(step.shift for step in steps[1:]), "the local step comes first"
     opening, closing = _split_local(steps[0].backward) if len(steps) > 1 else ((), ())
     local, *forward = _upload([step.forward for step in steps], FORWARD_COLUMNS, device)
-    local_backward, *backward, opening_launches, closing_launches = _upload(
-        [*(step.backward for step in steps), opening, closing], BACKWARD_COLUMNS, device
+    visits_of = [*(step.backward for step in steps), opening, closing]
+    local_backward, *backward, opening_launches, closing_launches = (
+        _with_queries(launches, visits, *window)
+        for launches, visits in zip(_upload(visits_of, BACKWARD_COLUMNS, device), visits_of, strict=True)
     )
     sizes = step_sizes(layout, window_left=window_left, window_right=window_right)
     most_rows = dict(zip(sizes.shifts, sizes.keys.max(axis=0).tolist(), strict=True))
@@ -591,6 +593,15 @@ def _split_keys(launches: Launches) -> tuple[Launches, Launches]:
             for visit, half in halves if half < visit.k_len
         ))
     return tuple(first), tuple(rest)
+
+
+def _with_queries(launches: Sequence[Launch], visits: Launches, window_left: int | None,
+                  window_right: int | None) -> tuple[Launch, ...]:
+    """Launches of the backward with what their visits tell the kernel."""
+    counts = [queries_of_keys(of_launch, window_left=window_left, window_right=window_right)
+              for of_launch in filter(None, visits)]
+    return tuple(launch | {"most_queries": most, "mean_queries": mean}
+                 for launch, (most, mean) in zip(launches, counts, strict=True))
 
 
 def _upload(steps: Sequence[Launches], names: tuple[str, ...], device: torch.device) -> list[tuple[Launch, ...]]:

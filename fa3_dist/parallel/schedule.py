@@ -262,6 +262,22 @@ def step_sizes(layout: Layout, *, window_left: int | None = None, window_right: 
     return StepSizes(shifts, *sizes[:, :, list(shifts)])
 
 
+def queries_of_keys(launch: Sequence[Visit], *, window_left: int | None = None,
+                    window_right: int | None = None) -> tuple[int, int]:
+    """How many queries see a key of a launch, at most and on the mean over its keys, rounded up."""
+    left, right = _band(window_left, window_right)
+    queries, keys, offset = (np.array([getattr(visit, name) for visit in launch if visit.k_len], dtype=np.int64)
+                             for name in ("q_len", "k_len", "offset"))
+    if not len(keys) or left + right < 0:
+        return 0, 0
+    # Key j is seen by the queries from j - offset - right to j - offset + left: most see it where these begin at 0, or,
+    # if they do so for no key, as close to it as they get.
+    first = np.clip(0, -offset - right, keys - 1 - offset - right)
+    most = np.minimum(first + left + right + 1, queries) - np.maximum(first, 0)
+    pairs = int(_pairs(queries, keys, offset, left, right).sum())
+    return max(0, int(most.max())), -(-pairs // int(keys.sum()))
+
+
 def _seen(rank: np.ndarray, start: np.ndarray, end: np.ndarray, left: int, right: int) -> np.ndarray:
     """[i, j]: how many rows of piece j piece i sees that no earlier one of the same rank sees. A rank's pieces rise."""
     first = np.maximum(start[:, None] - left, start[None, :])
@@ -273,12 +289,16 @@ def _seen(rank: np.ndarray, start: np.ndarray, end: np.ndarray, left: int, right
 
 def _pairs_of(start: np.ndarray, end: np.ndarray, left: int, right: int) -> np.ndarray:
     """[i, j]: number of pairs of a query of piece i and a key of piece j that the band shows."""
-    count, limit = (end - start)[:, None], (end - start)[None, :]
+    length = end - start
+    return _pairs(length[:, None], length[None, :], start[:, None] - start[None, :], left, right)
+
+
+def _pairs(queries: np.ndarray, keys: np.ndarray, offset: np.ndarray, left: int, right: int) -> np.ndarray:
+    """Number of pairs that the band shows of so many queries and so many keys, as in `Visit`."""
 
     def clipped(first: np.ndarray) -> np.ndarray:
-        return _below(first + count, limit) - _below(first, limit)
+        return _below(first + queries, keys) - _below(first, keys)
 
-    offset = start[:, None] - start[None, :]
     return clipped(offset + right + 1) - clipped(offset - left)
 
 
