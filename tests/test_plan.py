@@ -119,6 +119,15 @@ def test_one_rank_costs_its_attention():
     assert each.exposed == 0 and each.moved == 0 and each.seconds == each.compute > 0
 
 
+def test_blocks_of_ranks_cost_what_one_of_them_does():
+    """Two documents, each of two of four ranks, which are two hosts: no message leaves one."""
+    links = Links.given({2: 400e9, 4: 1e9})
+    pair, pairs = (estimate(packed((9000,) * count, 2 * count), call(8, 8), 1, links, RATES["cuda"])
+                   for count in (1, 2))
+    assert pairs == pair and pair.moved > 0
+    assert estimate(packed((9000, 100), 4), call(8, 8), 1, links, RATES["cuda"]).exposed > 2 * pair.exposed
+
+
 NOTHING_BUT_ATTENTION = RATES["cuda"]._replace(memory=1e30, step_seconds=0.0, part_seconds=0.0, latency=0.0)
 
 
@@ -223,7 +232,7 @@ def test_what_is_slower_is_never_predicted_faster(head_ranks: int):
 
 def wires(world: int, *shifts: int) -> Wires:
     """2 bytes/s, and half a second a message."""
-    return Wires((0, *shifts), world, lambda ranks, others: np.full(len(ranks), 2.0), 0.5)
+    return Wires((0, *shifts), world, world, lambda ranks, others: np.full(len(ranks), 2.0), 0.5)
 
 
 def test_forward_by_hand():
@@ -269,7 +278,7 @@ def test_backward_in_halves_by_hand():
 def test_a_half_waits_for_what_returns_from_the_step_before():
     """Three ranks, instant messages of K/V; halves of 2 s and of 2.5 s on the wire, which it takes one at a time."""
     zero, message = np.zeros(3), np.full((3, 3), 1e-9)
-    quick = Wires((0, 1, 2), 3, lambda ranks, others: np.full(len(ranks), 2.0), 0.0)
+    quick = Wires((0, 1, 2), 3, 3, lambda ranks, others: np.full(len(ranks), 2.0), 0.0)
     end = backward_end(quick, zero, np.full((3, 3), 4.0), zero, message, np.full((3, 3), 10), np.ones((3, 3)),
                        (1, 2, 2))  # fmt: skip
     # Home in 2 to 4.5 and 4.5 to 7; the second step's halves are computed and the first's added by 6.5 and 9, so that

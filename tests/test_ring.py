@@ -41,6 +41,7 @@ CASES = [
     Case("documents of 1, 137, 2041, 89", (1, 137, 2041, 89), layout="packed", kv_heads=2),
     Case("documents of 1, 137, 2041, 89, zigzag", (1, 137, 2041, 89), kv_heads=2),
     Case("documents of 1, 137, 2041, 89, window 128", (1, 137, 2041, 89), layout="packed", window_left=128),
+    Case("two long documents, in blocks of ranks", (1500, 1490, 40, 30), layout="packed", kv_heads=2),
     Case("a rank without tokens", (1,), layout="zigzag"),
     Case("ranks without tokens, contiguous", (2,), layout="contiguous"),
     Case("empty documents", (0, 5, 0, 3), layout="packed"),

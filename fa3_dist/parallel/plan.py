@@ -301,7 +301,7 @@ def _ring_passes(layout: Layout, call: Call, distance: int, links: Links, rates:
         return elements * (bytes_each / rates.memory)
 
     def wires() -> Wires:
-        return Wires(sizes.shifts, layout.world, lambda a, b: links.between(a * distance, b * distance),
+        return Wires(sizes.shifts, sizes.block, layout.world, lambda a, b: links.between(a * distance, b * distance),
                      _latency(links, rates))
 
     kv_rows = np.array([layout.tokens(rank) for rank in range(layout.world)]) * call.kv_heads

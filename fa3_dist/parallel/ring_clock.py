@@ -13,23 +13,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fa3_dist.parallel.schedule import neighbour
+
 
 @dataclass
 class Wires:
-    """The messages of a ring of `world` ranks with these shifts.
+    """The messages of a ring of `world` ranks with these shifts in blocks of so many.
 
     bandwidth: given two arrays of ranks, the bytes/s from each one to its partner. latency: seconds a message.
     """
 
     shifts: tuple[int, ...]
+    block: int
     world: int
     bandwidth: Callable[[np.ndarray, np.ndarray], np.ndarray]
     latency: float
 
     def __post_init__(self) -> None:
         self.free = np.zeros(self.world)  # when each rank is through with its messages so far
-        self.sources = (np.arange(self.world)[:, None] - np.array(self.shifts)) % self.world
-        self.destinations = (np.arange(self.world)[:, None] + np.array(self.shifts)) % self.world
+        ranks = np.arange(self.world)
+        self.sources = np.column_stack([neighbour(ranks, -shift, self.block) for shift in self.shifts])
+        self.destinations = np.column_stack([neighbour(ranks, shift, self.block) for shift in self.shifts])
 
     def fetch(self, ready: np.ndarray, step: int, received: np.ndarray) -> np.ndarray:
         """When the keys of a step are there, and those that others want are gone: every rank gets so many bytes."""

@@ -7,7 +7,8 @@ touches a tensor or a process group, so the tests prove from the visits alone th
 allows is computed exactly once.
 
 Keys and values go straight from their owner to the rank that needs them: at shift s a rank receives from rank - s and
-sends to rank + s. The ring of the literature forwards whole blocks from neighbour to neighbour instead. Every step
+sends to rank + s, counted round the ring, or round its block of neighbouring ranks where no document is in two blocks
+(`block_of`, `neighbour`). The ring of the literature forwards all keys from neighbour to neighbour instead. Every step
 moves at most the same bytes here, and knowing both ends of a message buys three things:
 - only rows that some visit reads travel: half of them when an earlier rank of a causal zigzag is the source;
 - a shift that no rank needs does not exist, so a sliding window costs a halo exchange with a few ranks, under zigzag
@@ -32,7 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -170,35 +171,39 @@ LEAST_PART = 0.5
 
 
 def packed(lengths: Sequence[int], world: int, causal: bool = True) -> Layout:
-    """Documents of mixed lengths: the longest are split over all ranks (zigzag if causal), the others stay whole.
+    """Documents of mixed lengths: the longest are split over neighbours (zigzag if causal), the others stay whole.
 
-    A whole document needs no communication and has the largest tiles. So the fewest, longest documents are split with
-    which the ranks are balanced within TOLERATED_AREA in mask area, which attention costs, and within TOLERATED_TOKENS
-    in tokens, which memory and every other layer cost.
-    Whole documents go, largest first, to the rank that has least of what they bring most of, area or tokens; if none is
-    split, ranks then exchange some. What they leave uneven in area the split documents make up for: a rank with less
-    gets larger parts of them, in chunks that are mirrored as in `zigzag`, so that a part's area grows as its tokens do.
-    Documents shorter than 2 * world tokens stay whole; where that leaves every choice outside of the tolerances, the
-    best balanced one is taken.
+    A whole document needs no communication and has the largest tiles, and one that few ranks share needs few steps. So
+    the ranks form blocks, as small as the documents allow, each with documents of its own, and in a block the fewest,
+    longest ones are split over its ranks, with which all ranks are balanced within TOLERATED_AREA in mask area, which
+    attention costs, and within TOLERATED_TOKENS in tokens, which memory and every other layer cost.
+    Whole documents go, largest first, to the rank, or block, that has least of what they bring most of, area or tokens;
+    blocks, and ranks where none is split, then exchange some. What they leave uneven in area the split documents make
+    up for: a rank with less gets larger parts of them, in chunks that are mirrored as in `zigzag`, so that a part's
+    area grows as its tokens do. Documents shorter than two tokens for each rank of a block stay whole; where that
+    leaves every choice outside of the tolerances, the best balanced one is taken.
     Deterministic: every rank computes the same layout from the same lengths.
     """
     lengths = tuple(lengths)
     _check_lengths(lengths, world)
     order = sorted(range(len(lengths)), key=lambda document: (-lengths[document], document))
-    splittable = sum(length >= 2 * world for length in lengths)
     shares = _shares(lengths, world, causal)
-    best = _Placement(float("inf"), {}, (1,) * world)
-    for split in _rising(splittable):
-        best = min(best, _place(shares, world, order[:split], order[split:]), key=lambda placement: placement.excess)
+    best: _Placement | None = None
+    for size in _divisors(world):
+        placement = _place_in_blocks(shares, lengths, order, world, size)
+        if best is None or placement.excess < best.excess:
+            best = placement
         if best.excess <= 1:
             break
+    assert best is not None
     cut = _cut_zigzag if causal else _cut
     shards: list[list[Shard]] = [[] for _ in range(world)]
     for document, length in enumerate(lengths):
         if document in best.owner:
             shards[best.owner[document]] += [Shard(document, 0, length)] if length else []
             continue
-        for rank, pieces in enumerate(cut(length, best.parts)):
+        first, parts = best.split[document]
+        for rank, pieces in enumerate(cut(length, parts), first):
             shards[rank] += [Shard(document, start, size) for start, size in pieces if size]
     return Layout(lengths, tuple(map(tuple, shards)))
 
@@ -231,6 +236,7 @@ class StepSizes:
     """
 
     shifts: tuple[int, ...]
+    block: int  # ranks, as `neighbour` counts them
     pairs: np.ndarray
     queries: np.ndarray
     keys: np.ndarray
@@ -242,8 +248,8 @@ def step_sizes(layout: Layout, *, window_left: int | None = None, window_right: 
 
     Windows are 0 or more, or None, so that every token sees itself.
     """
-    band, world = _band(window_left, window_right), layout.world
-    sizes = np.zeros((3, world, world), dtype=np.int64)  # pairs, queries and keys, by rank and shift
+    band, world, block = _band(window_left, window_right), layout.world, block_of(layout)
+    sizes = np.zeros((3, world, block), dtype=np.int64)  # pairs, queries and keys, by rank and shift
     holders: dict[int, list[tuple[int, _Piece]]] = defaultdict(list)
     for rank in range(world):
         for document, pieces in _pieces(layout, rank).items():
@@ -255,11 +261,11 @@ def step_sizes(layout: Layout, *, window_left: int | None = None, window_right: 
         keys = _seen(rank, start, end, left, right)
         queries = _seen(rank, start, end, right, left).T
         pairs = _pairs_of(start, end, left, right)
-        shift = (rank[:, None] - rank[None, :]) % world
+        shift = (rank[:, None] - rank[None, :]) % block
         for size, values in zip(sizes, (pairs, queries, keys)):
             np.add.at(size, (rank[:, None], shift), values)
     shifts = _shifts(layout, band)
-    return StepSizes(shifts, *sizes[:, :, list(shifts)])
+    return StepSizes(shifts, block, *sizes[:, :, list(shifts)])
 
 
 def queries_of_keys(launch: Sequence[Visit], *, window_left: int | None = None,
@@ -352,12 +358,16 @@ def _rising(end: int) -> Iterator[int]:
     yield end
 
 
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
 class _Placement(NamedTuple):
     """Where documents go. excess: of the busiest rank over the mean in area or tokens, 1 is what is tolerated."""
 
     excess: float
     owner: dict[int, int]  # document -> rank, of those that stay whole
-    parts: tuple[int, ...]  # of the others, for each rank, in proportion
+    split: dict[int, tuple[int, tuple[int, ...]]]  # of the others the first rank and, for each from there on, the part
 
 
 def _shares(lengths: Sequence[int], world: int, causal: bool) -> np.ndarray:
@@ -368,7 +378,38 @@ def _shares(lengths: Sequence[int], world: int, causal: bool) -> np.ndarray:
     return shares.reshape(-1, 2)
 
 
-def _place(shares: np.ndarray, world: int, split: Sequence[int], whole: Sequence[int]) -> _Placement:
+def _place_in_blocks(shares: np.ndarray, lengths: Sequence[int], order: Sequence[int], world: int,
+                     size: int) -> _Placement:
+    """Of all documents, in blocks of `size` ranks. Where one has too much for a block, that is not even tried."""
+    blocks = world // size
+    if blocks > 1 and size > 1 and _excess(shares.max(axis=0, initial=0.0) / size) > 1:
+        return _Placement(float("inf"), {}, {})
+    # Ranks will share what a block has, and be no better balanced than blocks are.
+    of_blocks = _place(shares / size, blocks, (), order, goal=1.0 if size == 1 else 0.5)
+    if size == 1:
+        return of_blocks
+    held: list[list[int]] = [[] for _ in range(blocks)]
+    for document in order:
+        held[of_blocks.owner[document]].append(document)
+    whole = _Placement(0.0, {}, {})
+    for block, documents in enumerate(held):
+        splittable = sum(lengths[document] >= 2 * size for document in documents)
+        best = None
+        for split in _rising(splittable):
+            placement = _place(shares, size, documents[:split], documents[split:])
+            if best is None or placement.excess < best.excess:
+                best = placement
+            if best.excess <= 1:
+                break
+        assert best is not None
+        first = block * size
+        whole.owner.update((document, first + rank) for document, rank in best.owner.items())
+        whole.split.update((document, (first, parts)) for document, (_, parts) in best.split.items())
+        whole = whole._replace(excess=max(whole.excess, best.excess))
+    return whole
+
+
+def _place(shares: np.ndarray, world: int, split: Sequence[int], whole: Sequence[int], goal: float = 1.0) -> _Placement:
     """Places the documents `whole`, in their order, and cuts the documents `split` so that areas become even.
 
     NOTE: ranks on different machines must agree, so there are no sums here whose order a library may choose.
@@ -380,19 +421,21 @@ def _place(shares: np.ndarray, world: int, split: Sequence[int], whole: Sequence
         owner[document] = rank = int((area * more_area + tokens * more_tokens).argmin())
         area[rank] += more_area
         tokens[rank] += more_tokens
-    parts = np.full(world, 1 / world)
+    cut: tuple[int, ...] = ()
     if not split:
-        _even_out(shares, np.stack((area, tokens)), owner)
+        _even_out(shares, np.stack((area, tokens)), owner, goal)
         area, tokens = _loads(shares, owner, world)
     else:
         split_area, split_tokens = (math.fsum(column) for column in shares[list(split)].T)
-        # The parts that make all areas 1. Of those too small we make the least part, at the others' expense.
+        mean = (math.fsum(area) + split_area) / world
+        # The parts that make all areas the mean. Of those too small we make the least part, at the others' expense.
         least = LEAST_PART / world
-        above = np.maximum((1 - area) / split_area - least, 0)
+        above = np.maximum((mean - area) / split_area - least, 0)
         parts = least + above * ((1 - LEAST_PART) / math.fsum(above))
         area, tokens = area + parts * split_area, tokens + parts * split_tokens
+        cut = tuple(round(part * (1 << 30)) for part in parts.tolist())
     excess = float(_excess(np.stack((area, tokens))).max())
-    return _Placement(excess, owner, tuple(round(part * (1 << 30)) for part in parts.tolist()))
+    return _Placement(excess, owner, {document: (0, cut) for document in split})
 
 
 _EXCHANGES = 64  # at most
@@ -412,13 +455,13 @@ def _loads(shares: np.ndarray, owner: dict[int, int], world: int) -> np.ndarray:
     return loads
 
 
-def _even_out(shares: np.ndarray, loads: np.ndarray, owner: dict[int, int]) -> None:
-    """Lets the busiest rank exchange a document for a smaller one, or for none, while that helps, in place.
+def _even_out(shares: np.ndarray, loads: np.ndarray, owner: dict[int, int], goal: float) -> None:
+    """Lets the busiest rank exchange a document for a smaller one, or for none, until the excess is `goal`, in place.
 
     Without split documents nothing travels and no running sums are kept, which is worth some search: placed one after
     the other, web_64k's documents leave 9 % of area uneven on 2 ranks, after four exchanges 2 %.
     """
-    if not owner or shares[:, 0].max() > 1 + TOLERATED_AREA:
+    if not owner or shares[list(owner), 0].max() > 1 + TOLERATED_AREA:
         return  # a document that is too much for any rank has to be split
     nothing = len(shares)
     sizes = np.vstack((shares, np.zeros((1, 2))))
@@ -428,7 +471,7 @@ def _even_out(shares: np.ndarray, loads: np.ndarray, owner: dict[int, int]) -> N
     for _ in range(_EXCHANGES):
         excess = _excess(loads)
         busiest = int(excess.argmax())
-        if excess[busiest] <= 1:
+        if excess[busiest] <= goal:
             return
         best, exchange = float(excess[busiest]), None
         given = _candidates(held[busiest], shares)
@@ -531,6 +574,25 @@ class _Box(NamedTuple):
     offset: int
 
 
+@lru_cache(maxsize=64)
+def block_of(layout: Layout) -> int:
+    """The least size of blocks of neighbouring ranks of which no two have parts of one document."""
+    ends: dict[int, tuple[int, int]] = {}
+    for rank, shards in enumerate(layout.shards):
+        for shard in shards:
+            ends[shard.document] = ends.get(shard.document, (rank, rank))[0], rank
+    pairs = set(ends.values())
+    return next(size for size in _divisors(layout.world) if all(first // size == last // size for first, last in pairs))
+
+
+_Ranks = TypeVar("_Ranks", int, np.ndarray)
+
+
+def neighbour(rank: _Ranks, shift: int, block: int) -> _Ranks:
+    """The rank so many further in its block of ranks, of which the first follows the last."""
+    return rank - rank % block + (rank + shift) % block
+
+
 # A packed batch has a new layout every step and a schedule may hold many thousand visits, so the cache stays small.
 @lru_cache(maxsize=64)
 def ring_schedule(
@@ -545,18 +607,18 @@ def ring_schedule(
     """
     if not 0 <= rank < layout.world:
         raise ValueError(f"rank is {rank}, expected one of the layout's {layout.world} ranks")
-    band = _band(window_left, window_right)
+    band, block = _band(window_left, window_right), block_of(layout)
     queries = _pieces(layout, rank)
     shifts = _shifts(layout, band)
     boxes_of, received = [], []
     for shift in shifts:
-        received.append(_needed(layout, rank, (rank - shift) % layout.world, band) if shift else {})
+        received.append(_needed(layout, rank, neighbour(rank, -shift, block), band) if shift else {})
         keys = _in_buffer(received[-1]) if shift else queries
         boxes_of.append([box for doc in queries for box in _cover(queries[doc], keys.get(doc, ()), band)])
     forward_of = _flagged([_launches(boxes, "q") for boxes in boxes_of], layout.tokens(rank), band)
     steps = []
     for shift, boxes, needed, forward in zip(shifts, boxes_of, received, forward_of, strict=True):
-        source, destination = (rank - shift) % layout.world, (rank + shift) % layout.world
+        source, destination = neighbour(rank, -shift, block), neighbour(rank, shift, block)
         backward = tuple(tuple(Visit(*box, False, False) for box in launch) for launch in _launches(boxes, "k"))
         send = _needed(layout, destination, rank, band) if shift else {}
         steps.append(Step(shift, source, _spans(needed), destination, _spans(send), forward, backward))
@@ -592,18 +654,18 @@ def _pieces(layout: Layout, rank: int) -> dict[int, tuple[_Piece, ...]]:
 @lru_cache(maxsize=64)
 def _shifts(layout: Layout, band: _Band) -> tuple[int, ...]:
     """The shifts that any rank needs, 0 always. All ranks must agree on them, so this looks at all pairs."""
-    world = layout.world
+    block = block_of(layout)
     holdings: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-    for rank in range(world):
+    for rank in range(layout.world):
         for document, pieces in _pieces(layout, rank).items():
             holdings[document] += [(rank, piece.start, piece.end) for piece in pieces]
-    used = np.zeros(world, dtype=bool)
+    used = np.zeros(block, dtype=bool)
     used[0] = True
     for held in holdings.values():
         rank, start, end = np.array(held, dtype=np.int64).T
         sees = (start[None, :] <= end[:, None] - 1 + band.right) & (end[None, :] - 1 >= start[:, None] - band.left)
         if band.left + band.right >= 0:
-            used[((rank[:, None] - rank[None, :]) % world)[sees]] = True
+            used[((rank[:, None] - rank[None, :]) % block)[sees]] = True
     return tuple(np.flatnonzero(used).tolist())
 
 
